@@ -1,0 +1,115 @@
+// What every handler needs: element types, checks with names in their messages, error mapping.
+//
+// A handler decodes its operands, checks them with Checks, fills the launcher's params, launches, and
+// returns launch_error(). It never allocates, synchronises or throws.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+#include <string_view>
+#include <utility>
+
+#include "cuda/dtype.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jaxkern {
+
+namespace ffi = xla::ffi;
+
+using Stream = ffi::PlatformStream<cudaStream_t>;
+
+// Defines the handler `Name` of a target. Handlers only launch, so they may go into a CUDA graph.
+#define JAXKERN_DEFINE_HANDLER(Name, implementation, binding) \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(Name, implementation, binding, {ffi::Traits::kCmdBufferCompatible})
+
+inline const char* dtype_name(ffi::DataType dtype) {
+  switch (dtype) {
+    case ffi::DataType::F32:
+      return "float32";
+    case ffi::DataType::BF16:
+      return "bfloat16";
+    case ffi::DataType::F16:
+      return "float16";
+    default:
+      return "another type";
+  }
+}
+
+// The launcher's name of a type that a check has let through.
+inline DType to_dtype(ffi::DataType dtype) {
+  switch (dtype) {
+    case ffi::DataType::BF16:
+      return DType::kBFloat16;
+    case ffi::DataType::F16:
+      return DType::kFloat16;
+    default:
+      return DType::kFloat32;
+  }
+}
+
+template <typename Dims>
+std::string shape_text(const Dims& dims) {
+  std::string text;
+  for (int64_t dim : dims) text += (text.empty() ? "[" : ", ") + std::to_string(dim);
+  return text.empty() ? "[]" : text + "]";
+}
+
+// The checks of one call; keeps the first failure. Python has checked already and speaks to users, so
+// a failure here is a caller's who went around it.
+class Checks {
+ public:
+  explicit Checks(std::string_view op) : op_(op) {}
+
+  Checks& that(bool ok, std::string_view message) {
+    if (!ok && error_.success()) {
+      error_ = ffi::Error::InvalidArgument(op_ + ": " + std::string(message));
+    }
+    return *this;
+  }
+
+  Checks& rank(std::string_view name, const ffi::AnyBuffer& buffer, size_t wanted) {
+    return that(buffer.dimensions().size() == wanted,
+                std::string(name) + " has shape " + shape_text(buffer.dimensions()) + ", wanted " +
+                    std::to_string(wanted) + " dimensions");
+  }
+
+  Checks& shape(std::string_view name, const ffi::AnyBuffer& buffer,
+                std::initializer_list<int64_t> wanted) {
+    const auto dims = buffer.dimensions();
+    return that(std::equal(dims.begin(), dims.end(), wanted.begin(), wanted.end()),
+                std::string(name) + " has shape " + shape_text(dims) + ", wanted " +
+                    shape_text(wanted));
+  }
+
+  Checks& dtype(std::string_view name, const ffi::AnyBuffer& buffer,
+                std::initializer_list<ffi::DataType> wanted) {
+    const ffi::DataType got = buffer.element_type();
+    std::string names;
+    for (ffi::DataType type : wanted) names += (names.empty() ? "" : " or ") + std::string(dtype_name(type));
+    return that(std::find(wanted.begin(), wanted.end(), got) != wanted.end(),
+                std::string(name) + " is " + dtype_name(got) + ", wanted " + names);
+  }
+
+  bool failed() const { return error_.failure(); }
+  ffi::Error error() const { return error_; }
+
+ private:
+  std::string op_;
+  ffi::Error error_;
+};
+
+inline ffi::Error launch_error(std::string_view op, cudaError_t error) {
+  if (error == cudaSuccess) return ffi::Error::Success();
+  std::string message = std::string(op) + ": " + cudaGetErrorString(error);
+  if (error == cudaErrorNoKernelImageForDevice) {
+    message += " (jaxkern's kernels need a GPU of compute capability 9.0)";
+    return ffi::Error(ffi::ErrorCode::kUnimplemented, std::move(message));
+  }
+  return ffi::Error::Internal(std::move(message));
+}
+
+}  // namespace jaxkern

@@ -1,0 +1,49 @@
+// The Python module jaxkern._C: the handlers by target name, and how they were built.
+
+#include <cuda_runtime_api.h>
+#include <nanobind/nanobind.h>
+
+#include <string>
+
+#include "xla/ffi/api/c_api.h"
+
+namespace nb = nanobind;
+
+// One line per target: its name, its handler.
+#define JAXKERN_TARGETS(TARGET)                \
+  TARGET("jaxkern.rms_norm_fwd", RmsNormFwd)   \
+  TARGET("jaxkern.rms_norm_bwd", RmsNormBwd)
+
+#define JAXKERN_DECLARE(name, Handler) extern "C" XLA_FFI_Error* Handler(XLA_FFI_CallFrame*);
+JAXKERN_TARGETS(JAXKERN_DECLARE)
+
+namespace {
+
+nb::dict registrations() {
+  nb::dict targets;
+#define JAXKERN_REGISTER(name, Handler) targets[name] = nb::capsule(reinterpret_cast<void*>(Handler));
+  JAXKERN_TARGETS(JAXKERN_REGISTER)
+  return targets;
+}
+
+// 13000 is CUDA 13.0.
+std::string cuda_version() {
+  return std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+}
+
+nb::dict build_info() {
+  nb::dict info;
+  info["cuda"] = cuda_version();
+  info["architectures"] = JAXKERN_CUDA_ARCHS;
+  info["nvcc"] = JAXKERN_NVCC_ORIGIN;
+  info["ffi_api"] =
+      std::to_string(XLA_FFI_API_MAJOR) + "." + std::to_string(XLA_FFI_API_MINOR);
+  return info;
+}
+
+}  // namespace
+
+NB_MODULE(_C, m) {
+  m.def("registrations", &registrations, "The XLA FFI handlers: capsules by target name.");
+  m.def("build_info", &build_info, "What the kernels were compiled with and for.");
+}
