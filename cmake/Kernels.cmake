@@ -76,8 +76,9 @@ function(jaxkern_python_module)
   target_compile_definitions(_C PRIVATE
     JAXKERN_NVCC_ORIGIN="${JAXKERN_NVCC_ORIGIN}" JAXKERN_CUDA_ARCHS="${CMAKE_CUDA_ARCHITECTURES}")
   target_link_libraries(_C PRIVATE jaxkern_kernels)
-  target_link_options(_C PRIVATE -Wl,--exclude-libs,ALL -Wl,--no-undefined-version)
+  target_link_options(_C PRIVATE -Wl,--version-script=${PROJECT_SOURCE_DIR}/cmake/exports.map)
   jaxkern_target_defaults(_C)
-  set_target_properties(_C PROPERTIES CXX_STANDARD 20 CXX_EXTENSIONS OFF)
+  set_target_properties(_C PROPERTIES CXX_STANDARD 20 CXX_EXTENSIONS OFF
+    LINK_DEPENDS ${PROJECT_SOURCE_DIR}/cmake/exports.map)
   install(TARGETS _C LIBRARY DESTINATION jaxkern COMPONENT jaxkern)
 endfunction()
