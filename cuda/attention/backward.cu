@@ -1,0 +1,86 @@
+// One instance of the attention backward, which is a pre-process, a main and a post-process kernel:
+// JAXKERN_ELEMENT and JAXKERN_HEAD_DIM come from the table in CMakeLists.txt.
+#include "cuda/attention/backward_rows.cuh"
+#include "cuda/attention/instances.h"
+#include "cuda/attention/order.h"
+#include "cuda/attention/tensor_maps.h"
+#include "cuda/host/device.h"
+
+namespace jaxkern {
+
+template <class T, int kHeadDim, bool kCausal>
+cudaError_t launch_backward(const AttentionBwdParams& params, cudaStream_t stream) {
+  using Backward = AttentionBackward<T, kHeadDim, kCausal>;
+  const AttentionShape& shape = params.shape;
+  const auto padded_T = static_cast<int>(attention_padded_length(shape.T));
+  DeviceInfo device;
+  if (cudaError_t e = current_device(&device); e != cudaSuccess) return e;
+
+  typename Backward::Params p;
+  const auto query_map = [&](CUtensorMap* map, const void* data) {
+    return make_query_map(map, params.dtype, shape, data, Backward::kBlockT);
+  };
+  const auto key_map = [&](CUtensorMap* map, const void* data, int box_rows) {
+    return make_key_map(map, params.dtype, shape, data, box_rows);
+  };
+  if (cudaError_t e = query_map(&p.query, params.query); e != cudaSuccess) return e;
+  if (cudaError_t e = query_map(&p.dout, params.dout); e != cudaSuccess) return e;
+  if (cudaError_t e = key_map(&p.key, params.key, Backward::kBlockS); e != cudaSuccess) return e;
+  if (cudaError_t e = key_map(&p.value, params.value, Backward::kBlockS); e != cudaSuccess) {
+    return e;
+  }
+  if (cudaError_t e = key_map(&p.dkey, params.dkey, 64); e != cudaSuccess) return e;
+  if (cudaError_t e = key_map(&p.dvalue, params.dvalue, 64); e != cudaSuccess) return e;
+  p.lse_log2 = params.lse_log2;
+  p.delta = params.delta;
+  p.dquery_accum = params.dquery_accum;
+  p.scale = params.scale;
+  p.scale_log2 = params.scale * kLog2E;
+  p.mask = {static_cast<int>(shape.T), static_cast<int>(shape.S)};
+  p.kv_heads = static_cast<int>(shape.K);
+  p.group = static_cast<int>(shape.N / shape.K);
+  p.padded_T = padded_T;
+  p.order.blocks = static_cast<int>((shape.S + Backward::kBlockS - 1) / Backward::kBlockS);
+  p.order.heads = static_cast<int>(shape.B * shape.K);
+  const int64_t head_bytes = 8 * shape.T * shape.H * p.group;  // queries, dO, accumulator
+  p.order.section = kCausal ? heads_in_l2(device, head_bytes, 1) : 1;
+
+  const AttentionRowsParams rows = {params.out,
+                                    params.dout,
+                                    params.lse,
+                                    params.dlse,
+                                    params.lse_log2,
+                                    params.delta,
+                                    params.dquery_accum,
+                                    params.dquery,
+                                    params.scale,
+                                    static_cast<int>(shape.T),
+                                    static_cast<int>(shape.N),
+                                    padded_T};
+  const auto blocks = [&](int rows_per_block) {
+    return static_cast<unsigned>(padded_T / rows_per_block * shape.N * shape.B);
+  };
+  attention_bwd_preprocess_kernel<T, kHeadDim>
+      <<<blocks(kRowsThreads * 8 / kHeadDim), kRowsThreads, 0, stream>>>(rows);
+  if (cudaError_t e = cudaPeekAtLastError(); e != cudaSuccess) return e;
+
+  const auto kernel = attention_bwd_sm90_kernel<Backward>;
+  if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           Backward::kSharedBytes);
+      e != cudaSuccess) {
+    return e;
+  }
+  kernel<<<p.order.count(), Backward::kThreads, Backward::kSharedBytes, stream>>>(p);
+  if (cudaError_t e = cudaPeekAtLastError(); e != cudaSuccess) return e;
+
+  attention_bwd_postprocess_kernel<T, kHeadDim>
+      <<<blocks(Backward::kBlockT), kRowsThreads, 0, stream>>>(rows);
+  return cudaPeekAtLastError();
+}
+
+template cudaError_t launch_backward<tile::JAXKERN_ELEMENT, JAXKERN_HEAD_DIM, false>(
+    const AttentionBwdParams&, cudaStream_t);
+template cudaError_t launch_backward<tile::JAXKERN_ELEMENT, JAXKERN_HEAD_DIM, true>(
+    const AttentionBwdParams&, cudaStream_t);
+
+}  // namespace jaxkern

@@ -1,0 +1,116 @@
+// The two memory-bound kernels around the attention backward kernel.
+//   pre-process    delta = rowsum(out * dout) - dlse, lse in base 2, and a zeroed accumulator
+//   post-process   dquery = scale * accumulator, rounded, from fragment order to (B, T, N, H)
+// delta is taken from the rounded output: then rows of dS sum to zero up to rounding of dS itself.
+#pragma once
+
+#include "cuda/attention/backward_sm90.cuh"
+
+namespace jaxkern {
+
+struct AttentionRowsParams {
+  const void* out;      // (B, T, N, H)
+  const void* dout;     // (B, T, N, H)
+  const float* lse;     // (B, N, T)
+  const float* dlse;    // (B, N, T)
+  float* lse_log2;      // (B, N, Tp); +inf past T, so that those queries have no weight
+  float* delta;         // (B, N, Tp); 0 past T
+  float* dquery_accum;  // (B, N, Tp, H)
+  void* dquery;         // (B, T, N, H)
+  float scale;
+  int T, N, padded_T;
+};
+
+constexpr int kRowsThreads = 256;
+
+// Blocks of `rows` queries, numbered along x alone, since the y and z of a grid end at 65535.
+struct RowBlock {
+  int row, head, batch;
+
+  __device__ __forceinline__ RowBlock(const AttentionRowsParams& p, int rows) {
+    const int blocks = p.padded_T / rows;
+    row = blockIdx.x % blocks * rows;
+    head = blockIdx.x / blocks % p.N;
+    batch = blockIdx.x / blocks / p.N;
+  }
+};
+
+// One block: kRowsThreads / kLanes queries of one head; H / 8 lanes to a query.
+template <class T, int kHeadDim>
+__global__ void __launch_bounds__(kRowsThreads)
+    attention_bwd_preprocess_kernel(const AttentionRowsParams p) {
+  constexpr int kLanes = kHeadDim / 8;  // 16 bytes each
+  constexpr int kRows = kRowsThreads / kLanes;
+  static_assert(kAttentionPadding % kRows == 0, "a block must not pass the padded length");
+  const int lane = threadIdx.x % kLanes;
+  const RowBlock at_block(p, kRows);
+  const int head = at_block.head, batch = at_block.batch;
+  const int t = at_block.row + threadIdx.x / kLanes;
+  const int64_t head_row = int64_t{batch} * p.N + head;
+
+  float dot = 0.0f;
+  if (t < p.T) {
+    const int64_t at = ((int64_t{batch} * p.T + t) * p.N + head) * kHeadDim + 8 * lane;
+    const uint4 out = *reinterpret_cast<const uint4*>(static_cast<const T*>(p.out) + at);
+    const uint4 dout = *reinterpret_cast<const uint4*>(static_cast<const T*>(p.dout) + at);
+    const uint32_t x[4] = {out.x, out.y, out.z, out.w};
+    const uint32_t y[4] = {dout.x, dout.y, dout.z, dout.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 a = tile::unpack<T>(x[i]), b = tile::unpack<T>(y[i]);
+      dot += a.x * b.x + a.y * b.y;
+    }
+  }
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    dot += __shfl_xor_sync(0xffffffffu, dot, step);
+  }
+  if (lane == 0) {
+    const int64_t row = head_row * p.T + t, padded_row = head_row * p.padded_T + t;
+    p.lse_log2[padded_row] = t < p.T ? p.lse[row] * kLog2E : INFINITY;
+    p.delta[padded_row] = t < p.T ? dot - p.dlse[row] : 0.0f;
+  }
+  float4* accum =
+      reinterpret_cast<float4*>(p.dquery_accum + (head_row * p.padded_T + at_block.row) * kHeadDim);
+#pragma unroll
+  for (int i = 0; i < kRows * kHeadDim / 4 / kRowsThreads; ++i) {
+    accum[i * kRowsThreads + threadIdx.x] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  }
+}
+
+// One block: one query block of one head; a warpgroup to each 64 x 64 part.
+template <class T, int kHeadDim>
+__global__ void __launch_bounds__(kRowsThreads)
+    attention_bwd_postprocess_kernel(const AttentionRowsParams p) {
+  constexpr int kBlockT = AttentionBwdConfig<kHeadDim>::kBlockT;
+  constexpr int kPart = 64 * 64;
+  const RowBlock at_block(p, kBlockT);
+  const int head = at_block.head, batch = at_block.batch;
+  const int part = threadIdx.x / tile::kWarpgroupSize;
+  __shared__ tile::SharedTile<T, 64, 64> tiles[2];
+
+  tile::RegisterTile<float, 64, 64> accum;
+  const int64_t row = (int64_t{batch} * p.N + head) * p.padded_T + at_block.row;
+  tile::load_fragments(accum, p.dquery_accum + row * kHeadDim + part * kPart);
+  tile::scale(accum, p.scale);
+  tile::RegisterTile<T, 64, 64> rounded;
+  tile::convert(rounded, accum);
+  tile::store(tiles[part], 0, rounded);
+  __syncthreads();
+
+  // H 64: parts are query halves; H 128: parts are halves of the head dim.
+  const int t0 = at_block.row + (kHeadDim == 64 ? 64 * part : 0);
+  const int h0 = kHeadDim == 64 ? 0 : 64 * part;
+  const int thread = threadIdx.x % tile::kWarpgroupSize;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int r = 16 * i + thread / 8, c = 8 * (thread % 8);
+    const int t = t0 + r;
+    if (t >= p.T) continue;
+    const int64_t at = ((int64_t{batch} * p.T + t) * p.N + head) * kHeadDim + h0 + c;
+    *reinterpret_cast<uint4*>(static_cast<T*>(p.dquery) + at) =
+        *reinterpret_cast<const uint4*>(tiles[part].chunk(r, c));
+  }
+}
+
+}  // namespace jaxkern

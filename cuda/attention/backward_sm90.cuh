@@ -1,0 +1,308 @@
+// Attention backward on Hopper: gradients of query, key and value in one pass, five products.
+//
+// A block owns 128 keys of one key/value head (two consumer warpgroups, 64 keys each) and walks
+// over blocks of kBlockT queries of every query head in its group. Per query block a consumer does
+//   S^T = K Q^T,  dP^T = V dO^T                                 keys are the rows
+//   P^T = exp(S^T - lse),  dS^T = P^T * (dP^T - delta)          in registers
+//   dV += P^T dO,  dK += dS^T Q                                 P^T, dS^T straight from registers
+//   dQ  = dS K                                                  dS of both consumers, through
+//   shared
+// With keys as rows, P^T and dS^T are wgmma's A operand where they stand; only dS takes the way
+// through shared memory, because dQ sums over all 128 keys. Each consumer makes the 64 x 64 part of
+// dQ that panel `consumer` of dS (H 64) or of K (H 128) gives, and TMA adds it to a float32
+// accumulator in global memory, in fragment order: nothing but the post-process kernel reads it.
+//   producer    warp 0 loads keys and values and streams queries with their lse, warp 1 streams dO
+//               with delta, warps 2 and 3 add the two consumers' dQ.
+// The order of products is FlashAttention-3's (Shah et al. 2024). docs/attention.md draws it.
+#pragma once
+
+#include "cuda/attention/config.h"
+#include "cuda/attention/mask.cuh"
+#include "cuda/attention/params.h"
+#include "cuda/attention/softmax.cuh"
+#include "cuda/tile/tile.cuh"
+
+namespace jaxkern {
+
+template <class T_, int kHeadDim_, bool kCausal_>
+struct AttentionBackward {
+  using T = T_;
+  using Config = AttentionBwdConfig<kHeadDim_>;
+  using Registers = AttentionBwdRegisters;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kCausal = kCausal_;
+  static constexpr int kConsumers = 2;
+  static constexpr int kBlockS = 64 * kConsumers;
+  static constexpr int kBlockT = Config::kBlockT;
+  static constexpr int kStages = 2;
+  static constexpr int kThreads = tile::kWarpgroupSize * (1 + kConsumers);
+  static constexpr int kPart = 64 * 64;  // dQ elements a consumer makes per query block
+  static_assert(kBlockT * kHeadDim == kConsumers * kPart, "dQ is one 64 x 64 part per consumer");
+  static_assert(kAttentionPadding % kBlockT == 0, "workspaces hold whole query blocks");
+
+  using QueryTile = tile::SharedTile<T, kBlockT, kHeadDim>;  // (kBlockT, H)
+  using KeyTile = tile::SharedTile<T, kBlockS, kHeadDim>;    // (kBlockS, H)
+  using ScoreTile = tile::SharedTile<T, kBlockS, kBlockT>;   // (kBlockS, kBlockT)
+
+  struct Storage {
+    KeyTile key, value;  // take dK and dV at the end
+    QueryTile query[kStages], dout[kStages];
+    ScoreTile dscores[kStages];  // dS^T
+    alignas(128) float dquery[kConsumers][kPart];
+    alignas(128) float lse_log2[kStages][kBlockT];
+    alignas(128) float delta[kStages][kBlockT];
+    tile::Ring<kStages> query_ring, dout_ring;
+    tile::Ring<1> dquery_ring[kConsumers];
+    tile::Barrier key_value_full;
+  };
+  static constexpr int kSharedBytes = sizeof(Storage);
+  static_assert(kSharedBytes <= tile::kMaxSharedBytes, "the tiles must fit a block");
+
+  struct Params {
+    CUtensorMap query, dout, key, value;  // boxes: one panel of kBlockT queries, kBlockS keys
+    CUtensorMap dkey, dvalue;             // boxes: one panel of 64 keys
+    const float* lse_log2;                // (B, N, Tp)
+    const float* delta;                   // (B, N, Tp)
+    float* dquery_accum;                  // (B, N, Tp / kBlockT, kConsumers, kPart)
+    float scale, scale_log2;
+    AttentionMask<kCausal> mask;
+    tile::TileOrder order;
+    int kv_heads, group, padded_T;  // K, N / K, Tp
+  };
+
+  // One block's work. Query blocks run from `first` to `last`, for each head of the group.
+  struct Work {
+    int key, kv_head, batch, first, last;
+
+    __device__ __forceinline__ explicit Work(const Params& p) {
+      const auto at = p.order.at(blockIdx.x);
+      key = at.block * kBlockS;  // with a causal mask the first keys have the most queries
+      kv_head = at.head % p.kv_heads;
+      batch = at.head / p.kv_heads;
+      first = min(p.mask.query_begin(key), p.mask.T) / kBlockT;
+      last = (p.mask.T + kBlockT - 1) / kBlockT;
+    }
+    __device__ __forceinline__ int head(const Params& p, int member) const {
+      return kv_head * p.group + member;
+    }
+    // Of the (B, N, Tp) workspaces.
+    __device__ __forceinline__ int64_t row(const Params& p, int head, int block) const {
+      return (int64_t{batch} * p.kv_heads * p.group + head) * p.padded_T + block * kBlockT;
+    }
+  };
+
+  enum NamedBarrier { kScores = 1 };
+
+  __device__ __forceinline__ static void load_keys(const Params& p, Storage& shared) {
+    const Work work(p);
+    const tile::tma::Coordinate at{work.batch, work.key, work.kv_head};
+    shared.key_value_full.arrive_expect(2 * KeyTile::kBytes);
+    tile::tma::load(shared.key, p.key, at, shared.key_value_full);
+    tile::tma::load(shared.value, p.value, at, shared.key_value_full);
+  }
+
+  // Streams query blocks of one operand (queries or dO) and their row statistics (lse or delta).
+  __device__ __forceinline__ static void load_queries(const Params& p, const CUtensorMap& map,
+                                                      const float* stats, tile::Ring<kStages>& ring,
+                                                      QueryTile (&tiles)[kStages],
+                                                      float (&rows)[kStages][kBlockT]) {
+    const Work work(p);
+    tile::Slot<kStages> slot;
+    for (int head = work.head(p, 0); head < work.head(p, p.group); ++head) {
+      for (int block = work.first; block < work.last; ++block, slot.advance()) {
+        slot.wait_empty(ring);
+        auto& full = ring.full[slot.stage()];
+        full.arrive_expect(QueryTile::kBytes + sizeof(rows[0]));
+        tile::tma::load(tiles[slot.stage()], map, {work.batch, block * kBlockT, head}, full);
+        tile::tma::load(rows[slot.stage()], stats + work.row(p, head, block), kBlockT, full);
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void add_dquery(const Params& p, Storage& shared,
+                                                    int consumer) {
+    const Work work(p);
+    auto& ring = shared.dquery_ring[consumer];
+    tile::Slot<1> slot;
+    for (int head = work.head(p, 0); head < work.head(p, p.group); ++head) {
+      for (int block = work.first; block < work.last; ++block, slot.advance()) {
+        slot.wait_full(ring);
+        float* accum = p.dquery_accum + work.row(p, head, block) * kHeadDim + consumer * kPart;
+        tile::tma::add(accum, shared.dquery[consumer], kPart);
+        tile::tma::wait_stores_read();
+        ring.empty[0].arrive();
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void consume(const Params& p, Storage& shared, int consumer) {
+    const Work work(p);
+    const int key0 = work.key + 64 * consumer;
+    tile::RegisterTile<float, 64, kHeadDim> dkey, dvalue;     // (64, H)
+    tile::RegisterTile<float, 64, kBlockT> scores, dweights;  // (64, kBlockT): S^T, dP^T
+    tile::RegisterTile<T, 64, kBlockT> weights, dscores;      // (64, kBlockT): P^T, dS^T
+    tile::RegisterTile<float, 64, 64> dquery;
+    tile::zero(dkey);
+    tile::zero(dvalue);
+    shared.key_value_full.wait(0);
+    const auto key = tile::k_major<64>(shared.key, 64 * consumer);
+    const auto value = tile::k_major<64>(shared.value, 64 * consumer);
+    const int dense_first = p.mask.dense_query_begin(key0 + 64);  // first query that sees all 64
+    const bool ragged = key0 + 64 > p.mask.S;
+
+    tile::Slot<kStages> slot;
+    tile::Slot<1> dquery_slot;
+    const auto step = [&](int block, auto masked) {
+      constexpr bool kMasked = decltype(masked)::value;
+      auto& query_tile = shared.query[slot.stage()];
+      auto& dout_tile = shared.dout[slot.stage()];
+      auto& dscores_tile = shared.dscores[slot.stage()];
+
+      slot.wait_full(shared.query_ring);
+      tile::mma_fence(scores);
+      tile::mma(scores, key, tile::k_major<kBlockT>(query_tile), false);
+      tile::mma_commit();
+      slot.wait_full(shared.dout_ring);
+      tile::mma_fence(dweights);
+      tile::mma(dweights, value, tile::k_major<kBlockT>(dout_tile), false);
+      tile::mma_commit();
+
+      // P^T = 2^(S^T * scale_log2 - lse_log2), while dP^T is multiplied.
+      tile::mma_wait<1>(scores);
+      if constexpr (kMasked) p.mask.apply_transposed(scores, key0, block * kBlockT);
+      subtract_and_exponentiate(scores, shared.lse_log2[slot.stage()], p.scale_log2);
+      tile::convert(weights, scores);
+      tile::mma_fence(dvalue);
+      tile::mma(dvalue, weights, tile::mn_major<kHeadDim>(dout_tile), true);
+      tile::mma_commit();
+
+      // dS^T = P^T * (dP^T - delta), while dV is multiplied.
+      tile::mma_wait<1>(dweights);
+      if constexpr (Config::kExactWeights) {
+        multiply_centered(dweights, scores, shared.delta[slot.stage()]);
+      } else {
+        multiply_centered(dweights, weights, shared.delta[slot.stage()]);
+      }
+      tile::convert(dscores, dweights);
+
+      // Two buffers and one barrier a step: whoever writes a buffer again has passed the barrier of
+      // the step between, which the other consumer reached after it had read the buffer.
+      tile::store(dscores_tile, 64 * consumer, dscores);
+      tile::tma::fence_writes();
+      tile::ptx::named_barrier_sync(kScores, kConsumers * tile::kWarpgroupSize);
+
+      tile::mma_fence(dquery);
+      if constexpr (kHeadDim == 64) {
+        tile::mma(dquery, tile::mn_major<64>(dscores_tile, 64 * consumer),
+                  tile::mn_major<64>(shared.key), false);
+      } else {
+        tile::mma(dquery, tile::mn_major<64>(dscores_tile),
+                  tile::mn_major<64>(shared.key, 64 * consumer), false);
+      }
+      tile::mma_commit();
+      tile::mma_fence(dkey);
+      tile::mma(dkey, dscores, tile::mn_major<kHeadDim>(query_tile), true);
+      tile::mma_commit();
+
+      tile::mma_wait<2>(dvalue);
+      shared.dout_ring.empty[slot.stage()].arrive_warp();
+      tile::mma_wait<1>(dquery);
+      dquery_slot.wait_empty(shared.dquery_ring[consumer]);
+      tile::store_fragments(shared.dquery[consumer], dquery);
+      tile::tma::fence_writes();
+      shared.dquery_ring[consumer].full[0].arrive_warp();
+      dquery_slot.advance();
+      tile::mma_wait<0>(dkey);
+      shared.query_ring.empty[slot.stage()].arrive_warp();
+      slot.advance();
+    };
+
+    for (int member = 0; member < p.group; ++member) {
+      int block = work.first;
+      for (; block < work.last && (ragged || block * kBlockT < dense_first); ++block) {
+        step(block, std::true_type{});
+      }
+      for (; block < work.last; ++block) step(block, std::false_type{});
+    }
+
+    tile::scale(dkey, p.scale);
+    tile::RegisterTile<T, 64, kHeadDim> rounded;
+    tile::ptx::named_barrier_sync(kScores, kConsumers * tile::kWarpgroupSize);  // K, V are read
+    tile::convert(rounded, dkey);
+    tile::store(shared.key, 64 * consumer, rounded);
+    tile::convert(rounded, dvalue);
+    tile::store(shared.value, 64 * consumer, rounded);
+    tile::tma::fence_writes();
+    tile::ptx::named_barrier_sync(kScores + 1 + consumer, tile::kWarpgroupSize);
+    if (threadIdx.x % tile::kWarpgroupSize == 0) {
+      tile::tma::store(p.dkey, {work.batch, key0, work.kv_head}, shared.key, 64 * consumer);
+      tile::tma::store(p.dvalue, {work.batch, key0, work.kv_head}, shared.value, 64 * consumer);
+      tile::tma::wait_stores_read();
+    }
+  }
+
+  // x(key, query) = 2^(x * scale_log2 - lse_log2[query])
+  __device__ __forceinline__ static void subtract_and_exponentiate(
+      tile::RegisterTile<float, 64, kBlockT>& x, const float* lse_log2, float scale_log2) {
+#pragma unroll
+    for (int j = 0; j < kBlockT / 8; ++j) {
+      const float2 lse = *reinterpret_cast<const float2*>(lse_log2 + tile::fragment_col(j));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        x.at(j, i, 0) = tile::ptx::exp2_approx(x.at(j, i, 0) * scale_log2 - lse.x);
+        x.at(j, i, 1) = tile::ptx::exp2_approx(x.at(j, i, 1) * scale_log2 - lse.y);
+      }
+    }
+  }
+
+  // x(key, query) = (x(key, query) - delta[query]) * y(key, query)
+  template <class Weights>
+  __device__ __forceinline__ static void multiply_centered(
+      tile::RegisterTile<float, 64, kBlockT>& x, const Weights& y, const float* delta) {
+#pragma unroll
+    for (int j = 0; j < kBlockT / 8; ++j) {
+      const float2 d = *reinterpret_cast<const float2*>(delta + tile::fragment_col(j));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float2 w = tile::pair(y, j, i);
+        x.at(j, i, 0) = (x.at(j, i, 0) - d.x) * w.x;
+        x.at(j, i, 1) = (x.at(j, i, 1) - d.y) * w.y;
+      }
+    }
+  }
+};
+
+template <class Backward>
+__global__ void __launch_bounds__(Backward::kThreads, 1)
+    attention_bwd_sm90_kernel(const __grid_constant__ typename Backward::Params p) {
+  auto& shared = tile::shared_storage<typename Backward::Storage>();
+  const int warpgroup = threadIdx.x / tile::kWarpgroupSize;
+
+  if (threadIdx.x == 0) {
+    constexpr int kWarps = 4;
+    shared.query_ring.init(1, kWarps * Backward::kConsumers);
+    shared.dout_ring.init(1, kWarps * Backward::kConsumers);
+    for (auto& ring : shared.dquery_ring) ring.init(kWarps, 1);
+    shared.key_value_full.init(1);
+    tile::ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+
+  if (warpgroup == 0) {
+    tile::ptx::setmaxnreg_decrease<Backward::Registers::kProducer>();
+    if (threadIdx.x == 0) {
+      Backward::load_keys(p, shared);
+      Backward::load_queries(p, p.query, p.lse_log2, shared.query_ring, shared.query,
+                             shared.lse_log2);
+    } else if (threadIdx.x == tile::kWarpSize) {
+      Backward::load_queries(p, p.dout, p.delta, shared.dout_ring, shared.dout, shared.delta);
+    } else if (threadIdx.x % tile::kWarpSize == 0) {
+      Backward::add_dquery(p, shared, threadIdx.x / tile::kWarpSize - 2);
+    }
+  } else {
+    tile::ptx::setmaxnreg_increase<Backward::Registers::kConsumer>();
+    Backward::consume(p, shared, warpgroup - 1);
+  }
+}
+
+}  // namespace jaxkern

@@ -1,0 +1,56 @@
+// One instance of the attention forward kernel: JAXKERN_ELEMENT and JAXKERN_HEAD_DIM come from the
+// table in CMakeLists.txt.
+#include <algorithm>
+
+#include "cuda/attention/forward_sm90.cuh"
+#include "cuda/attention/instances.h"
+#include "cuda/attention/order.h"
+#include "cuda/attention/tensor_maps.h"
+#include "cuda/host/device.h"
+
+namespace jaxkern {
+
+template <class T, int kHeadDim, bool kCausal>
+cudaError_t launch_forward(const AttentionFwdParams& params, cudaStream_t stream) {
+  using Forward = AttentionForward<T, kHeadDim, kCausal>;
+  const AttentionShape& shape = params.shape;
+  DeviceInfo device;
+  if (cudaError_t e = current_device(&device); e != cudaSuccess) return e;
+
+  typename Forward::Params p;
+  const auto query_map = [&](CUtensorMap* map, const void* data) {
+    return make_query_map(map, params.dtype, shape, data, Forward::kBlockT);
+  };
+  const auto key_map = [&](CUtensorMap* map, const void* data) {
+    return make_key_map(map, params.dtype, shape, data, Forward::kBlockS);
+  };
+  if (cudaError_t e = query_map(&p.query, params.query); e != cudaSuccess) return e;
+  if (cudaError_t e = query_map(&p.out, params.out); e != cudaSuccess) return e;
+  if (cudaError_t e = key_map(&p.key, params.key); e != cudaSuccess) return e;
+  if (cudaError_t e = key_map(&p.value, params.value); e != cudaSuccess) return e;
+  p.lse = params.lse;
+  p.scale_log2 = params.scale * kLog2E;
+  p.mask = {static_cast<int>(shape.T), static_cast<int>(shape.S)};
+  p.heads = static_cast<int>(shape.N);
+  p.group = static_cast<int>(shape.N / shape.K);
+  p.order.blocks = static_cast<int>((shape.T + Forward::kBlockT - 1) / Forward::kBlockT);
+  p.order.heads = static_cast<int>(shape.B * shape.N);
+  p.order.section = kCausal ? heads_in_l2(device, 4 * shape.S * shape.H, p.group) : 1;
+
+  const auto kernel = attention_fwd_sm90_kernel<Forward>;
+  if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           Forward::kSharedBytes);
+      e != cudaSuccess) {
+    return e;
+  }
+  const int grid = std::min(p.order.count(), device.multiprocessors);
+  kernel<<<grid, Forward::kThreads, Forward::kSharedBytes, stream>>>(p);
+  return cudaPeekAtLastError();
+}
+
+template cudaError_t launch_forward<tile::JAXKERN_ELEMENT, JAXKERN_HEAD_DIM, false>(
+    const AttentionFwdParams&, cudaStream_t);
+template cudaError_t launch_forward<tile::JAXKERN_ELEMENT, JAXKERN_HEAD_DIM, true>(
+    const AttentionFwdParams&, cudaStream_t);
+
+}  // namespace jaxkern

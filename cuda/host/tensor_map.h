@@ -1,0 +1,18 @@
+// Tensor maps for tile/tma.cuh.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace jaxkern {
+
+// Describes a contiguous (batch, rows, heads, head_dim) tensor of 16-bit elements and the box that
+// one copy moves: `box_rows` rows of one head, 64 columns, 128-byte swizzled. Uses the driver
+// through the runtime, so that nothing links against libcuda.
+cudaError_t make_tensor_map(CUtensorMap* map, CUtensorMapDataType dtype, const void* data,
+                            int64_t batch, int64_t rows, int64_t heads, int64_t head_dim,
+                            int box_rows);
+
+}  // namespace jaxkern

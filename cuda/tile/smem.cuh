@@ -1,0 +1,86 @@
+// Shared-memory tiles in the 128-byte swizzle that TMA writes and wgmma reads.
+//
+// A tile of 16-bit elements is a sequence of panels of 64 columns (128 bytes). A panel stores its
+// rows one after another; within a row, the 16-byte chunk c lies at chunk c ^ (row % 8), so that
+// eight rows of one column of chunks touch all 32 banks.
+#pragma once
+
+#include "cuda/tile/ptx/barrier.cuh"
+#include "cuda/tile/ptx/matrix.cuh"
+#include "cuda/tile/reg.cuh"
+
+namespace jaxkern::tile {
+
+constexpr int kPanelBytes = 128;
+constexpr int kMaxSharedBytes = 227 << 10;  // that one block may have on compute capability 9.0
+
+template <class T, int kRows_, int kCols_>
+struct alignas(1024) SharedTile {
+  static constexpr int kRows = kRows_;
+  static constexpr int kCols = kCols_;
+  static constexpr int kPanelCols = kPanelBytes / sizeof(T);
+  static constexpr int kPanels = kCols / kPanelCols;
+  static constexpr int kPanelSize = kRows * kPanelBytes;  // bytes
+  static constexpr int kBytes = kPanels * kPanelSize;
+  static_assert(kCols % kPanelCols == 0, "columns must fill 128-byte panels");
+  static_assert(kRows % 8 == 0, "the swizzle repeats every 8 rows");
+
+  T data[kRows * kCols];
+
+  // The first byte of the 16-byte chunk that holds (row, col); col is a multiple of 8.
+  __device__ __forceinline__ char* chunk(int row, int col) {
+    const int panel = col / kPanelCols;
+    const int byte = (col % kPanelCols) * static_cast<int>(sizeof(T));
+    return reinterpret_cast<char*>(data) + panel * kPanelSize + row * kPanelBytes +
+           (byte ^ ((row % 8) * 16));
+  }
+};
+
+// The dynamic shared memory of a block as one struct. Its address is a link-time constant, so that
+// addresses inside it cost no registers.
+template <class Storage>
+__device__ __forceinline__ Storage& shared_storage() {
+  static_assert(alignof(Storage) <= 1024, "1024 bytes is what the declaration below asks for");
+  extern __shared__ __align__(1024) char shared_bytes[];
+  return *reinterpret_cast<Storage*>(shared_bytes);
+}
+
+// y[row0 + r, c] = x(r, c), by one warpgroup.
+template <class T, int kRows, int kCols>
+__device__ __forceinline__ void store(SharedTile<T, kRows, kCols>& y, int row0,
+                                      const RegisterTile<T, 64, kCols>& x) {
+  const int t = threadIdx.x % kWarpgroupSize, lane = t % kWarpSize;
+  const int row = row0 + 16 * (t / kWarpSize) + lane % 16;  // matrices 0, 2: rows 0-7; 1, 3: 8-15
+#pragma unroll
+  for (int j = 0; j < kCols / 16; ++j) {
+    const uint32_t* r = x.data + 4 * j;
+    ptx::stmatrix_x4(y.chunk(row, 16 * j + 8 * (lane / 16)), r[0], r[1], r[2], r[3]);
+  }
+}
+
+// Fragment order: 16 bytes of every thread in turn, so that nobody shares a bank. Meant for data
+// that is read back by load_fragments().
+template <int kCols>
+__device__ __forceinline__ void store_fragments(float* y, const RegisterTile<float, 64, kCols>& x) {
+  float4* out = reinterpret_cast<float4*>(y) + threadIdx.x % kWarpgroupSize;
+#pragma unroll
+  for (int j = 0; j < kCols / 8; ++j) {
+    const float* d = x.data + 4 * j;
+    out[j * kWarpgroupSize] = make_float4(d[0], d[1], d[2], d[3]);
+  }
+}
+
+template <int kCols>
+__device__ __forceinline__ void load_fragments(RegisterTile<float, 64, kCols>& x, const float* y) {
+  const float4* in = reinterpret_cast<const float4*>(y) + threadIdx.x % kWarpgroupSize;
+#pragma unroll
+  for (int j = 0; j < kCols / 8; ++j) {
+    const float4 d = in[j * kWarpgroupSize];
+    x.data[4 * j] = d.x;
+    x.data[4 * j + 1] = d.y;
+    x.data[4 * j + 2] = d.z;
+    x.data[4 * j + 3] = d.w;
+  }
+}
+
+}  // namespace jaxkern::tile

@@ -1,0 +1,55 @@
+// Element types of tiles, their PTX names and packing of pairs into 32-bit registers.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace jaxkern::tile {
+
+using bf16 = __nv_bfloat16;
+using f16 = __half;
+
+constexpr int kWarpSize = 32;
+constexpr int kWarpgroupSize = 128;
+
+template <class T>
+struct ElementType;
+
+template <>
+struct ElementType<bf16> {
+  static constexpr char kName[] = "bf16";
+  __device__ static uint32_t pack(float low, float high) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<uint32_t*>(&pair);
+  }
+  __device__ static float2 unpack(uint32_t pair) {
+    return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&pair));
+  }
+};
+
+template <>
+struct ElementType<f16> {
+  static constexpr char kName[] = "f16";
+  __device__ static uint32_t pack(float low, float high) {
+    __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<uint32_t*>(&pair);
+  }
+  __device__ static float2 unpack(uint32_t pair) {
+    return __half22float2(*reinterpret_cast<__half2*>(&pair));
+  }
+};
+
+// Two neighbouring elements of type T in one register, rounded to nearest even.
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  return ElementType<T>::pack(low, high);
+}
+
+template <class T>
+__device__ __forceinline__ float2 unpack(uint32_t pair) {
+  return ElementType<T>::unpack(pair);
+}
+
+}  // namespace jaxkern::tile
