@@ -11,8 +11,8 @@
 namespace nb = nanobind;
 
 // One line per target: its name, its handler.
-#define JAXKERN_TARGETS(TARGET)                \
-  TARGET("jaxkern.rms_norm_fwd", RmsNormFwd)   \
+#define JAXKERN_TARGETS(TARGET)              \
+  TARGET("jaxkern.rms_norm_fwd", RmsNormFwd) \
   TARGET("jaxkern.rms_norm_bwd", RmsNormBwd)
 
 #define JAXKERN_DECLARE(name, Handler) extern "C" XLA_FFI_Error* Handler(XLA_FFI_CallFrame*);
@@ -22,7 +22,8 @@ namespace {
 
 nb::dict registrations() {
   nb::dict targets;
-#define JAXKERN_REGISTER(name, Handler) targets[name] = nb::capsule(reinterpret_cast<void*>(Handler));
+#define JAXKERN_REGISTER(name, Handler) \
+  targets[name] = nb::capsule(reinterpret_cast<void*>(Handler));
   JAXKERN_TARGETS(JAXKERN_REGISTER)
   return targets;
 }
@@ -37,8 +38,7 @@ nb::dict build_info() {
   info["cuda"] = cuda_version();
   info["architectures"] = JAXKERN_CUDA_ARCHS;
   info["nvcc"] = JAXKERN_NVCC_ORIGIN;
-  info["ffi_api"] =
-      std::to_string(XLA_FFI_API_MAJOR) + "." + std::to_string(XLA_FFI_API_MINOR);
+  info["ffi_api"] = std::to_string(XLA_FFI_API_MAJOR) + "." + std::to_string(XLA_FFI_API_MINOR);
   return info;
 }
 
