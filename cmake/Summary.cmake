@@ -1,6 +1,7 @@
 # jaxkern_summary(what [row...]): says what is built, after configuring and again after installing.
 function(jaxkern_summary what)
-  set(lines "jaxkern ${SKBUILD_PROJECT_VERSION}: ${what}")
+  string(STRIP "jaxkern ${SKBUILD_PROJECT_VERSION}" name)
+  set(lines "${name}: ${what}")
   if(JAXKERN_NVCC_ORIGIN)
     list(APPEND lines
       "  nvcc      ${CMAKE_CUDA_COMPILER_VERSION} (${JAXKERN_NVCC_ORIGIN})"

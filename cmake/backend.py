@@ -95,7 +95,9 @@ def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
 
 def prepare_metadata_for_build_editable(metadata_directory, config_settings=None):
     """PEP 660 hook."""
-    return _build.prepare_metadata_for_build_editable(metadata_directory, _settings(config_settings))
+    return _build.prepare_metadata_for_build_editable(
+        metadata_directory, _settings(config_settings)
+    )
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):

@@ -1,7 +1,7 @@
 // What every handler needs: element types, checks with names in their messages, error mapping.
 //
-// A handler decodes its operands, checks them with Checks, fills the launcher's params, launches, and
-// returns launch_error(). It never allocates, synchronises or throws.
+// A handler decodes its operands, checks them with Checks, fills the launcher's params, launches,
+// and returns launch_error(). It never allocates, synchronises or throws.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -26,7 +26,7 @@ using Stream = ffi::PlatformStream<cudaStream_t>;
 #define JAXKERN_DEFINE_HANDLER(Name, implementation, binding) \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(Name, implementation, binding, {ffi::Traits::kCmdBufferCompatible})
 
-inline const char* dtype_name(ffi::DataType dtype) {
+inline std::string dtype_name(ffi::DataType dtype) {
   switch (dtype) {
     case ffi::DataType::F32:
       return "float32";
@@ -58,46 +58,51 @@ std::string shape_text(const Dims& dims) {
   return text.empty() ? "[]" : text + "]";
 }
 
-// The checks of one call; keeps the first failure. Python has checked already and speaks to users, so
-// a failure here is a caller's who went around it.
+// The checks of one call; keeps the first failure. Python has checked already and speaks to users,
+// so a failure here is a caller's who went around it.
 class Checks {
  public:
   explicit Checks(std::string_view op) : op_(op) {}
 
-  Checks& that(bool ok, std::string_view message) {
-    if (!ok && error_.success()) {
-      error_ = ffi::Error::InvalidArgument(op_ + ": " + std::string(message));
-    }
-    return *this;
-  }
-
   Checks& rank(std::string_view name, const ffi::AnyBuffer& buffer, size_t wanted) {
-    return that(buffer.dimensions().size() == wanted,
-                std::string(name) + " has shape " + shape_text(buffer.dimensions()) + ", wanted " +
-                    std::to_string(wanted) + " dimensions");
+    const auto dims = buffer.dimensions();
+    if (dims.size() == wanted) return *this;
+    return fail(name, "has shape " + shape_text(dims), std::to_string(wanted) + " dimensions");
   }
 
   Checks& shape(std::string_view name, const ffi::AnyBuffer& buffer,
                 std::initializer_list<int64_t> wanted) {
     const auto dims = buffer.dimensions();
-    return that(std::equal(dims.begin(), dims.end(), wanted.begin(), wanted.end()),
-                std::string(name) + " has shape " + shape_text(dims) + ", wanted " +
-                    shape_text(wanted));
+    if (std::equal(dims.begin(), dims.end(), wanted.begin(), wanted.end())) return *this;
+    return fail(name, "has shape " + shape_text(dims), shape_text(wanted));
   }
 
   Checks& dtype(std::string_view name, const ffi::AnyBuffer& buffer,
                 std::initializer_list<ffi::DataType> wanted) {
     const ffi::DataType got = buffer.element_type();
+    if (std::find(wanted.begin(), wanted.end(), got) != wanted.end()) return *this;
     std::string names;
-    for (ffi::DataType type : wanted) names += (names.empty() ? "" : " or ") + std::string(dtype_name(type));
-    return that(std::find(wanted.begin(), wanted.end(), got) != wanted.end(),
-                std::string(name) + " is " + dtype_name(got) + ", wanted " + names);
+    for (ffi::DataType type : wanted) names += (names.empty() ? "" : " or ") + dtype_name(type);
+    return fail(name, "is " + dtype_name(got), names);
+  }
+
+  // For everything else: checks.that(n % k == 0, "query", "has 6 heads", "a multiple of key's 4").
+  Checks& that(bool ok, std::string_view name, const std::string& got, const std::string& wanted) {
+    return ok ? *this : fail(name, got, wanted);
   }
 
   bool failed() const { return error_.failure(); }
   ffi::Error error() const { return error_; }
 
  private:
+  Checks& fail(std::string_view name, const std::string& got, const std::string& wanted) {
+    if (error_.success()) {
+      error_ = ffi::Error::InvalidArgument(op_ + ": " + std::string(name) + " " + got +
+                                           ", wanted " + wanted);
+    }
+    return *this;
+  }
+
   std::string op_;
   ffi::Error error_;
 };

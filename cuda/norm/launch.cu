@@ -6,6 +6,7 @@
 #include "cuda/norm/rms_norm.cuh"
 
 namespace jaxkern {
+namespace norm {
 namespace {
 
 constexpr int kFwdThreads = 128;  // per block, unless one row takes more
@@ -46,16 +47,16 @@ template <typename T, typename S, int kVec>
 cudaError_t launch_bwd(const RmsNormBwdParams& p, cudaStream_t stream) {
   int device, multiprocessors;
   if (cudaError_t error = cudaGetDevice(&device)) return error;
-  if (cudaError_t error = cudaDeviceGetAttribute(&multiprocessors,
-                                                 cudaDevAttrMultiProcessorCount, device)) {
+  if (cudaError_t error =
+          cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)) {
     return error;
   }
   const int threads = threads_per_row(p.width / kVec, kBwdThreads);
   const int rows = kBwdThreads / threads;
   const int most_blocks = std::min(multiprocessors, kRmsNormMaxPartials);
   const int blocks = static_cast<int>(std::min<int64_t>(most_blocks, (p.rows + rows - 1) / rows));
-  if (cudaError_t error = launch(rms_norm_bwd_kernel<T, S, kVec>, blocks, dim3(threads, rows),
-                                 stream, p)) {
+  if (cudaError_t error =
+          launch(rms_norm_bwd_kernel<T, S, kVec>, blocks, dim3(threads, rows), stream, p)) {
     return error;
   }
   constexpr int kColumns = 32, kRowStride = 8;
@@ -81,20 +82,21 @@ cudaError_t dispatch(DType dtype, DType scale_dtype, Launch launch) {
 }
 
 }  // namespace
+}  // namespace norm
 
 cudaError_t launch_rms_norm_fwd(const RmsNormFwdParams& p, cudaStream_t stream) {
-  return dispatch(p.dtype, p.scale_dtype, [&]<typename T, typename S>() {
-    return vector_elements<T>(p.width, {p.x, p.scale, p.y}) == 1
-               ? launch_fwd<T, S, 1>(p, stream)
-               : launch_fwd<T, S, 16 / sizeof(T)>(p, stream);
+  return norm::dispatch(p.dtype, p.scale_dtype, [&]<typename T, typename S>() {
+    return norm::vector_elements<T>(p.width, {p.x, p.scale, p.y}) == 1
+               ? norm::launch_fwd<T, S, 1>(p, stream)
+               : norm::launch_fwd<T, S, 16 / sizeof(T)>(p, stream);
   });
 }
 
 cudaError_t launch_rms_norm_bwd(const RmsNormBwdParams& p, cudaStream_t stream) {
-  return dispatch(p.dtype, p.scale_dtype, [&]<typename T, typename S>() {
-    return vector_elements<T>(p.width, {p.x, p.scale, p.dy, p.dx}) == 1
-               ? launch_bwd<T, S, 1>(p, stream)
-               : launch_bwd<T, S, 16 / sizeof(T)>(p, stream);
+  return norm::dispatch(p.dtype, p.scale_dtype, [&]<typename T, typename S>() {
+    return norm::vector_elements<T>(p.width, {p.x, p.scale, p.dy, p.dx}) == 1
+               ? norm::launch_bwd<T, S, 1>(p, stream)
+               : norm::launch_bwd<T, S, 16 / sizeof(T)>(p, stream);
   });
 }
 

@@ -1,8 +1,9 @@
 // RMSNorm (Zhang and Sennrich, 2019): y = x * rstd * scale, rstd = 1 / sqrt(mean(x^2) + epsilon).
 //
-// Blocks are (threads of a row, rows): the threads that share threadIdx.y own one row of x. Each keeps
-// kSlots vectors of it in registers from the first pass to the second; the rest of a wider row is read
-// twice. A vector is 16 bytes, or one element where the rows are not aligned to 16 bytes.
+// Blocks are (threads of a row, rows): the threads that share threadIdx.y own one row of x. Each
+// keeps kSlots vectors of it in registers from the first pass to the second; the rest of a wider
+// row is read twice. A vector is 16 bytes, or one element where the rows are not aligned to 16
+// bytes.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,7 +14,7 @@
 #include "cuda/norm/params.h"
 #include "cuda/tile/reduce.cuh"
 
-namespace jaxkern {
+namespace jaxkern::norm {
 
 inline constexpr int kSlots = 4;
 inline constexpr int kBwdThreads = 512;  // per block: leaves 128 registers for two rows in flight
@@ -109,8 +110,8 @@ __global__ void rms_norm_fwd_kernel(const RmsNormFwdParams p) {
 
 // With xhat = x * rstd and g = dy * scale:
 //   dx = rstd * (g - xhat * mean(g * xhat)),   dscale = sum over the rows of dy * xhat.
-// A block strides over the rows, the next ones already loading, and leaves its share of dscale in row
-// blockIdx.x of the workspace. Rows wider than the slots need blockDim.y == 1.
+// A block strides over the rows, the next ones already loading, and leaves its share of dscale in
+// row blockIdx.x of the workspace. Rows wider than the slots need blockDim.y == 1.
 template <typename T, typename S, int kVec>
 __global__ void __launch_bounds__(kBwdThreads) rms_norm_bwd_kernel(const RmsNormBwdParams p) {
   __shared__ float scratch[2][tile::kMaxWarps];
@@ -176,7 +177,9 @@ __global__ void __launch_bounds__(kBwdThreads) rms_norm_bwd_kernel(const RmsNorm
     for (int64_t v = slot_index(kSlots); v < vecs; v += blockDim.x) {
       float sums[kVec];
 #pragma unroll
-      for (int e = 0; e < kVec; ++e) sums[e] = block_row == first_row ? 0.0f : partial[v * kVec + e];
+      for (int e = 0; e < kVec; ++e) {
+        sums[e] = block_row == first_row ? 0.0f : partial[v * kVec + e];
+      }
       finish(v, load<T, kVec>(x_row, v), load<T, kVec>(dy_row, v), sums);
 #pragma unroll
       for (int e = 0; e < kVec; ++e) partial[v * kVec + e] = sums[e];
@@ -222,4 +225,4 @@ __global__ void rms_norm_bwd_dscale_kernel(const RmsNormBwdParams p, int partial
   p.dscale[column] = sum;
 }
 
-}  // namespace jaxkern
+}  // namespace jaxkern::norm

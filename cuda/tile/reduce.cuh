@@ -14,8 +14,8 @@ __device__ inline float warp_sum(float value, int width = kWarpSize) {
   return value;
 }
 
-// The sum over the threads that share threadIdx.y, in each of them. blockDim.x is a power of two and
-// the block is whole warps. Every thread of the block calls; two calls in a row need different
+// The sum over the threads that share threadIdx.y, in each of them. blockDim.x is a power of two
+// and the block is whole warps. Every thread of the block calls; two calls in a row need different
 // scratch, so that one barrier per call is enough.
 __device__ inline float row_sum(float value, float (&scratch)[kMaxWarps]) {
   if (blockDim.x <= kWarpSize) return warp_sum(value, blockDim.x);

@@ -1,0 +1,57 @@
+"""tools/check_kernels.py on listings written here."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+PATH = Path(__file__).parent.parent / "tools" / "check_kernels.py"
+SPEC = importlib.util.spec_from_file_location("check_kernels", PATH)
+check_kernels = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(check_kernels)
+
+SASS = """
+arch = sm_90a
+		Function : _ZN7jaxkern15a_fwd_sm90_kernelE
+        /*0a10*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0a20*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
+		Function : _ZN7jaxkern8b_kernelE
+        /*0a10*/                   FFMA R2, R2, R3, R4 ;
+"""
+RESOURCES = """
+ Function _ZN7jaxkern15a_fwd_sm90_kernelE:
+  REG:168 STACK:0 SHARED:17664 LOCAL:0
+ Function _ZN7jaxkern8b_kernelE:
+  REG:32 STACK:0 SHARED:0 LOCAL:0
+"""
+LOG = "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+
+
+def test_good_kernels():
+    assert check_kernels.hgmma_counts(SASS) == {
+        "_ZN7jaxkern15a_fwd_sm90_kernelE": 2,
+        "_ZN7jaxkern8b_kernelE": 0,
+    }
+    assert check_kernels.problems(SASS, RESOURCES, LOG) == []
+
+
+@pytest.mark.parametrize(
+    "sass, resources, log, problem",
+    [
+        ("", RESOURCES, LOG, "there are no kernels"),
+        (SASS.replace("HGMMA", "HMMA"), RESOURCES, LOG, "no HGMMA"),
+        (SASS + "arch = sm_80\n", RESOURCES, LOG, "wanted sm_90a alone"),
+        (
+            SASS,
+            RESOURCES.replace("STACK:0 SHARED:0", "STACK:24 SHARED:0"),
+            LOG,
+            "24 bytes of stack",
+        ),
+        (SASS, RESOURCES, LOG.replace("0 bytes spill loads", "20 bytes spill loads"), "20 bytes"),
+        (SASS, RESOURCES, "ptxas warning : Registers are spilled to local memory", "spilled"),
+        (SASS, RESOURCES, "ptxas info : (C7510) Potential Performance Loss: wgmma", "C7510"),
+    ],
+)
+def test_bad_kernels(sass, resources, log, problem):
+    found = check_kernels.problems(sass, resources, log)
+    assert any(problem in line for line in found), found
