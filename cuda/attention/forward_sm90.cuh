@@ -187,7 +187,6 @@ struct AttentionForward {
         release_key();
         if constexpr (kMasked) p.mask.apply(logits, row, block * kBlockS);
         const tile::RowVector rescale = softmax.template update<kMasked>(logits);
-        tile::ptx::order_before(softmax.sum[0] + softmax.sum[1]);  // softmax runs under O += P V
         tile::mma_wait<0>(out);
         release_value();
         tile::scale_rows(out, rescale);
