@@ -5,6 +5,7 @@
 #include "cuda/attention/order.h"
 #include "cuda/attention/tensor_maps.h"
 #include "cuda/host/device.h"
+#include "cuda/host/launch.h"
 
 namespace jaxkern {
 
@@ -14,7 +15,7 @@ cudaError_t launch_backward(const AttentionBwdParams& params, cudaStream_t strea
   const AttentionShape& shape = params.shape;
   const auto padded_T = static_cast<int>(attention_padded_length(shape.T));
   DeviceInfo device;
-  if (cudaError_t e = current_device(&device); e != cudaSuccess) return e;
+  if (cudaError_t error = current_device(&device)) return error;
 
   typename Backward::Params p;
   const auto query_map = [&](CUtensorMap* map, const void* data) {
@@ -23,14 +24,12 @@ cudaError_t launch_backward(const AttentionBwdParams& params, cudaStream_t strea
   const auto key_map = [&](CUtensorMap* map, const void* data, int box_rows) {
     return make_key_map(map, params.dtype, shape, data, box_rows);
   };
-  if (cudaError_t e = query_map(&p.query, params.query); e != cudaSuccess) return e;
-  if (cudaError_t e = query_map(&p.dout, params.dout); e != cudaSuccess) return e;
-  if (cudaError_t e = key_map(&p.key, params.key, Backward::kBlockS); e != cudaSuccess) return e;
-  if (cudaError_t e = key_map(&p.value, params.value, Backward::kBlockS); e != cudaSuccess) {
-    return e;
-  }
-  if (cudaError_t e = key_map(&p.dkey, params.dkey, 64); e != cudaSuccess) return e;
-  if (cudaError_t e = key_map(&p.dvalue, params.dvalue, 64); e != cudaSuccess) return e;
+  if (cudaError_t error = query_map(&p.query, params.query)) return error;
+  if (cudaError_t error = query_map(&p.dout, params.dout)) return error;
+  if (cudaError_t error = key_map(&p.key, params.key, Backward::kBlockS)) return error;
+  if (cudaError_t error = key_map(&p.value, params.value, Backward::kBlockS)) return error;
+  if (cudaError_t error = key_map(&p.dkey, params.dkey, 64)) return error;
+  if (cudaError_t error = key_map(&p.dvalue, params.dvalue, 64)) return error;
   p.lse_log2 = params.lse_log2;
   p.delta = params.delta;
   p.dquery_accum = params.dquery_accum;
@@ -45,37 +44,34 @@ cudaError_t launch_backward(const AttentionBwdParams& params, cudaStream_t strea
   const int64_t head_bytes = 8 * shape.T * shape.H * p.group;  // queries, dO, accumulator
   p.order.section = kCausal ? heads_in_l2(device, head_bytes, 1) : 1;
 
-  const AttentionRowsParams rows = {params.out,
-                                    params.dout,
-                                    params.lse,
-                                    params.dlse,
-                                    params.lse_log2,
-                                    params.delta,
-                                    params.dquery_accum,
-                                    params.dquery,
-                                    params.scale,
-                                    static_cast<int>(shape.T),
-                                    static_cast<int>(shape.N),
-                                    padded_T};
-  const auto blocks = [&](int rows_per_block) {
-    return static_cast<unsigned>(padded_T / rows_per_block * shape.N * shape.B);
+  const AttentionRowsParams rows = {
+      .out = params.out,
+      .dout = params.dout,
+      .lse = params.lse,
+      .dlse = params.dlse,
+      .lse_log2 = params.lse_log2,
+      .delta = params.delta,
+      .dquery_accum = params.dquery_accum,
+      .dquery = params.dquery,
+      .scale = params.scale,
+      .T = static_cast<int>(shape.T),
+      .N = static_cast<int>(shape.N),
+      .padded_T = padded_T,
   };
-  attention_bwd_preprocess_kernel<T, kHeadDim>
-      <<<blocks(kRowsThreads * 8 / kHeadDim), kRowsThreads, 0, stream>>>(rows);
-  if (cudaError_t e = cudaPeekAtLastError(); e != cudaSuccess) return e;
-
-  const auto kernel = attention_bwd_sm90_kernel<Backward>;
-  if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           Backward::kSharedBytes);
-      e != cudaSuccess) {
-    return e;
+  const auto blocks = [&](int rows_per_block) {
+    return padded_T / rows_per_block * shape.N * shape.B;
+  };
+  if (cudaError_t error =
+          launch(attention_bwd_preprocess_kernel<T, kHeadDim>, blocks(kRowsThreads * 8 / kHeadDim),
+                 kRowsThreads, 0, stream, rows)) {
+    return error;
   }
-  kernel<<<p.order.count(), Backward::kThreads, Backward::kSharedBytes, stream>>>(p);
-  if (cudaError_t e = cudaPeekAtLastError(); e != cudaSuccess) return e;
-
-  attention_bwd_postprocess_kernel<T, kHeadDim>
-      <<<blocks(Backward::kBlockT), kRowsThreads, 0, stream>>>(rows);
-  return cudaPeekAtLastError();
+  if (cudaError_t error = launch(attention_bwd_sm90_kernel<Backward>, p.order.count(),
+                                 Backward::kThreads, Backward::kSharedBytes, stream, p)) {
+    return error;
+  }
+  return launch(attention_bwd_postprocess_kernel<T, kHeadDim>, blocks(Backward::kBlockT),
+                kRowsThreads, 0, stream, rows);
 }
 
 template cudaError_t launch_backward<tile::JAXKERN_ELEMENT, JAXKERN_HEAD_DIM, false>(

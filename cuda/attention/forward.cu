@@ -7,6 +7,7 @@
 #include "cuda/attention/order.h"
 #include "cuda/attention/tensor_maps.h"
 #include "cuda/host/device.h"
+#include "cuda/host/launch.h"
 
 namespace jaxkern {
 
@@ -15,7 +16,7 @@ cudaError_t launch_forward(const AttentionFwdParams& params, cudaStream_t stream
   using Forward = AttentionForward<T, kHeadDim, kCausal>;
   const AttentionShape& shape = params.shape;
   DeviceInfo device;
-  if (cudaError_t e = current_device(&device); e != cudaSuccess) return e;
+  if (cudaError_t error = current_device(&device)) return error;
 
   typename Forward::Params p;
   const auto query_map = [&](CUtensorMap* map, const void* data) {
@@ -24,10 +25,10 @@ cudaError_t launch_forward(const AttentionFwdParams& params, cudaStream_t stream
   const auto key_map = [&](CUtensorMap* map, const void* data) {
     return make_key_map(map, params.dtype, shape, data, Forward::kBlockS);
   };
-  if (cudaError_t e = query_map(&p.query, params.query); e != cudaSuccess) return e;
-  if (cudaError_t e = query_map(&p.out, params.out); e != cudaSuccess) return e;
-  if (cudaError_t e = key_map(&p.key, params.key); e != cudaSuccess) return e;
-  if (cudaError_t e = key_map(&p.value, params.value); e != cudaSuccess) return e;
+  if (cudaError_t error = query_map(&p.query, params.query)) return error;
+  if (cudaError_t error = query_map(&p.out, params.out)) return error;
+  if (cudaError_t error = key_map(&p.key, params.key)) return error;
+  if (cudaError_t error = key_map(&p.value, params.value)) return error;
   p.lse = params.lse;
   p.scale_log2 = params.scale * kLog2E;
   p.mask = {static_cast<int>(shape.T), static_cast<int>(shape.S)};
@@ -37,15 +38,9 @@ cudaError_t launch_forward(const AttentionFwdParams& params, cudaStream_t stream
   p.order.heads = static_cast<int>(shape.B * shape.N);
   p.order.section = kCausal ? heads_in_l2(device, 4 * shape.S * shape.H, p.group) : 1;
 
-  const auto kernel = attention_fwd_sm90_kernel<Forward>;
-  if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           Forward::kSharedBytes);
-      e != cudaSuccess) {
-    return e;
-  }
   const int grid = std::min(p.order.count(), device.multiprocessors);
-  kernel<<<grid, Forward::kThreads, Forward::kSharedBytes, stream>>>(p);
-  return cudaPeekAtLastError();
+  return launch(attention_fwd_sm90_kernel<Forward>, grid, Forward::kThreads, Forward::kSharedBytes,
+                stream, p);
 }
 
 template cudaError_t launch_forward<tile::JAXKERN_ELEMENT, JAXKERN_HEAD_DIM, false>(

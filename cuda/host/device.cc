@@ -4,10 +4,11 @@ namespace jaxkern {
 
 cudaError_t current_device(DeviceInfo* info) {
   int device;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status != cudaSuccess) return status;
-  status = cudaDeviceGetAttribute(&info->multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (status != cudaSuccess) return status;
+  if (cudaError_t error = cudaGetDevice(&device)) return error;
+  if (cudaError_t error =
+          cudaDeviceGetAttribute(&info->multiprocessors, cudaDevAttrMultiProcessorCount, device)) {
+    return error;
+  }
   return cudaDeviceGetAttribute(&info->l2_bytes, cudaDevAttrL2CacheSize, device);
 }
 

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <bit>
 
+#include "cuda/host/device.h"
+#include "cuda/host/launch.h"
 #include "cuda/norm/rms_norm.cuh"
 
 namespace jaxkern {
@@ -25,43 +27,30 @@ int vector_elements(int64_t width, std::initializer_list<const void*> operands) 
   return width % kVec == 0 && std::all_of(operands.begin(), operands.end(), aligned) ? kVec : 1;
 }
 
-template <typename... KernelArgs, typename... Args>
-cudaError_t launch(void (*kernel)(KernelArgs...), int64_t blocks, dim3 threads, cudaStream_t stream,
-                   const Args&... args) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = threads;
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, args...);
-}
-
 template <typename T, typename S, int kVec>
 cudaError_t launch_fwd(const RmsNormFwdParams& p, cudaStream_t stream) {
   const int threads = threads_per_row(p.width / kVec, 1024);
   const int rows = std::max(1, kFwdThreads / threads);
-  return launch(rms_norm_fwd_kernel<T, S, kVec>, (p.rows + rows - 1) / rows, dim3(threads, rows),
+  return launch(rms_norm_fwd_kernel<T, S, kVec>, (p.rows + rows - 1) / rows, dim3(threads, rows), 0,
                 stream, p);
 }
 
 template <typename T, typename S, int kVec>
 cudaError_t launch_bwd(const RmsNormBwdParams& p, cudaStream_t stream) {
-  int device, multiprocessors;
-  if (cudaError_t error = cudaGetDevice(&device)) return error;
-  if (cudaError_t error =
-          cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)) {
-    return error;
-  }
+  DeviceInfo device;
+  if (cudaError_t error = current_device(&device)) return error;
   const int threads = threads_per_row(p.width / kVec, kBwdThreads);
   const int rows = kBwdThreads / threads;
-  const int most_blocks = std::min(multiprocessors, kRmsNormMaxPartials);
+  const int most_blocks = std::min(device.multiprocessors, kRmsNormMaxPartials);
   const int blocks = static_cast<int>(std::min<int64_t>(most_blocks, (p.rows + rows - 1) / rows));
   if (cudaError_t error =
-          launch(rms_norm_bwd_kernel<T, S, kVec>, blocks, dim3(threads, rows), stream, p)) {
+          launch(rms_norm_bwd_kernel<T, S, kVec>, blocks, dim3(threads, rows), 0, stream, p)) {
     return error;
   }
   constexpr int kColumns = 32, kRowStride = 8;
   return launch(rms_norm_bwd_dscale_kernel<kColumns, kRowStride>,
-                (p.width + kColumns - 1) / kColumns, dim3(kColumns, kRowStride), stream, p, blocks);
+                (p.width + kColumns - 1) / kColumns, dim3(kColumns, kRowStride), 0, stream, p,
+                blocks);
 }
 
 // Calls launch.operator()<T, S>() with the element types of x and scale.
