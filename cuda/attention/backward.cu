@@ -2,9 +2,7 @@
 // JAXKERN_ELEMENT and JAXKERN_HEAD_DIM come from the table in CMakeLists.txt.
 #include "cuda/attention/backward_rows.cuh"
 #include "cuda/attention/instances.h"
-#include "cuda/attention/order.h"
 #include "cuda/attention/tensor_maps.h"
-#include "cuda/host/device.h"
 #include "cuda/host/launch.h"
 
 namespace jaxkern {
@@ -14,22 +12,19 @@ cudaError_t launch_backward(const AttentionBwdParams& params, cudaStream_t strea
   using Backward = AttentionBackward<T, kHeadDim, kCausal>;
   const AttentionShape& shape = params.shape;
   const auto padded_T = static_cast<int>(attention_padded_length(shape.T));
-  DeviceInfo device;
-  if (cudaError_t error = current_device(&device)) return error;
-
   typename Backward::Params p;
   const auto query_map = [&](CUtensorMap* map, const void* data) {
     return make_query_map(map, params.dtype, shape, data, Backward::kBlockT);
   };
-  const auto key_map = [&](CUtensorMap* map, const void* data, int box_rows) {
-    return make_key_map(map, params.dtype, shape, data, box_rows);
+  const auto key_map = [&](CUtensorMap* map, const void* data) {
+    return make_key_map(map, params.dtype, shape, data, Backward::kBlockS);
   };
   if (cudaError_t error = query_map(&p.query, params.query)) return error;
   if (cudaError_t error = query_map(&p.dout, params.dout)) return error;
-  if (cudaError_t error = key_map(&p.key, params.key, Backward::kBlockS)) return error;
-  if (cudaError_t error = key_map(&p.value, params.value, Backward::kBlockS)) return error;
-  if (cudaError_t error = key_map(&p.dkey, params.dkey, 64)) return error;
-  if (cudaError_t error = key_map(&p.dvalue, params.dvalue, 64)) return error;
+  if (cudaError_t error = key_map(&p.key, params.key)) return error;
+  if (cudaError_t error = key_map(&p.value, params.value)) return error;
+  if (cudaError_t error = key_map(&p.dkey, params.dkey)) return error;
+  if (cudaError_t error = key_map(&p.dvalue, params.dvalue)) return error;
   p.lse_log2 = params.lse_log2;
   p.delta = params.delta;
   p.dquery_accum = params.dquery_accum;
@@ -41,8 +36,6 @@ cudaError_t launch_backward(const AttentionBwdParams& params, cudaStream_t strea
   p.padded_T = padded_T;
   p.order.blocks = static_cast<int>((shape.S + Backward::kBlockS - 1) / Backward::kBlockS);
   p.order.heads = static_cast<int>(shape.B * shape.K);
-  const int64_t head_bytes = 8 * shape.T * shape.H * p.group;  // queries, dO, accumulator
-  p.order.section = kCausal ? heads_in_l2(device, head_bytes, 1) : 1;
 
   const AttentionRowsParams rows = {
       .out = params.out,

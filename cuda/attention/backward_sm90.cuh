@@ -11,8 +11,8 @@
 // through shared memory, because dQ sums over all 128 keys. Each consumer makes the 64 x 64 part of
 // dQ that panel `consumer` of dS (H 64) or of K (H 128) gives, and TMA adds it to a float32
 // accumulator in global memory, in fragment order: nothing but the post-process kernel reads it.
-//   producer    warp 0 loads keys and values and streams queries with their lse, warp 1 streams dO
-//               with delta, warps 2 and 3 add the two consumers' dQ.
+//   producer    warp 0 loads keys and values, streams queries with their lse, and stores dK and dV;
+//               warp 1 streams dO with delta; warps 2 and 3 add the two consumers' dQ.
 // The order of products is FlashAttention-3's (Shah et al. 2024). docs/attention.md draws it.
 #pragma once
 
@@ -53,17 +53,17 @@ struct AttentionBackward {
     alignas(128) float delta[kStages][kBlockT];
     tile::Ring<kStages> query_ring, dout_ring;
     tile::Ring<1> dquery_ring[kConsumers];
-    tile::Barrier key_value_full;
+    tile::Barrier key_value_full, gradients_full;
   };
   static constexpr int kSharedBytes = sizeof(Storage);
   static_assert(kSharedBytes <= tile::kMaxSharedBytes, "the tiles must fit a block");
 
   struct Params {
-    CUtensorMap query, dout, key, value;  // boxes: one panel of kBlockT queries, kBlockS keys
-    CUtensorMap dkey, dvalue;             // boxes: one panel of 64 keys
-    const float* lse_log2;                // (B, N, Tp)
-    const float* delta;                   // (B, N, Tp)
-    float* dquery_accum;                  // (B, N, Tp / kBlockT, kConsumers, kPart)
+    CUtensorMap query, dout;               // boxes: one panel of kBlockT queries
+    CUtensorMap key, value, dkey, dvalue;  // boxes: one panel of kBlockS keys
+    const float* lse_log2;                 // (B, N, Tp)
+    const float* delta;                    // (B, N, Tp)
+    float* dquery_accum;                   // (B, N, Tp / kBlockT, kConsumers, kPart)
     float scale, scale_log2;
     AttentionMask<kCausal> mask;
     tile::TileOrder order;
@@ -72,22 +72,27 @@ struct AttentionBackward {
 
   // One block's work. Query blocks run from `first` to `last`, for each head of the group.
   struct Work {
-    int key, kv_head, batch, first, last;
+    int key, head_of_all, first, last;  // head_of_all counts through batch and key/value heads
 
     __device__ __forceinline__ explicit Work(const Params& p) {
       const auto at = p.order.at(blockIdx.x);
       key = at.block * kBlockS;  // with a causal mask the first keys have the most queries
-      kv_head = at.head % p.kv_heads;
-      batch = at.head / p.kv_heads;
+      head_of_all = at.head;
       first = min(p.mask.query_begin(key), p.mask.T) / kBlockT;
-      last = (p.mask.T + kBlockT - 1) / kBlockT;
+      last = tile::ceil_div(p.mask.T, kBlockT);
     }
-    __device__ __forceinline__ int head(const Params& p, int member) const {
-      return kv_head * p.group + member;
+    __device__ __forceinline__ tile::tma::Coordinate keys(const Params& p) const {
+      return {head_of_all / p.kv_heads, key, head_of_all % p.kv_heads};
     }
-    // Of the (B, N, Tp) workspaces.
-    __device__ __forceinline__ int64_t row(const Params& p, int head, int block) const {
-      return (int64_t{batch} * p.kv_heads * p.group + head) * p.padded_T + block * kBlockT;
+    __device__ __forceinline__ tile::tma::Coordinate queries(const Params& p, int member,
+                                                             int block) const {
+      const int kv_head = head_of_all % p.kv_heads;
+      return {head_of_all / p.kv_heads, block * kBlockT, kv_head * p.group + member};
+    }
+    // The first row of a query block in the (B, N, Tp) workspaces.
+    __device__ __forceinline__ int64_t row(const Params& p, int member, int block) const {
+      const int head = head_of_all * p.group + member;
+      return int64_t{head} * p.padded_T + block * kBlockT;
     }
   };
 
@@ -95,10 +100,19 @@ struct AttentionBackward {
 
   __device__ __forceinline__ static void load_keys(const Params& p, Storage& shared) {
     const Work work(p);
-    const tile::tma::Coordinate at{work.batch, work.key, work.kv_head};
+    const auto at = work.keys(p);
     shared.key_value_full.arrive_expect(2 * KeyTile::kBytes);
     tile::tma::load(shared.key, p.key, at, shared.key_value_full);
     tile::tma::load(shared.value, p.value, at, shared.key_value_full);
+  }
+
+  __device__ __forceinline__ static void store_gradients(const Params& p, Storage& shared) {
+    const Work work(p);
+    const auto at = work.keys(p);
+    shared.gradients_full.wait(0);
+    tile::tma::store(p.dkey, at, shared.key);
+    tile::tma::store(p.dvalue, at, shared.value);
+    tile::tma::wait_stores_read();
   }
 
   // Streams query blocks of one operand (queries or dO) and their row statistics (lse or delta).
@@ -108,13 +122,13 @@ struct AttentionBackward {
                                                       float (&rows)[kStages][kBlockT]) {
     const Work work(p);
     tile::Slot<kStages> slot;
-    for (int head = work.head(p, 0); head < work.head(p, p.group); ++head) {
+    for (int member = 0; member < p.group; ++member) {
       for (int block = work.first; block < work.last; ++block, slot.advance()) {
         slot.wait_empty(ring);
         auto& full = ring.full[slot.stage()];
         full.arrive_expect(QueryTile::kBytes + sizeof(rows[0]));
-        tile::tma::load(tiles[slot.stage()], map, {work.batch, block * kBlockT, head}, full);
-        tile::tma::load(rows[slot.stage()], stats + work.row(p, head, block), kBlockT, full);
+        tile::tma::load(tiles[slot.stage()], map, work.queries(p, member, block), full);
+        tile::tma::load(rows[slot.stage()], stats + work.row(p, member, block), kBlockT, full);
       }
     }
   }
@@ -124,10 +138,10 @@ struct AttentionBackward {
     const Work work(p);
     auto& ring = shared.dquery_ring[consumer];
     tile::Slot<1> slot;
-    for (int head = work.head(p, 0); head < work.head(p, p.group); ++head) {
+    for (int member = 0; member < p.group; ++member) {
       for (int block = work.first; block < work.last; ++block, slot.advance()) {
         slot.wait_full(ring);
-        float* accum = p.dquery_accum + work.row(p, head, block) * kHeadDim + consumer * kPart;
+        float* accum = p.dquery_accum + work.row(p, member, block) * kHeadDim + consumer * kPart;
         tile::tma::add(accum, shared.dquery[consumer], kPart);
         tile::tma::wait_stores_read();
         ring.empty[0].arrive();
@@ -147,13 +161,12 @@ struct AttentionBackward {
     shared.key_value_full.wait(0);
     const auto key = tile::k_major<64>(shared.key, 64 * consumer);
     const auto value = tile::k_major<64>(shared.value, 64 * consumer);
-    const int dense_first = p.mask.dense_query_begin(key0 + 64);  // first query that sees all 64
-    const bool ragged = key0 + 64 > p.mask.S;
+    // The first query block that sees all 64 keys.
+    const int dense_query = key0 + 64 > p.mask.S ? p.mask.T : p.mask.dense_query_begin(key0 + 64);
+    const int dense = min(tile::ceil_div(dense_query, kBlockT), work.last);
 
     tile::Slot<kStages> slot;
-    tile::Slot<1> dquery_slot;
-    const auto step = [&](int block, auto masked) {
-      constexpr bool kMasked = decltype(masked)::value;
+    const auto step = [&](int block) {
       auto& query_tile = shared.query[slot.stage()];
       auto& dout_tile = shared.dout[slot.stage()];
       auto& dscores_tile = shared.dscores[slot.stage()];
@@ -169,7 +182,7 @@ struct AttentionBackward {
 
       // P^T = 2^(S^T * scale_log2 - lse_log2), while dP^T is multiplied.
       tile::mma_wait<1>(scores);
-      if constexpr (kMasked) p.mask.apply_transposed(scores, key0, block * kBlockT);
+      if (block < dense) p.mask.apply_transposed(scores, key0, block * kBlockT);
       subtract_and_exponentiate(scores, shared.lse_log2[slot.stage()], p.scale_log2);
       tile::convert(weights, scores);
       tile::mma_fence(dvalue);
@@ -207,22 +220,17 @@ struct AttentionBackward {
       tile::mma_wait<2>(dvalue);
       shared.dout_ring.empty[slot.stage()].arrive_warp();
       tile::mma_wait<1>(dquery);
-      dquery_slot.wait_empty(shared.dquery_ring[consumer]);
+      tile::Slot<1>{slot.count}.wait_empty(shared.dquery_ring[consumer]);
       tile::store_fragments(shared.dquery[consumer], dquery);
       tile::tma::fence_writes();
       shared.dquery_ring[consumer].full[0].arrive_warp();
-      dquery_slot.advance();
       tile::mma_wait<0>(dkey);
       shared.query_ring.empty[slot.stage()].arrive_warp();
       slot.advance();
     };
 
     for (int member = 0; member < p.group; ++member) {
-      int block = work.first;
-      for (; block < work.last && (ragged || block * kBlockT < dense_first); ++block) {
-        step(block, std::true_type{});
-      }
-      for (; block < work.last; ++block) step(block, std::false_type{});
+      for (int block = work.first; block < work.last; ++block) step(block);
     }
 
     tile::scale(dkey, p.scale);
@@ -233,12 +241,7 @@ struct AttentionBackward {
     tile::convert(rounded, dvalue);
     tile::store(shared.value, 64 * consumer, rounded);
     tile::tma::fence_writes();
-    tile::ptx::named_barrier_sync(kScores + 1 + consumer, tile::kWarpgroupSize);
-    if (threadIdx.x % tile::kWarpgroupSize == 0) {
-      tile::tma::store(p.dkey, {work.batch, key0, work.kv_head}, shared.key, 64 * consumer);
-      tile::tma::store(p.dvalue, {work.batch, key0, work.kv_head}, shared.value, 64 * consumer);
-      tile::tma::wait_stores_read();
-    }
+    shared.gradients_full.arrive_warp();
   }
 
   // x(key, query) = 2^(x * scale_log2 - lse_log2[query])
@@ -284,6 +287,7 @@ __global__ void __launch_bounds__(Backward::kThreads, 1)
     shared.dout_ring.init(1, kWarps * Backward::kConsumers);
     for (auto& ring : shared.dquery_ring) ring.init(kWarps, 1);
     shared.key_value_full.init(1);
+    shared.gradients_full.init(kWarps * Backward::kConsumers);
     tile::ptx::fence_mbarrier_init();
   }
   __syncthreads();
@@ -294,6 +298,7 @@ __global__ void __launch_bounds__(Backward::kThreads, 1)
       Backward::load_keys(p, shared);
       Backward::load_queries(p, p.query, p.lse_log2, shared.query_ring, shared.query,
                              shared.lse_log2);
+      Backward::store_gradients(p, shared);
     } else if (threadIdx.x == tile::kWarpSize) {
       Backward::load_queries(p, p.dout, p.delta, shared.dout_ring, shared.dout, shared.delta);
     } else if (threadIdx.x % tile::kWarpSize == 0) {

@@ -4,7 +4,6 @@
 
 #include "cuda/attention/forward_sm90.cuh"
 #include "cuda/attention/instances.h"
-#include "cuda/attention/order.h"
 #include "cuda/attention/tensor_maps.h"
 #include "cuda/host/device.h"
 #include "cuda/host/launch.h"
@@ -15,8 +14,8 @@ template <class T, int kHeadDim, bool kCausal>
 cudaError_t launch_forward(const AttentionFwdParams& params, cudaStream_t stream) {
   using Forward = AttentionForward<T, kHeadDim, kCausal>;
   const AttentionShape& shape = params.shape;
-  DeviceInfo device;
-  if (cudaError_t error = current_device(&device)) return error;
+  int multiprocessors;
+  if (cudaError_t error = multiprocessor_count(&multiprocessors)) return error;
 
   typename Forward::Params p;
   const auto query_map = [&](CUtensorMap* map, const void* data) {
@@ -36,9 +35,8 @@ cudaError_t launch_forward(const AttentionFwdParams& params, cudaStream_t stream
   p.group = static_cast<int>(shape.N / shape.K);
   p.order.blocks = static_cast<int>((shape.T + Forward::kBlockT - 1) / Forward::kBlockT);
   p.order.heads = static_cast<int>(shape.B * shape.N);
-  p.order.section = kCausal ? heads_in_l2(device, 4 * shape.S * shape.H, p.group) : 1;
 
-  const int grid = std::min(p.order.count(), device.multiprocessors);
+  const int grid = std::min(p.order.count(), multiprocessors);
   return launch(attention_fwd_sm90_kernel<Forward>, grid, Forward::kThreads, Forward::kSharedBytes,
                 stream, p);
 }

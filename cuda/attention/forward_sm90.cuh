@@ -65,7 +65,7 @@ struct AttentionForward {
       const int block = kCausal ? p.order.blocks - 1 - at.block : at.block;  // longest first
       row = block * kBlockT;
       head_of_all = at.head;
-      key_blocks = (p.mask.key_end(min(row + kBlockT, p.mask.T)) + kBlockS - 1) / kBlockS;
+      key_blocks = tile::ceil_div(p.mask.key_end(min(row + kBlockT, p.mask.T)), kBlockS);
     }
     __device__ __forceinline__ tile::tma::Coordinate query(const Params& p) const {
       return {head_of_all / p.heads, row, head_of_all % p.heads};
@@ -126,7 +126,7 @@ struct AttentionForward {
 
   __device__ __forceinline__ static void consume(const Params& p, Storage& shared, int consumer) {
     tile::Slot<kQueryStages> query;
-    tile::Slot<kStages> key, value;
+    tile::Slot<kStages> key;                        // values lag one block behind
     tile::RegisterTile<float, 64, kHeadDim> out;    // (64, H)
     tile::RegisterTile<float, 64, kBlockS> logits;  // (64, kBlockS), then exponentials
     tile::RegisterTile<T, 64, kBlockS> weights;     // (64, kBlockS)
@@ -153,19 +153,16 @@ struct AttentionForward {
         tile::mma(logits, q, tile::k_major<kBlockS>(shared.key[key.stage()]), false);
         tile::mma_commit();
       };
-      const auto release_key = [&] {
-        shared.key_ring.empty[key.stage()].arrive_warp();
-        key.advance();
-      };
+      const auto release_key = [&] { shared.key_ring.empty[key.stage()].arrive_warp(); };
       const auto issue_out = [&] {
+        const auto value = key.previous();
         value.wait_full(shared.value_ring);
         tile::mma_fence(out);
         tile::mma(out, weights, tile::mn_major<kHeadDim>(shared.value[value.stage()]), true);
         tile::mma_commit();
       };
       const auto release_value = [&] {
-        shared.value_ring.empty[value.stage()].arrive_warp();
-        value.advance();
+        shared.value_ring.empty[key.previous().stage()].arrive_warp();
       };
 
       int block = work.key_blocks - 1;
@@ -173,6 +170,7 @@ struct AttentionForward {
       issue_logits();
       tile::mma_wait<0>(logits);
       release_key();
+      key.advance();
       p.mask.apply(logits, row, block * kBlockS);
       softmax.template update<true>(logits);
       tile::convert(weights, logits);
@@ -189,6 +187,7 @@ struct AttentionForward {
         const tile::RowVector rescale = softmax.template update<kMasked>(logits);
         tile::mma_wait<0>(out);
         release_value();
+        key.advance();
         tile::scale_rows(out, rescale);
         tile::convert(weights, logits);
       };

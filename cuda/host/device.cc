@@ -2,14 +2,10 @@
 
 namespace jaxkern {
 
-cudaError_t current_device(DeviceInfo* info) {
+cudaError_t multiprocessor_count(int* count) {
   int device;
   if (cudaError_t error = cudaGetDevice(&device)) return error;
-  if (cudaError_t error =
-          cudaDeviceGetAttribute(&info->multiprocessors, cudaDevAttrMultiProcessorCount, device)) {
-    return error;
-  }
-  return cudaDeviceGetAttribute(&info->l2_bytes, cudaDevAttrL2CacheSize, device);
+  return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
 }
 
 }  // namespace jaxkern

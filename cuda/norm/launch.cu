@@ -37,11 +37,11 @@ cudaError_t launch_fwd(const RmsNormFwdParams& p, cudaStream_t stream) {
 
 template <typename T, typename S, int kVec>
 cudaError_t launch_bwd(const RmsNormBwdParams& p, cudaStream_t stream) {
-  DeviceInfo device;
-  if (cudaError_t error = current_device(&device)) return error;
+  int multiprocessors;
+  if (cudaError_t error = multiprocessor_count(&multiprocessors)) return error;
   const int threads = threads_per_row(p.width / kVec, kBwdThreads);
   const int rows = kBwdThreads / threads;
-  const int most_blocks = std::min(device.multiprocessors, kRmsNormMaxPartials);
+  const int most_blocks = std::min(multiprocessors, kRmsNormMaxPartials);
   const int blocks = static_cast<int>(std::min<int64_t>(most_blocks, (p.rows + rows - 1) / rows));
   if (cudaError_t error =
           launch(rms_norm_bwd_kernel<T, S, kVec>, blocks, dim3(threads, rows), 0, stream, p)) {

@@ -50,6 +50,7 @@ struct Slot {
   __device__ __forceinline__ int stage() const { return count % kStages; }
   __device__ __forceinline__ uint32_t parity() const { return count / kStages % 2; }
   __device__ __forceinline__ void advance() { ++count; }
+  __device__ __forceinline__ Slot previous() const { return {count - 1}; }
   __device__ __forceinline__ void wait_full(Ring<kStages>& ring) const {
     ring.full[stage()].wait(parity());
   }

@@ -3,14 +3,11 @@
 
 namespace jaxkern::tile {
 
-// Tiles are numbered section by section; a section is a group of heads whose keys and values stay
-// in the L2 cache together. Inside a section row blocks are the slow axis, so that with causal
-// masks (whose blocks differ in work) the longest blocks of all the section's heads come first.
-// With section = 1 the blocks of one head follow one another.
+// The row blocks of one head follow one another, so that the blocks at work share few heads' keys
+// and values, and those stay in the L2 cache.
 struct TileOrder {
-  int blocks;   // row blocks per head
-  int heads;    // batch * heads, in all
-  int section;  // heads per section; at least 1
+  int blocks;  // row blocks per head
+  int heads;   // batch * heads, in all
 
   struct Tile {
     int block, head;
@@ -19,13 +16,7 @@ struct TileOrder {
   // 2^31 tiles of 64 rows and 64 columns would be 16 TiB of queries.
   __host__ __device__ int count() const { return blocks * heads; }
 
-  __device__ __forceinline__ Tile at(int index) const {
-    const int per_section = blocks * section;
-    const int first = index / per_section * section;
-    const int width = min(section, heads - first);
-    const int rest = index % per_section;
-    return {rest / width, first + rest % width};
-  }
+  __device__ __forceinline__ Tile at(int index) const { return {index % blocks, index / blocks}; }
 };
 
 // A persistent grid deals tiles out in rounds, every other round backwards: block b takes tiles

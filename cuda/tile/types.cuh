@@ -14,6 +14,8 @@ using f16 = __half;
 constexpr int kWarpSize = 32;
 constexpr int kWarpgroupSize = 128;
 
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
 template <class T>
 struct ElementType;
 
