@@ -10,7 +10,9 @@ from jax.experimental.mosaic.gpu import profiler
 
 from jaxkern import benchmarking
 
-RUN = benchmarking.Run("2026-01-02T03:04:05Z", "abc", "NVIDIA H200", "jax=1", "python x.py --a 'b c'")
+RUN = benchmarking.Run(
+    "2026-01-02T03:04:05Z", "abc", "NVIDIA H200", "jax=1", "python x.py --a 'b c'"
+)
 
 
 def row(**changes):
@@ -30,7 +32,9 @@ class TestRows:
         benchmarking.append_rows(tmp_path / "new", [row(provider="jnp", value=2.0)])
         after = path.read_text()
         assert after.startswith(before)
-        assert after.count("date,commit,gpu,versions,family,case,provider,metric,value,command") == 1
+        assert (
+            after.count("date,commit,gpu,versions,family,case,provider,metric,value,command") == 1
+        )
         assert benchmarking.read_rows(path) == [row(), row(provider="jnp", value=2.0)]
 
     def test_values_keep_five_digits(self, tmp_path):
