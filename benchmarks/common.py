@@ -243,7 +243,11 @@ class Comparison:
             samplers = {name: ready.samplers[direction] for name, ready in prepared.items()}
             if not samplers:
                 continue
-            samples = benchmarking.alternate(samplers, self.repeats)
+            try:
+                samples = benchmarking.alternate(samplers, self.repeats)
+            except Exception as error:
+                self._fail("sampling", error, shape.case(direction))
+                continue
             self._report(shape, direction, samples)
             if self.options.kernels and self.family.subject in samplers:
                 sampler = samplers[self.family.subject]
@@ -264,8 +268,7 @@ class Comparison:
                     return {}
                 continue
             except Exception as error:
-                why = f"{name}: {type(error).__name__}: {_first_line(error)}"
-                self._failed.setdefault(why, []).append(where)
+                self._fail(name, error, where)
                 continue
             if not ready.error <= ERROR_LIMIT:
                 why = f"{name} and {next(iter(prepared), name)} disagree, so nothing is measured"
@@ -274,6 +277,10 @@ class Comparison:
             expected = expected or ready.results
             prepared[name] = ready
         return prepared
+
+    def _fail(self, what: str, error: Exception, where: str) -> None:
+        why = f"{what}: {type(error).__name__}: {_first_line(error)}"
+        self._failed.setdefault(why, []).append(where)
 
     def _report(self, shape: Shape, direction: str, samples: Mapping[str, list[float]]) -> None:
         self._measured += 1

@@ -46,6 +46,7 @@ def prepare(
     import torch.nn.attention
 
     dtype = getattr(torch, DTYPES[shape.dtype])
+    kernel = getattr(torch.nn.attention.SDPBackend, BACKENDS[backend])
     known = {name: torch.from_numpy(a).view(dtype).to(device) for name, a in first.items()}
     if shape not in _inputs:
         _inputs.clear()
@@ -57,7 +58,7 @@ def prepare(
     operands = _inputs[shape]
 
     def forward(query, key, value, _=None):
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend[BACKENDS[backend]]):
+        with torch.nn.attention.sdpa_kernel(kernel):
             return torch.nn.functional.scaled_dot_product_attention(
                 query,
                 key,

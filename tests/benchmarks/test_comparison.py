@@ -111,6 +111,19 @@ def test_failure_is_reported_and_leaves_the_others(compare):
     assert "FAILED: jax.nn cudnn: RuntimeError: no memory: fwd one, bwd one\n" in out
 
 
+def test_failure_while_sampling_loses_one_case(compare):
+    def breaks_in_backward(shape, directions, inputs, expected):
+        ready = provider([1.0])(shape, directions, inputs, expected)
+        return common.Prepared({**ready.samplers, "bwd": [].pop}, ready.error)
+
+    status, figures, out = compare(
+        **{"jaxkern": provider([4.0]), "jax.nn_cudnn": breaks_in_backward}
+    )
+    assert status == 1
+    assert {case for case, _, _ in figures} == {"fwd one"}
+    assert "FAILED: sampling: IndexError: pop from empty list: bwd one\n" in out
+
+
 @pytest.mark.parametrize("result", [1.1, float("nan"), float("inf")])
 def test_providers_that_disagree_are_not_measured(compare, result):
     status, figures, out = compare(
