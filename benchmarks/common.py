@@ -108,7 +108,7 @@ def start_run(
     where, measured = destination.parse_known_args(argv)
     command = shlex.join(["python", f"benchmarks/{script}", *measured])
     try:
-        return benchmarking.Run.here(command, where.commit, also)
+        return benchmarking.Run.here(command, where.commit, folder=RESULTS.parent, also=also)
     except ValueError as error:
         parser.error(str(error))
 
@@ -250,9 +250,7 @@ class Comparison:
                 continue
             self._report(shape, direction, samples)
             if self.options.kernels and self.family.subject in samplers:
-                sampler = samplers[self.family.subject]
-                for name, us in benchmarking.kernel_times(sampler.fn, *sampler.inputs[0]):
-                    print(f"  {us:9.1f} us  {name}")
+                _print_kernels(samplers[self.family.subject])
 
     def _prepare(self, shape: Shape, directions: Sequence[str]) -> dict[str, Prepared]:
         inputs = self.family.inputs(shape)
@@ -330,6 +328,16 @@ class Comparison:
     def _print(self, case: str, cells: Mapping[str, str], ratio: str) -> None:
         columns = (f"{cells.get(name, '-' if case else ''):>18}" for name in self.providers)
         print(f"{case:<{self._width}}{''.join(columns)}{ratio:>7}", flush=True)
+
+
+def _print_kernels(sampler: benchmarking.Sampler) -> None:
+    try:
+        times = benchmarking.kernel_times(sampler.fn, *sampler.inputs[0])
+    except Exception as error:
+        print(f"  no kernel times: {_first_line(error)}")
+        return
+    for name, us in times:
+        print(f"  {us:9.1f} us  {name[:100]}")
 
 
 def _quartile_spread(samples: list[float]) -> float:

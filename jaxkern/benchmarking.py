@@ -169,11 +169,22 @@ class Run:
     command: str
 
     @classmethod
-    def here(cls, command: str, commit: str | None = None, also: Iterable[str] = ()) -> Run:
-        """This machine, now. `also` names further distributions whose versions matter."""
+    def here(
+        cls,
+        command: str,
+        commit: str | None = None,
+        *,
+        folder: str | pathlib.Path = ".",
+        also: Iterable[str] = (),
+    ) -> Run:
+        """This machine, now.
+
+        The commit is that of the git checkout around `folder` where it is not given; `also` names
+        further distributions whose versions matter.
+        """
         return cls(
             date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            commit=commit or git_commit(),
+            commit=commit or git_commit(folder),
             gpu=jax.devices()[0].device_kind,
             versions=versions(also),
             command=command,
@@ -190,15 +201,15 @@ class Run:
         )
 
 
-def git_commit() -> str:
-    """The commit of the working directory, with `+` when tracked files differ from it.
+def git_commit(folder: str | pathlib.Path = ".") -> str:
+    """The commit checked out around `folder`, with `+` when tracked files differ from it.
 
     Raises ValueError outside a git checkout: a figure without its commit is of no use later.
     """
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", *arguments], capture_output=True, text=True, check=True
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
         ).stdout.strip()
 
     try:
@@ -212,7 +223,7 @@ def git_commit() -> str:
             ":(top,exclude)benchmarks/results",
         )
     except (OSError, subprocess.CalledProcessError) as error:
-        raise ValueError("commit: this is no git checkout, so name the commit: --commit") from error
+        raise ValueError(f"--commit: needed, as {folder} is in no git checkout") from error
     return commit + ("+" if changed else "")
 
 

@@ -62,7 +62,6 @@ class TestRows:
 class TestRun:
     @pytest.fixture
     def checkout(self, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
         (tmp_path / "code.py").write_text("1")
         results = tmp_path / "benchmarks" / "results" / "cpu.csv"
@@ -70,22 +69,21 @@ class TestRun:
         results.write_text("1")
         me = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
         for command in (["init", "-q"], ["add", "."], [*me, "commit", "-q", "-m", "first"]):
-            subprocess.run(["git", *command], check=True)
+            subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
         return tmp_path
 
     def test_commit_is_marked_when_the_code_differs(self, checkout):
-        clean = benchmarking.git_commit()
+        clean = benchmarking.git_commit(checkout)
         assert len(clean) == 10 and int(clean, 16) >= 0
         (checkout / "benchmarks" / "results" / "cpu.csv").write_text("2")
-        assert benchmarking.git_commit() == clean
+        assert benchmarking.git_commit(checkout) == clean
         (checkout / "code.py").write_text("2")
-        assert benchmarking.git_commit() == clean + "+"
+        assert benchmarking.git_commit(checkout) == clean + "+"
 
     def test_without_a_checkout_the_commit_must_be_named(self, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-        with pytest.raises(ValueError, match="no git checkout, so name the commit: --commit"):
-            benchmarking.Run.here("python x.py")
+        with pytest.raises(ValueError, match="--commit: needed, as .* is in no git checkout"):
+            benchmarking.Run.here("python x.py", folder=tmp_path)
         run = benchmarking.Run.here("python x.py", commit="abc", also=["numpy", "not-installed"])
         assert (run.commit, run.gpu) == ("abc", jax.devices()[0].device_kind)
         assert f"jax={jax.__version__}" in run.versions.split()

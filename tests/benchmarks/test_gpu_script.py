@@ -150,6 +150,7 @@ def test_commands_of_the_steps(tmp_path):
     [
         (["--steps", "test,fly"], "--steps: no fly; there are install, test, sanitize"),
         (["--steps", "install"], "--wheel: the step install needs it"),
+        (["--steps", "test,train"], "--commit: the steps bench and train need it"),
         (["--steps", "test", "--step-limit", "test"], "error: "),
     ],
 )
