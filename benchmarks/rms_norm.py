@@ -68,7 +68,7 @@ def inputs(shape: Shape) -> common.Inputs:
 
 @jax.checkpoint
 def plain_rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """The formula as XLA does it best: backward keeps x alone, where autodiff would keep float32."""
+    """The formula as XLA does it best: backward keeps x, where autodiff would keep float32."""
     wide = x.astype(jnp.float32)
     rstd = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
     return (wide * rstd * scale.astype(jnp.float32)).astype(x.dtype)
