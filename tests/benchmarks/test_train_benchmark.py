@@ -1,0 +1,88 @@
+"""The benchmark around the training example, with a stand-in for the example."""
+
+import csv
+
+import pytest
+import train
+
+from jaxkern import benchmarking
+
+STAND_IN = """
+import argparse, json, pathlib, sys
+parser = argparse.ArgumentParser()
+for name in ("implementation", "output", "preset", "steps", "batch"):
+    parser.add_argument(f"--{name}")
+parser.add_argument("--restart", action="store_true")
+a = parser.parse_args()
+if a.implementation == "cudnn":
+    sys.exit("cuDNN is not there")
+out = pathlib.Path(a.output)
+out.mkdir(parents=True)
+config = {"batch": int(a.batch), "context": 2048, "dtype": "bfloat16", "preset": a.preset}
+(out / "config.json").write_text(json.dumps(config))
+lines = ["step,train,held_out", "1,5.5,", f"{a.steps},4.5,4.75"]
+(out / "losses.csv").write_text("\\n".join(lines) + "\\n")
+print("some progress")
+speed = {"cuda": 1000.0, "xla": 100.0}[a.implementation]
+result = {"held_out_loss": 4.75, "tokens_per_s": speed, "steps": int(a.steps)}
+print(json.dumps(result | {"parameters": 104123456, "devices": 1}))
+"""
+
+
+@pytest.fixture
+def measure(tmp_path, monkeypatch):
+    example = tmp_path / "example.py"
+    example.write_text(STAND_IN)
+    monkeypatch.setattr(train, "EXAMPLE", example)
+    output = tmp_path / "results"
+
+    def measure(*arguments):
+        destination = ["--output", str(output), "--commit", "abc"]
+        return train.main([*arguments, "--batch", "8", *destination]), output
+
+    return measure
+
+
+def test_rows_losses_and_plot(measure, capsys):
+    status, output = measure("--implementations", "cuda,xla", "--steps", "7")
+    assert status == 0
+    [path] = set(output.glob("*.csv")) - {output / "train_loss.csv"}
+    rows = benchmarking.read_rows(path)
+    assert [(r.family, r.case, r.provider, r.metric, r.value) for r in rows] == [
+        ("train", "train 104M b8 t2048 bf16", "jaxkern", "tokens_per_s", 1000.0),
+        ("train", "train 104M b8 t2048 bf16", "jaxkern xla", "tokens_per_s", 100.0),
+    ]
+    command = "python benchmarks/train.py --implementations cuda,xla --steps 7 --batch 8"
+    assert {r.command for r in rows} == {command}
+    with (output / "train_loss.csv").open(newline="") as file:
+        losses = [tuple(row.values()) for row in csv.DictReader(file)]
+    assert losses == [
+        ("jaxkern", "1", "5.5", ""),
+        ("jaxkern", "7", "4.5", "4.75"),
+        ("jaxkern xla", "1", "5.5", ""),
+        ("jaxkern xla", "7", "4.5", "4.75"),
+    ]
+    assert ">jaxkern xla</text>" in (output / "train_loss.svg").read_text()
+    assert "1,000 tokens/s  held-out loss 4.7500" in capsys.readouterr().out
+
+
+def test_failure_is_reported_and_leaves_the_others(measure, capsys):
+    status, output = measure()
+    assert status == 1
+    [path] = set(output.glob("*.csv")) - {output / "train_loss.csv"}
+    assert [r.provider for r in benchmarking.read_rows(path)] == ["jaxkern", "jaxkern xla"]
+    assert "FAILED: cudnn exited with 1:\ncuDNN is not there" in capsys.readouterr().out
+
+
+def test_unknown_implementation(measure, capsys):
+    with pytest.raises(SystemExit):
+        measure("--implementations", "cuda,triton")
+    message = "--implementations: no triton; there are cuda, cudnn, xla"
+    assert message in capsys.readouterr().err
+
+
+def test_case_names_more_than_one_device():
+    config = {"batch": 8, "context": 128, "dtype": "float32"}
+    assert train.case({"parameters": 1_234_567, "devices": 2}, config) == (
+        "train 1.23M b8 t128 f32 d2"
+    )

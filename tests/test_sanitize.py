@@ -1,0 +1,81 @@
+"""Small calls of every kernel, for compute-sanitizer (the step `sanitize` of benchmarks/gpu.py).
+
+Operands and expected values are computed on the CPU, so that little but our kernels runs under the
+tool. Lengths that no tile divides are what finds stray accesses.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxkern
+
+pytestmark = pytest.mark.gpu
+
+ATTENTION = {
+    "head dim 64, causal, grouped": ((1, 130, 200, 2, 1, 64), jnp.bfloat16, True),
+    "head dim 64, one query": ((2, 1, 65, 1, 1, 64), jnp.float16, False),
+    "head dim 128, several tiles": ((1, 257, 129, 1, 1, 128), jnp.bfloat16, False),
+    "head dim 128, causal, whole tiles": ((1, 256, 256, 2, 2, 128), jnp.float16, True),
+    "head dim 128, causal, more queries": ((1, 200, 70, 2, 1, 128), jnp.bfloat16, True),
+}
+RMS_NORM = {
+    "odd width": ((5, 33), jnp.bfloat16),
+    "one element": ((1, 1), jnp.float32),
+    "many rows": ((300, 136), jnp.float16),
+    "wide": ((3, 5000), jnp.float32),
+}
+
+
+def normal(seed, shapes, dtype):
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+
+
+def outputs_and_gradients(fn, operands, cotangents):
+    outputs, pullback = jax.vjp(fn, *operands)
+    return outputs, pullback(cotangents)
+
+
+def check(fn, operands, cotangents):
+    """`fn(implementation)` on the GPU by the kernel, on the CPU by the reference."""
+    results = []
+    for platform, implementation in (("cuda", "cuda"), ("cpu", "xla")):
+        arrays = jax.device_put((operands, cotangents), jax.devices(platform)[0])
+        run = jax.jit(lambda o, c, i=implementation: outputs_and_gradients(fn(i), o, c))
+        results.append([np.asarray(x, np.float32) for x in jax.tree.leaves(run(*arrays))])
+    for got, wanted in zip(*results, strict=True):
+        assert np.linalg.norm(got - wanted) <= 2e-2 * np.linalg.norm(wanted) + 1e-3
+
+
+@pytest.mark.parametrize("case", ATTENTION)
+def test_attention(case):
+    (batch, queries, keys, heads, kv_heads, width), dtype, causal = ATTENTION[case]
+    query, key = (batch, queries, heads, width), (batch, keys, kv_heads, width)
+    *operands, dout = normal(0, (query, key, key, query), dtype)
+    [dlse] = normal(1, [(batch, queries, heads)], jnp.float32)
+
+    def fn(implementation):
+        return lambda query, key, value: jaxkern.dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=causal,
+            implementation=implementation,
+            return_residual=True,
+        )
+
+    check(fn, operands, (dout, dlse))
+
+
+@pytest.mark.parametrize("case", RMS_NORM)
+def test_rms_norm(case):
+    (rows, width), dtype = RMS_NORM[case]
+    x, dy = normal(0, [(rows, width)] * 2, dtype)
+    [scale] = normal(1, [(width,)], dtype)
+
+    def fn(implementation):
+        return lambda x, scale: jaxkern.rms_norm(x, scale, implementation=implementation)
+
+    check(fn, (x, scale), dy)
