@@ -16,16 +16,6 @@ pytestmark = pytest.mark.gpu
 EPSILON = 1e-6
 
 
-@pytest.fixture(autouse=True)
-def gpu():
-    try:
-        devices = jax.devices("cuda")
-    except RuntimeError:
-        pytest.skip("no GPU")
-    with jax.default_device(devices[0]):
-        yield
-
-
 def draw(rows, width, dtype, scale_dtype):
     """x, scale and the cotangent dy."""
     rng = np.random.default_rng(rows * 1_000_003 + width)
