@@ -2,6 +2,7 @@
 // JAXKERN_ELEMENT and JAXKERN_HEAD_DIM come from the table in CMakeLists.txt.
 #include "cuda/attention/backward_rows.cuh"
 #include "cuda/attention/instances.h"
+#include "cuda/attention/order.h"
 #include "cuda/attention/tensor_maps.h"
 #include "cuda/host/launch.h"
 
@@ -34,8 +35,11 @@ cudaError_t launch_backward(const AttentionBwdParams& params, cudaStream_t strea
   p.kv_heads = static_cast<int>(shape.K);
   p.group = static_cast<int>(shape.N / shape.K);
   p.padded_T = padded_T;
-  p.order.blocks = static_cast<int>((shape.S + Backward::kBlockS - 1) / Backward::kBlockS);
-  p.order.heads = static_cast<int>(shape.B * shape.K);
+  p.order = {
+      .blocks = static_cast<int>(tile::ceil_div(shape.S, Backward::kBlockS)),
+      .heads = static_cast<int>(shape.B * shape.K),
+      .section = kCausal ? kv_heads_in_l2(8 * shape.T * shape.H * p.group) : 1,
+  };
 
   const AttentionRowsParams rows = {
       .out = params.out,

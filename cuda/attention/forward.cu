@@ -4,6 +4,7 @@
 
 #include "cuda/attention/forward_sm90.cuh"
 #include "cuda/attention/instances.h"
+#include "cuda/attention/order.h"
 #include "cuda/attention/tensor_maps.h"
 #include "cuda/host/device.h"
 #include "cuda/host/launch.h"
@@ -33,9 +34,13 @@ cudaError_t launch_forward(const AttentionFwdParams& params, cudaStream_t stream
   p.mask = {static_cast<int>(shape.T), static_cast<int>(shape.S)};
   p.heads = static_cast<int>(shape.N);
   p.group = static_cast<int>(shape.N / shape.K);
-  p.order.blocks = static_cast<int>((shape.T + Forward::kBlockT - 1) / Forward::kBlockT);
-  p.order.heads = static_cast<int>(shape.B * shape.N);
-
+  p.order = {
+      .blocks = static_cast<int>(tile::ceil_div(shape.T, Forward::kBlockT)),
+      .heads = static_cast<int>(shape.B * shape.N),
+      .section = kCausal ? p.group * kv_heads_in_l2(4 * shape.S * shape.H) : 1,
+  };
+  p.tile_counter = params.tile_counter;
+  if (cudaError_t error = cudaMemsetAsync(p.tile_counter, 0, sizeof(int), stream)) return error;
   const int grid = std::min(p.order.count(), multiprocessors);
   return launch(attention_fwd_sm90_kernel<Forward>, grid, Forward::kThreads, Forward::kSharedBytes,
                 stream, p);

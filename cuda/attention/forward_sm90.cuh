@@ -43,6 +43,7 @@ struct AttentionForward {
     tile::Ring<kStages> key_ring;
     tile::Ring<kStages> value_ring;
     tile::Barrier out_full[kQueryStages];
+    tile::TileQueue tiles;
   };
   static constexpr int kSharedBytes = sizeof(Storage);
   static_assert(kSharedBytes <= tile::kMaxSharedBytes, "the tiles must fit a block");
@@ -53,7 +54,8 @@ struct AttentionForward {
     float scale_log2;
     AttentionMask<kCausal> mask;
     tile::TileOrder order;
-    int heads, group;  // N, N / K
+    int* tile_counter;  // zero
+    int heads, group;   // N, N / K
   };
 
   // One tile of work, the same for every role.
@@ -80,8 +82,11 @@ struct AttentionForward {
   __device__ __forceinline__ static void load(const Params& p, Storage& shared) {
     tile::Slot<kQueryStages> query;
     tile::Slot<kStages> key, value;
-    for (tile::SnakeScheduler tiles(p.order.count()); !tiles.done(); tiles.advance()) {
-      const Work work(p, tiles.index());
+    tile::TileWriter tiles(p.tile_counter);
+    for (int index = tiles.put(shared.tiles); index < p.order.count();
+         index = tiles.put(shared.tiles)) {
+      const Work work(p, index);
+      tiles.draw();
       const auto load_key = [&](int block) {
         key.wait_empty(shared.key_ring);
         shared.key_ring.full[key.stage()].arrive_expect(KeyTile::kBytes);
@@ -114,13 +119,16 @@ struct AttentionForward {
 
   __device__ __forceinline__ static void store(const Params& p, Storage& shared) {
     tile::Slot<kQueryStages> out;
-    for (tile::SnakeScheduler tiles(p.order.count()); !tiles.done(); tiles.advance()) {
-      const Work work(p, tiles.index());
+    tile::TileReader tiles;
+    for (int index = tiles.take(shared.tiles); index < p.order.count();
+         index = tiles.take(shared.tiles), out.advance()) {
+      const Work work(p, index);
       shared.out_full[out.stage()].wait(out.parity());
-      tile::tma::store(p.out, work.query(p), shared.query[out.stage()]);
-      tile::tma::wait_stores_read();
-      shared.query_ring.empty[out.stage()].arrive();
-      out.advance();
+      if (threadIdx.x % tile::kWarpSize == 0) {
+        tile::tma::store(p.out, work.query(p), shared.query[out.stage()]);
+        tile::tma::wait_stores_read();
+        shared.query_ring.empty[out.stage()].arrive();
+      }
     }
   }
 
@@ -140,8 +148,10 @@ struct AttentionForward {
     };
     if (consumer == kConsumers - 1) pass_turn();
 
-    for (tile::SnakeScheduler tiles(p.order.count()); !tiles.done(); tiles.advance()) {
-      const Work work(p, tiles.index());
+    tile::TileReader tiles;
+    for (int index = tiles.take(shared.tiles); index < p.order.count();
+         index = tiles.take(shared.tiles)) {
+      const Work work(p, index);
       const int row = work.row + 64 * consumer;
       OnlineSoftmax softmax(p.scale_log2);
       query.wait_full(shared.query_ring);
@@ -231,6 +241,7 @@ __global__ void __launch_bounds__(Forward::kThreads, 1)
     shared.key_ring.init(1, kConsumerWarps);
     shared.value_ring.init(1, kConsumerWarps);
     for (auto& barrier : shared.out_full) barrier.init(kConsumerWarps);
+    shared.tiles.init(kConsumerWarps + 1);
     tile::ptx::fence_mbarrier_init();
   }
   __syncthreads();
@@ -238,7 +249,7 @@ __global__ void __launch_bounds__(Forward::kThreads, 1)
   if (warpgroup == 0) {
     tile::ptx::setmaxnreg_decrease<Forward::Registers::kProducer>();
     if (threadIdx.x == 0) Forward::load(p, shared);
-    if (threadIdx.x == tile::kWarpSize) Forward::store(p, shared);
+    if (threadIdx.x / tile::kWarpSize == 1) Forward::store(p, shared);
   } else {
     tile::ptx::setmaxnreg_increase<Forward::Registers::kConsumer>();
     Forward::consume(p, shared, warpgroup - 1);

@@ -20,6 +20,7 @@ struct AttentionFwdParams {
   const void* value;  // (B, S, K, H)
   void* out;          // (B, T, N, H)
   float* lse;         // (B, N, T) natural logarithm
+  int* tile_counter;  // (1) workspace
   float scale;        // > 0
   bool is_causal;
 };

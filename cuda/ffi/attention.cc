@@ -7,6 +7,7 @@ namespace {
 constexpr auto F32 = ffi::DataType::F32;
 constexpr auto BF16 = ffi::DataType::BF16;
 constexpr auto F16 = ffi::DataType::F16;
+constexpr auto S32 = ffi::DataType::S32;
 
 // Reads the shape off query and key, and checks the three operands.
 AttentionShape operand_shape(Checks& checks, ffi::AnyBuffer query, ffi::AnyBuffer key,
@@ -20,22 +21,27 @@ AttentionShape operand_shape(Checks& checks, ffi::AnyBuffer query, ffi::AnyBuffe
       .dtype("value", value, {query.element_type()})
       .shape("key", key, {s.B, s.S, s.K, s.H})
       .shape("value", value, {s.B, s.S, s.K, s.H})
-      .that(s.H == 64 || s.H == 128, "head dim is not 64 or 128")
-      .that(s.B > 0 && s.T > 0 && s.S > 0 && s.N > 0 && s.K > 0, "an operand is empty")
-      .that(s.K > 0 && s.N % s.K == 0, "key's heads do not divide query's heads");
+      .that(s.H == 64 || s.H == 128, "query", "has head dim " + std::to_string(s.H), "64 or 128")
+      .that(s.B > 0 && s.T > 0 && s.N > 0, "query", "is empty", "at least one element")
+      .that(s.S > 0 && s.K > 0, "key", "is empty", "at least one element")
+      .that(s.K > 0 && s.N % s.K == 0, "query", "has " + std::to_string(s.N) + " heads",
+            "a multiple of key's " + std::to_string(s.K));
   return s;
 }
 
 ffi::Error attention_fwd(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer key,
                          ffi::AnyBuffer value, ffi::Result<ffi::AnyBuffer> out,
-                         ffi::Result<ffi::AnyBuffer> lse, float scale, bool is_causal) {
+                         ffi::Result<ffi::AnyBuffer> lse, ffi::Result<ffi::AnyBuffer> tile_counter,
+                         float scale, bool is_causal) {
   Checks checks("attention_fwd");
   const AttentionShape s = operand_shape(checks, query, key, value);
   checks.shape("out", *out, {s.B, s.T, s.N, s.H})
       .dtype("out", *out, {query.element_type()})
       .shape("lse", *lse, {s.B, s.N, s.T})
       .dtype("lse", *lse, {F32})
-      .that(scale > 0, "scale is not positive");
+      .shape("tile_counter", *tile_counter, {1})
+      .dtype("tile_counter", *tile_counter, {S32})
+      .that(scale > 0, "scale", "is " + std::to_string(scale), "a positive number");
   if (checks.failed()) return checks.error();
   const AttentionFwdParams params = {
       .dtype = to_dtype(query.element_type()),
@@ -45,6 +51,7 @@ ffi::Error attention_fwd(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuff
       .value = value.untyped_data(),
       .out = out->untyped_data(),
       .lse = lse->typed_data<float>(),
+      .tile_counter = tile_counter->typed_data<int32_t>(),
       .scale = scale,
       .is_causal = is_causal,
   };
@@ -82,7 +89,7 @@ ffi::Error attention_bwd(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuff
       .dtype("delta", *delta, {F32})
       .shape("dquery_accum", *dquery_accum, {s.B, s.N, Tp, s.H})
       .dtype("dquery_accum", *dquery_accum, {F32})
-      .that(scale > 0, "scale is not positive");
+      .that(scale > 0, "scale", "is " + std::to_string(scale), "a positive number");
   if (checks.failed()) return checks.error();
   const AttentionBwdParams params = {
       .dtype = to_dtype(query.element_type()),
@@ -116,6 +123,7 @@ JAXKERN_DEFINE_HANDLER(AttentionFwd, attention_fwd,
                            .Arg<ffi::AnyBuffer>()  // value
                            .Ret<ffi::AnyBuffer>()  // out
                            .Ret<ffi::AnyBuffer>()  // lse
+                           .Ret<ffi::AnyBuffer>()  // tile_counter
                            .Attr<float>("scale")
                            .Attr<bool>("is_causal"));
 

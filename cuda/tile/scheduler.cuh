@@ -1,13 +1,17 @@
-// The order in which a grid works through attention tiles (row block, head, batch).
+// The order in which a grid works through attention tiles, and how its blocks share them out.
 #pragma once
+
+#include "cuda/tile/pipeline.cuh"
 
 namespace jaxkern::tile {
 
-// The row blocks of one head follow one another, so that the blocks at work share few heads' keys
-// and values, and those stay in the L2 cache.
+// Tiles are numbered section by section; a section is a group of heads whose streamed operands stay
+// in the L2 cache together. Inside a section row blocks are the slow axis, so that with causal
+// masks, whose blocks differ in work, the longest blocks of all its heads come first.
 struct TileOrder {
-  int blocks;  // row blocks per head
-  int heads;   // batch * heads, in all
+  int blocks;   // row blocks per head
+  int heads;    // batch * heads, in all
+  int section;  // heads per section, at least 1
 
   struct Tile {
     int block, head;
@@ -16,24 +20,57 @@ struct TileOrder {
   // 2^31 tiles of 64 rows and 64 columns would be 16 TiB of queries.
   __host__ __device__ int count() const { return blocks * heads; }
 
-  __device__ __forceinline__ Tile at(int index) const { return {index % blocks, index / blocks}; }
+  __device__ __forceinline__ Tile at(int index) const {
+    const int per_section = blocks * section;
+    const int first = index / per_section * section;
+    const int width = min(section, heads - first);
+    const int rest = index % per_section;
+    return {rest / width, first + rest % width};
+  }
 };
 
-// A persistent grid deals tiles out in rounds, every other round backwards: block b takes tiles
-// b, 2 g - 1 - b, 2 g + b, ... of a grid of g, so that of tiles in descending order of work no
-// block always gets the longest of its round.
-struct SnakeScheduler {
-  int count;
-  int round = 0;
+// In the shared memory of a persistent block: the numbers of its next tiles. One thread draws them,
+// the warps of every other role read them. Blocks draw from one counter in global memory, so a tile
+// goes to whoever is free first; longest first, that is within 3% of a perfect balance.
+struct TileQueue {
+  static constexpr int kStages = 2;
+  Ring<kStages> ring;
+  int index[kStages];
 
-  __device__ __forceinline__ explicit SnakeScheduler(int tiles) : count(tiles) {}
+  __device__ __forceinline__ void init(int reading_warps) { ring.init(1, reading_warps); }
+};
 
-  __device__ __forceinline__ int index() const {
-    const int grid = gridDim.x, block = blockIdx.x;
-    return round * grid + (round % 2 == 0 ? block : grid - 1 - block);
+// Draws and hands out tiles. `counter` starts at zero; a block's first tile is its own number.
+struct TileWriter {
+  int* counter;
+  int next = blockIdx.x;
+  Slot<TileQueue::kStages> slot;
+
+  __device__ __forceinline__ explicit TileWriter(int* counter) : counter(counter) {}
+
+  // Hands out the next tile. A number past the last tile tells the readers to stop.
+  __device__ __forceinline__ int put(TileQueue& queue) {
+    slot.wait_empty(queue.ring);
+    queue.index[slot.stage()] = next;
+    queue.ring.full[slot.stage()].arrive();
+    slot.advance();
+    return next;
   }
-  __device__ __forceinline__ bool done() const { return index() >= count; }
-  __device__ __forceinline__ void advance() { ++round; }
+  // Fetches the number for the next put(). It takes a trip to the L2 cache: ask early.
+  __device__ __forceinline__ void draw() { next = gridDim.x + atomicAdd(counter, 1); }
+};
+
+// Reads tiles in the order in which they were handed out. All lanes of a warp call take().
+struct TileReader {
+  Slot<TileQueue::kStages> slot;
+
+  __device__ __forceinline__ int take(TileQueue& queue) {
+    slot.wait_full(queue.ring);
+    const int index = queue.index[slot.stage()];
+    queue.ring.empty[slot.stage()].arrive_warp();
+    slot.advance();
+    return index;
+  }
 };
 
 }  // namespace jaxkern::tile

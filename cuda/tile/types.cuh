@@ -14,7 +14,10 @@ using f16 = __half;
 constexpr int kWarpSize = 32;
 constexpr int kWarpgroupSize = 128;
 
-__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+template <class Int>
+__host__ __device__ constexpr Int ceil_div(Int a, int b) {
+  return (a + b - 1) / b;
+}
 
 template <class T>
 struct ElementType;
