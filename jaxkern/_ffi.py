@@ -1,0 +1,48 @@
+"""Calls of the compiled kernels. The only file that uses jax.ffi."""
+
+import functools
+import importlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why the compiled kernels cannot be called, or None. Registers them when they can."""
+    try:
+        module = importlib.import_module("jaxkern._C")
+    except ModuleNotFoundError:
+        return (
+            "this jaxkern was built without its CUDA kernels; reinstall it from source with "
+            "`pip install .` where nvcc, or the CUDA wheels that bring it, can be found"
+        )
+    except ImportError as error:
+        return f"the compiled kernels do not load: {error}"
+    for name, target in module.registrations().items():
+        jax.ffi.register_ffi_target(name, target, platform="CUDA")
+    return None
+
+
+def call(
+    name: str,
+    results: Sequence[tuple[tuple[int, ...], np.dtype]],
+    *operands: jax.Array,
+    **attributes: np.generic,
+) -> list[jax.Array]:
+    """Call the target `name` and return its results.
+
+    Operands and results are row-major. Results vary over the manual mesh axes of the first operand,
+    which must be those of all. Attributes are numpy scalars of the type that the target declares:
+    JAX compares them with ==, so one name must keep one type.
+    """
+    like = jax.typeof(operands[0])
+    sharding = like.sharding.update(spec=jax.sharding.PartitionSpec())
+    avals = [
+        jax.ShapeDtypeStruct(
+            shape, dtype, sharding=sharding, manual_axis_type=like.manual_axis_type
+        )
+        for shape, dtype in results
+    ]
+    return jax.ffi.ffi_call(name, avals)(*operands, **attributes)
