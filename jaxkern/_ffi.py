@@ -30,7 +30,7 @@ def call(
     results: Sequence[tuple[tuple[int, ...], np.dtype]],
     *operands: jax.Array,
     **attributes: np.generic,
-) -> list[jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Call the target `name` and return its results.
 
     Operands and results are row-major. Results vary over the manual mesh axes of the first operand,
@@ -45,4 +45,4 @@ def call(
         )
         for shape, dtype in results
     ]
-    return jax.ffi.ffi_call(name, avals)(*operands, **attributes)
+    return jax.ffi.ffi_call(name, tuple(avals))(*operands, **attributes)

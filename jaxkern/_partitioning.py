@@ -3,10 +3,12 @@
 Every axis of an array has a name. Leading axes "b0", "b1", ... are batch axes. "k" are key heads;
 "n" are query heads, which are the key heads times a group size. Batch axes and heads may be
 sharded: each device calls the kernel on its own. All other axes are made whole first. A result that
-lacks a sharded batch axis of its operands is a sum over it, so the devices add up their shares.
+lacks a sharded axis of the operands is a sum over it, so the devices add up their shares.
 """
 
 import functools
+import math
+import re
 from collections.abc import Callable, Sequence
 
 import jax
@@ -26,93 +28,132 @@ def sharded(local: Callable, operand_axes: Sequence[Axes], result_axes: Sequence
 
     def partition(mesh, operands, results):
         shardings = [x.sharding for x in operands]
-        if getattr(shardings[0], "spec", None) is None:
-            return mesh, _without_mesh(local), [r.sharding for r in results], tuple(shardings)
-        split = _split(mesh, operand_axes, operands)
-
-        def named(axes):
-            return NamedSharding(mesh, P(*(split.get(axis) for axis in axes)))
+        if getattr(shardings[0], "spec", None) is None:  # inside a partly manual shard_map
+            return mesh, _without_mesh(local), tuple(r.sharding for r in results), tuple(shardings)
+        split = _split(mesh.shape, operand_axes, operands)
+        used = [name for names in split.values() for name in names]
 
         def lower(*shards):
             outputs = list(local(*shards))
             for i, axes in enumerate(result_axes):
-                summed = [split[a] for a in split if a.startswith("b") and a not in axes]
+                own = [name for axis in axes for name in split.get(axis, ())]
+                summed = tuple(dict.fromkeys(name for name in used if name not in own))
                 if summed:
-                    outputs[i] = jax.lax.psum(outputs[i], tuple(jax.tree.leaves(summed)))
-            return outputs
+                    outputs[i] = jax.lax.psum(outputs[i], summed)
+            return tuple(outputs)
 
-        operand_shardings = tuple(named(axes) for axes in operand_axes)
-        return mesh, _without_mesh(lower), [named(a) for a in result_axes], operand_shardings
+        result_shardings = tuple(NamedSharding(mesh, _spec(split, axes)) for axes in result_axes)
+        operand_shardings = tuple(NamedSharding(mesh, _spec(split, axes)) for axes in operand_axes)
+        return mesh, _without_mesh(lower), result_shardings, operand_shardings
 
     call.def_partition(partition, sharding_rule=rule)
-    return call
+    return on_auto_mesh(call, operand_axes, result_axes)
 
 
-def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """The arrays, made to vary over the same manual mesh axes inside shard_map.
+def on_auto_mesh(
+    function: Callable, operand_axes: Sequence[Axes], result_axes: Sequence[Axes]
+) -> Callable:
+    """`function`, in which mesh axes of type Explicit are of type Auto.
 
-    Done outside of a custom_vjp, it sums the gradient of a replicated operand over the devices.
+    `operand_axes` may name the axes of the first operands only. Batch axes and heads of the results
+    are typed as those of the operands.
     """
-    axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
-    union = frozenset().union(*axes)
-    return tuple(
+
+    @functools.wraps(function)
+    def wrapped(*operands):
+        mesh, split = _explicit_split(operands[: len(operand_axes)], operand_axes)
+        if mesh is None:
+            return function(*operands)
+        shardings = tuple(NamedSharding(mesh, _spec(split, axes)) for axes in result_axes)
+        return jax.sharding.auto_axes(function, out_sharding=shardings)(*operands)
+
+    return wrapped
+
+
+def alike(operands: Sequence[jax.Array], operand_axes: Sequence[Axes]) -> list[jax.Array]:
+    """The operands, typed as the kernel takes them. To be done outside of the custom_vjp.
+
+    Inside shard_map they vary over the same manual axes, which sums the gradient of a replicated
+    operand over the devices. On a mesh with Explicit axes they are sharded as `sharded` wants.
+    """
+    mesh, split = _explicit_split(operands, operand_axes)
+    if mesh is not None:
+        operands = [
+            jax.sharding.reshard(x, NamedSharding(mesh, _spec(split, axes)))
+            for x, axes in zip(operands, operand_axes, strict=True)
+        ]
+    varying = [jax.typeof(x).manual_axis_type.varying for x in operands]
+    union = frozenset().union(*varying)
+    return [
         jax.lax.pcast(x, tuple(sorted(union - own)), to="varying") if union - own else x
-        for x, own in zip(arrays, axes, strict=True)
-    )
+        for x, own in zip(operands, varying, strict=True)
+    ]
 
 
-def _rule(operand_axes, result_axes, operand_shapes):
-    """Shardy's sharding rule, as an einsum-like string with its special factors."""
-    sizes = {
+def _explicit_split(operands, operand_axes):
+    """The mesh that has Explicit axes, and _split on it; or None and an empty split."""
+    types = [jax.typeof(x) for x in operands]
+    mesh = next((t.sharding.mesh for t in types if t.sharding.mesh.explicit_axes), None)
+    return mesh, {} if mesh is None else _split(mesh.shape, operand_axes, types)
+
+
+def _sizes(operand_axes, shapes):
+    return {
         axis: size
-        for axes, shape in zip(operand_axes, operand_shapes, strict=True)
+        for axes, shape in zip(operand_axes, shapes, strict=True)
         for axis, size in zip(axes, shape, strict=True)
     }
-    # A factor of size 1 must not be part of a compound.
+
+
+def _rule(operand_axes, result_axes, shapes):
+    """Shardy's sharding rule: an einsum-like string, and what it says of its factors."""
+    sizes = _sizes(operand_axes, shapes)
     factors = {axis: axis for axis in sizes}
-    group = {}
-    if "n" in sizes and sizes["n"] != sizes["k"]:
-        if sizes["k"] > 1:
-            factors["n"] = "(k g)"
-            group = {"g": sizes["n"] // sizes["k"]}
-    elif "n" in sizes:
+    shardable = {axis for axis in sizes if axis[0] == "b"}
+    groups = {}
+    if "n" in sizes and sizes["n"] == sizes["k"]:
         factors["n"] = "k"
+        shardable |= {"k"}
+    elif "n" in sizes and sizes["k"] == 1:  # a factor of size 1 must not be part of a compound
+        shardable |= {"n"}
+    elif "n" in sizes:
+        factors["n"] = "(k g)"
+        groups = {"g": sizes["n"] // sizes["k"]}
+        shardable |= {"k"}
 
     def text(arrays):
         return ", ".join(" ".join(factors[axis] for axis in axes) for axes in arrays)
 
     rule = f"{text(operand_axes)} -> {text(result_axes)}"
-    whole = []
-    for factor in (
-        rule.replace("->", " ").replace(",", " ").replace("(", " ").replace(")", " ").split()
-    ):
-        multi_query = factor == "k" and sizes.get("n") != 1 and sizes["k"] == 1
-        may_split = factor[0] == "b" or (factor in "nk" and not multi_query)
-        if not may_split and factor not in whole:
-            whole.append(factor)
-    return rule, {"need_replication_factors": tuple(whole), **group}
+    in_order = dict.fromkeys(re.findall(r"\w+", rule))
+    whole = tuple(factor for factor in in_order if factor not in shardable)
+    return rule, {"need_replication_factors": whole, **groups}
 
 
-def _split(mesh, operand_axes, operands):
-    """Mesh axes of each array axis that stays sharded, as the first operand that has it says."""
-    split, sizes = {}, {}
+def _split(mesh_shape, operand_axes, operands):
+    """The mesh axes over which each array axis stays sharded: those of the first operand that is.
+
+    A mesh axis is used once. The heads of the query decide for those of the key, and stay sharded
+    if each device can get whole groups.
+    """
+    sizes = _sizes(operand_axes, [x.shape for x in operands])
+    split, used = {}, set()
     for axes, operand in zip(operand_axes, operands, strict=True):
-        for axis, size, names in zip(axes, operand.shape, operand.sharding.spec, strict=True):
-            sizes.setdefault(axis, size)
-            if names is not None and (axis.startswith("b") or axis in ("n", "k")):
-                split.setdefault(axis, names)
-    if "n" in sizes:
-        heads = split.pop("n", None)
-        split.pop("k", None)
-        names = (heads,) if isinstance(heads, str) else heads or ()
-        devices = 1
-        for name in names:
-            devices *= mesh.shape[name]
-        if heads is not None and sizes["k"] == 1:
-            split["n"] = heads
-        elif heads is not None and sizes["k"] % devices == 0:
+        for axis, entry in zip(axes, operand.sharding.spec, strict=True):
+            names = (entry,) if isinstance(entry, str) else tuple(entry or ())
+            if names and (axis[0] == "b" or axis == "n") and axis not in split:
+                if not used.intersection(names):
+                    split[axis] = names
+                    used.update(names)
+    if "n" in split and sizes["k"] > 1:
+        heads = split.pop("n")
+        if sizes["k"] % math.prod(mesh_shape[name] for name in heads) == 0:
             split["n"] = split["k"] = heads
     return split
+
+
+def _spec(split, axes):
+    return P(*(split.get(axis) for axis in axes))
 
 
 _NO_MESH = jax.sharding.AbstractMesh((), ())

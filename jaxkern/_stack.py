@@ -59,7 +59,7 @@ def kernel_op(
             results = once(*broadcast_unbatched(axis_size, in_batched, operands))
         else:
             results = vmap(once, axis_size, in_batched, operands)
-        return results, [True] * len(results)
+        return results, (True,) * len(results)
 
     return once
 

@@ -228,17 +228,24 @@ def _unsupported(query, scale, options):
 def _reference_attention(
     query, key, value, bias, mask, scale, query_lengths, key_lengths, *, is_causal, window
 ):
-    return reference.attention(
-        query,
-        key,
-        value,
-        bias,
-        mask,
-        scale=scale,
-        is_causal=is_causal,
-        query_seq_lengths=query_lengths,
-        key_value_seq_lengths=key_lengths,
-        window=window,
+    def plain(query, key, value, bias, mask, scale, query_lengths, key_lengths):
+        return reference.attention(
+            query,
+            key,
+            value,
+            bias,
+            mask,
+            scale=scale,
+            is_causal=is_causal,
+            query_seq_lengths=query_lengths,
+            key_value_seq_lengths=key_lengths,
+            window=window,
+        )
+
+    axes = _axes(4)
+    out_axes = (axes[0], ("b0", "t", "n"))
+    return _partitioning.on_auto_mesh(plain, axes[:3], out_axes)(
+        query, key, value, bias, mask, scale, query_lengths, key_lengths
     )
 
 
@@ -256,14 +263,14 @@ class _Config(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _kernel_attention(config, query, key, value):
-    out, lse = _attention(config, *_partitioning.vary_alike(query, key, value))
+    out, lse = _attention(config, *_partitioning.alike((query, key, value), _axes(4)[:3]))
     return out, lse.swapaxes(1, 2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(config, query, key, value):
     """out [B, T, N, H] and lse [B, N, T]."""
-    return tuple(_forward_op(config)(query, key, value))
+    return _forward_op(config)(query, key, value)
 
 
 def _attention_fwd(config, query, key, value):
@@ -277,7 +284,7 @@ def _attention_bwd(config, residuals, cotangents):
     query, *_, lse = residuals
     dout, dlse = cotangents
     operands = (*residuals, dout.astype(query.dtype), dlse.astype(lse.dtype))
-    return tuple(_backward_op(config)(*operands))
+    return _backward_op(config)(*operands)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -288,21 +295,13 @@ def _forward_op(config):
     def kernel(query, key, value):
         query, key, value, unfold = _fold(query, key, value)
         batch, length, heads, _ = query.shape
-        return unfold(
-            _ffi.call(
-                "jaxkern.attention_fwd",
-                [(query.shape, query.dtype), ((batch, heads, length), np.dtype(np.float32))],
-                query,
-                key,
-                value,
-                **config.attributes(),
-            )
-        )
+        results = [(query.shape, query.dtype), ((batch, heads, length), np.dtype(np.float32))]
+        attributes = config.attributes()
+        return unfold(_ffi.call("jaxkern.attention_fwd", results, query, key, value, **attributes))
 
     def axes(rank, *_):
-        lead = _lead(rank)
-        query, key = (*lead, "t", "n", "h"), (*lead, "s", "k", "h")
-        return (query, key, key), (query, (*lead, "n", "t"))
+        query, key, value, lse = _axes(rank)
+        return (query, key, value), (query, lse)
 
     return _stack.kernel_op(_OP, kernel, _plain(config) if config.fallback else None, axes)
 
@@ -315,8 +314,8 @@ def _backward_op(config):
         batch, length, heads, width = query.shape
         padded = (batch, heads, -(-length // 128) * 128)
         single = np.dtype(np.float32)
-        workspaces = [(padded, single), (padded, single), ((*padded, width), single)]
         gradients = [(x.shape, x.dtype) for x in (query, key, value)]
+        workspaces = [(padded, single), (padded, single), ((*padded, width), single)]
         results = _ffi.call(
             "jaxkern.attention_bwd", gradients + workspaces, *operands, **config.attributes()
         )
@@ -325,13 +324,11 @@ def _backward_op(config):
     def plain(query, key, value, out, lse, dout, dlse):
         del out, lse
         _, pullback = jax.vjp(_plain(config), query, key, value)
-        return list(pullback([dout, dlse]))
+        return pullback((dout, dlse))
 
     def axes(rank, *_):
-        lead = _lead(rank)
-        query, key = (*lead, "t", "n", "h"), (*lead, "s", "k", "h")
-        lse = (*lead, "n", "t")
-        return (query, key, key, query, lse, query, lse), (query, key, key)
+        query, key, value, lse = _axes(rank)
+        return (query, key, value, query, lse, query, lse), (query, key, value)
 
     return _stack.kernel_op(_OP, kernel, plain if config.fallback else None, axes)
 
@@ -344,17 +341,20 @@ def _plain(config):
         out, lse = reference.attention(
             query, key, value, scale=config.scale, is_causal=config.is_causal
         )
-        return unfold([out, lse.swapaxes(1, 2)])
+        return unfold((out, lse.swapaxes(1, 2)))
 
     return plain
 
 
-def _lead(rank):
-    return tuple(f"b{i}" for i in range(rank - 3))
+def _axes(rank):
+    """Names of the axes of query, key, value and lse, for the rank of the query."""
+    lead = tuple(f"b{i}" for i in range(rank - 3))
+    key = (*lead, "s", "k", "h")
+    return (*lead, "t", "n", "h"), key, key, (*lead, "n", "t")
 
 
 def _fold(query, *others):
     """The operands with their leading axes folded into one, and the way back for results."""
     lead = query.shape[:-3]
     operands = [x.reshape(math.prod(lead), *x.shape[len(lead) :]) for x in (query, *others)]
-    return *operands, lambda results: [x.reshape(*lead, *x.shape[1:]) for x in results]
+    return *operands, lambda results: tuple(x.reshape(*lead, *x.shape[1:]) for x in results)

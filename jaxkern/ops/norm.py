@@ -106,7 +106,12 @@ def _unsupported(x, epsilon):
 
 @jax.jit
 def _reference_rms_norm(x, scale, epsilon):
-    return reference.rms_norm(x, scale, epsilon=epsilon)[0]
+    def plain(x, scale, epsilon):
+        return reference.rms_norm(x, scale, epsilon=epsilon)
+
+    axes = _axes(x.ndim, scale.ndim)
+    result_axes = (axes[0], axes[0][:-1])
+    return _partitioning.on_auto_mesh(plain, axes, result_axes)(x, scale, epsilon)[0]
 
 
 # --- Kernel ---------------------------------------------------------------------------------------
@@ -121,7 +126,7 @@ class _Config(NamedTuple):
 def _kernel_rms_norm(config, x, scale):
     if scale.dtype != x.dtype:
         scale = scale.astype(jnp.float32)
-    return _rms_norm(config, *_partitioning.vary_alike(x, scale))
+    return _rms_norm(config, *_partitioning.alike((x, scale), _axes(x.ndim, scale.ndim)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -153,10 +158,10 @@ def _forward_op(config):
         y, rstd = _ffi.call(
             "jaxkern.rms_norm_fwd", results, rows, scale, epsilon=np.float32(config.epsilon)
         )
-        return [y.reshape(x.shape), rstd.reshape(x.shape[:-1])]
+        return y.reshape(x.shape), rstd.reshape(x.shape[:-1])
 
     def plain(x, scale):
-        return list(reference.rms_norm(x, scale, epsilon=config.epsilon))
+        return reference.rms_norm(x, scale, epsilon=config.epsilon)
 
     def axes(x, scale):
         x, scale = _axes(x, scale)
@@ -186,7 +191,7 @@ def _backward_op(config):
             rstd.reshape(-1),
             dy.reshape(rows.shape),
         )
-        return [dx.reshape(x.shape), dscale]
+        return dx.reshape(x.shape), dscale
 
     def plain(x, scale, rstd, dy):
         del rstd
@@ -195,7 +200,7 @@ def _backward_op(config):
             x,
             scale.astype(single),
         )
-        return list(pullback(dy))
+        return pullback(dy)
 
     def axes(x, scale, *_):
         x, scale = _axes(x, scale)
@@ -208,7 +213,7 @@ def _backward_op(config):
         # A scale shared by the examples has a gradient for each: not the sum that the kernel takes.
         dx, _ = op(x, scale[0], rstd, dy)
         share = dy.astype(single) * x.astype(single) * rstd[..., None]
-        return [dx, share.sum(tuple(range(1, x.ndim - 1)))]
+        return dx, share.sum(tuple(range(1, x.ndim - 1)))
 
     return _stack.kernel_op(
         _OP,
@@ -233,7 +238,7 @@ def _for_each_scale(function):
             return function(x, scale, *rest)
         flat = [a.reshape(math.prod(lead), *a.shape[len(lead) :]) for a in (x, scale, *rest)]
         results = jax.lax.map(lambda operands: function(*operands), flat)
-        return [r.reshape(*lead, *r.shape[1:]) for r in results]
+        return tuple(r.reshape(*lead, *r.shape[1:]) for r in results)
 
     return mapped
 
