@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ def attend(
         dtype = jnp.result_type(query, key, value)
         if not jnp.issubdtype(dtype, jnp.inexact):
             dtype = jnp.promote_types(jnp.float32, dtype)
-    *batch, length, heads, dim = query.shape
+    batch = query.shape[:-3]
 
     def operand(x):
         return x.astype(dtype).reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
@@ -104,32 +105,31 @@ def attend(
         is_causal=is_causal,
         implementation=implementation,
     )
-    return out.reshape(*batch, length, heads, value.shape[-1])
+    return out.reshape(query.shape)
 
 
-def check_last_axis(
-    caller: str, ndim: int, implementation: Implementation, **settings: object
-) -> bool:
-    """Whether a norm with these settings is the one `jaxkern.rms_norm` computes.
+def beyond_rms_norm(layer: Any, x: jax.Array, mask: jax.Array | None) -> str | None:
+    """Which option of Flax's RMSNorm `jaxkern.rms_norm` lacks, or None."""
+    for name in ("reduction_axes", "feature_axes"):
+        given = getattr(layer, name)
+        axes = (given,) if isinstance(given, int) else tuple(given)
+        if axes not in ((-1,), (x.ndim - 1,)):
+            return f"{name}={given!r}"
+    if layer.axis_name is not None:
+        return f"axis_name={layer.axis_name!r}"
+    if mask is not None:
+        return "a mask"
+    return f"{x.dtype} x" if jnp.iscomplexobj(x) else None
 
-    `settings` are the layer's options; an axis option must name the last axis, any other must be
-    None. Raises NotImplementedError when it is not and `implementation` forbids the reference.
-    """
-    for name, got in settings.items():
-        if name.endswith("_axes"):
-            axes = (got,) if isinstance(got, int) else tuple(got)
-            if len(axes) == 1 and axes[0] in (-1, ndim - 1):
-                continue
-        elif got is None:
-            continue
-        if not allows_reference(implementation):
-            raise NotImplementedError(
-                f"{caller} with implementation={implementation!r} normalises the last axis of a "
-                f"whole array, got {name}={got!r}; wanted implementation=None, which falls back "
-                "to Flax"
-            )
-        return False
-    return True
+
+def leaves_to_flax(layer: str, lacks: str | None, implementation: Implementation) -> bool:
+    """Whether Flax's own code answers. Raises NotImplementedError where it may not."""
+    if lacks is not None and not allows_reference(implementation):
+        raise NotImplementedError(
+            f"{layer} with implementation={implementation!r} got {lacks}; wanted the last axis "
+            "alone, or implementation=None, which falls back to Flax"
+        )
+    return lacks is not None
 
 
 def normalize(

@@ -36,16 +36,10 @@ class RMSNorm(nn.RMSNorm):
             NotImplementedError: `implementation` names the kernel alone and the layer's settings
                 or the mask need flax's code.
         """
-        if not _flax.check_last_axis(
-            "jaxkern.linen.RMSNorm",
-            x.ndim,
-            self.implementation,
-            reduction_axes=self.reduction_axes,
-            feature_axes=self.feature_axes,
-            axis_name=self.axis_name,
-            mask=mask,
-            force_float32_reductions=None if self.force_float32_reductions else False,
-        ):
+        lacks = _flax.beyond_rms_norm(self, x, mask)
+        if not self.force_float32_reductions:
+            lacks = "force_float32_reductions=False"
+        if _flax.leaves_to_flax("jaxkern.linen.RMSNorm", lacks, self.implementation):
             return super().__call__(x, mask=mask)
         scale = None
         if self.use_scale:

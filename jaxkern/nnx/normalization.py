@@ -40,15 +40,8 @@ class RMSNorm(nnx.RMSNorm):
                 or the mask need flax's code.
             ValueError: `x` does not have W features.
         """
-        if not _flax.check_last_axis(
-            "jaxkern.nnx.RMSNorm",
-            x.ndim,
-            self.implementation,
-            reduction_axes=self.reduction_axes,
-            feature_axes=self.feature_axes,
-            axis_name=self.axis_name,
-            mask=mask,
-        ):
+        lacks = _flax.beyond_rms_norm(self, x, mask)
+        if _flax.leaves_to_flax("jaxkern.nnx.RMSNorm", lacks, self.implementation):
             return super().__call__(x, mask)
         scale = None if self.scale is None else self.scale[...]
         x, scale = self.promote_dtype((x, scale), dtype=self.dtype)
