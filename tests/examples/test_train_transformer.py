@@ -1,0 +1,281 @@
+"""examples/train_transformer.py, made tiny: its runs, its resumption, its parts."""
+
+import csv
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib.image
+import numpy as np
+import pytest
+from flax import nnx
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "train_transformer.py"
+STEPS, SAVE_EVERY = 24, 4
+TINY = {
+    "layers": 2,
+    "width": 32,
+    "heads": 2,
+    "hidden": 48,
+    "context": 32,
+    "batch": 8,
+    "steps": STEPS,
+    "log_every": 2,
+    "eval_every": SAVE_EVERY,
+    "eval_batches": 2,
+    "learning_rate": 1e-2,
+    "warmup": 4,
+}
+
+
+def options(**changes):
+    return [f"--{k.replace('_', '-')}={v}" for k, v in (TINY | changes).items()]
+
+
+def start(output, *arguments):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(SCRIPT), f"--output={output}", *options(), *arguments]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def run(output, *arguments):
+    """What a run to the end prints, and its result."""
+    process = start(output, *arguments)
+    out, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    return out, json.loads(out.splitlines()[-1])
+
+
+def rows(output):
+    with (output / "losses.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def example():
+    spec = importlib.util.spec_from_file_location("train_transformer", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder, the output and the result of a run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, *run(folder)
+
+
+def test_a_run_learns_and_leaves_its_results(whole):
+    folder, out, result = whole
+    losses = [float(row["train"]) for row in rows(folder)]
+    assert [int(row["step"]) for row in rows(folder)] == list(range(1, STEPS + 1))
+    measured = [int(row["step"]) for row in rows(folder) if row["held_out"]]
+    assert measured == list(range(SAVE_EVERY, STEPS + 1, SAVE_EVERY))
+    assert losses[0] == pytest.approx(np.log(256), abs=1.5)
+    assert np.mean(losses[-4:]) < losses[0] - 1
+    assert result["held_out_loss"] == float(rows(folder)[-1]["held_out"]) < losses[0] - 1
+    assert result["tokens_per_s"] > 0 and result["steps"] == STEPS
+    assert (folder / "sample.txt").read_text().startswith("import os\n\n\ndef ")
+    assert "held-out loss" in out and "going on" not in out
+    image = matplotlib.image.imread(folder / "loss.png")
+    assert image.shape[0] > 200 and len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > 10
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(whole, tmp_path):
+    """Losses, held-out losses and the sample are those of the uninterrupted run, to the bit."""
+    process = start(tmp_path)
+    deadline = time.monotonic() + 200
+    while not any((tmp_path / "checkpoints" / str(s)).exists() for s in (8, 12, 16)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert len(rows(tmp_path)) < STEPS
+    saved = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    out, result = run(tmp_path)
+    assert f"going on from step {saved}\n" in out and 0 < saved < STEPS
+    folder, _, want = whole
+    assert rows(tmp_path) == rows(folder)
+    assert (tmp_path / "sample.txt").read_text() == (folder / "sample.txt").read_text()
+    assert result["held_out_loss"] == want["held_out_loss"]
+
+    again, result = run(tmp_path)
+    assert f"going on from step {STEPS}\n" in again
+    assert result == want | {"tokens_per_s": None}
+    assert rows(tmp_path) == rows(folder)
+
+
+def test_eight_devices_have_the_losses_of_one(whole, tmp_path):
+    folder, _, want = whole
+    _, result = run(tmp_path, "--devices=8")
+    assert result["devices"] == 8
+    losses = [float(row["train"]) for row in rows(tmp_path)]
+    np.testing.assert_allclose(losses, [float(row["train"]) for row in rows(folder)], rtol=2e-3)
+    assert result["held_out_loss"] == pytest.approx(want["held_out_loss"], rel=2e-3)
+
+
+def test_a_folder_keeps_its_settings(example, tmp_path, whole):
+    folder, _, _ = whole
+    config = example.Config(**TINY)
+    with pytest.raises(SystemExit, match=r"batch 8, this one has 16.*--restart"):
+        example.open_run(folder, example.dataclasses.replace(config, batch=16), restart=False)
+    example.open_run(folder, config, restart=False)
+    assert (folder / "checkpoints" / str(STEPS)).exists()
+    example.open_run(tmp_path / "new", config, restart=False)
+    (tmp_path / "new" / "checkpoints" / "4").mkdir(parents=True)
+    changed = example.dataclasses.replace(config, seed=5)
+    example.open_run(tmp_path / "new", changed, restart=True)
+    assert not (tmp_path / "new" / "checkpoints").exists()
+    example.open_run(tmp_path / "new", changed, restart=False)
+
+
+def test_rows_after_the_last_checkpoint_are_dropped(example, tmp_path):
+    log = example.LossLog(tmp_path / "losses.csv", 0)
+    log.add([{"step": i, "train": 1.0 / i, "held_out": ""} for i in range(1, 6)])
+    assert len(rows(tmp_path)) == 5
+    example.LossLog(tmp_path / "losses.csv", 3)
+    assert [row["step"] for row in rows(tmp_path)] == ["1", "2", "3"]
+
+
+def test_the_texts_are_the_library_s_and_do_not_overlap(example):
+    training, held_out = example.read_corpus()
+    again, _ = example.read_corpus()
+    assert training.dtype == np.uint8 and np.array_equal(training, again)
+    assert 3 < len(training) / len(held_out) < 40
+    ours = Path(example.argparse.__file__).read_bytes()
+    assert ours in training.tobytes() or ours in held_out.tobytes()
+    files = [set(text.tobytes().split(b"\0")) - {b""} for text in (training, held_out)]
+    copies = [len(text) for text in files[0] & files[1]]
+    assert sum(copies) < 0.01 * len(held_out)
+    assert Path(np.__file__).read_bytes() not in training.tobytes()
+
+
+def test_batches_are_windows_of_the_text_and_can_be_resumed(example):
+    config = example.Config(**TINY)
+    text = np.arange(8 * 32 * 10 + 1, dtype=np.int64)
+
+    def batches():
+        return example.training_batches(text, config)
+
+    first = batches()
+    seen = [next(first) for _ in range(12)]
+    state = first.get_state()
+    after = [next(first) for _ in range(5)]
+    second = batches()
+    second.set_state(state)
+    assert all(np.array_equal(next(second), x) for x in after)
+    assert all(np.array_equal(np.diff(x), np.ones((8, 32))) for x in seen)
+    starts = np.concatenate([x[:, 0] for x in seen[:10]])
+    assert sorted(starts) == list(range(0, 8 * 32 * 10, 32))  # An epoch has every window once,
+    assert not np.array_equal(starts[:8], np.arange(0, 8 * 32, 32))  # in shuffled order.
+    assert not np.array_equal(seen[0], seen[10])
+    other = example.training_batches(text, example.dataclasses.replace(config, seed=1))
+    assert not np.array_equal(next(other), seen[0])
+
+
+@pytest.fixture(scope="module")
+def model(example):
+    return example.Transformer(example.Config(**TINY), None, nnx.Rngs(0))
+
+
+def test_the_model_sees_the_past_only(model):
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 32))
+    changed = tokens.copy()
+    changed[:, 20] += 1
+    one, other = model(tokens), model(changed % 256)
+    np.testing.assert_allclose(one[:, :20], other[:, :20], atol=1e-5)
+    assert (np.abs(one - other).max(-1) > 1e-3)[:, 20:].all()
+
+
+def test_the_loss_is_of_the_byte_that_follows(model):
+    windows = np.random.default_rng(0).integers(0, 256, (2, 33))
+    logits = jax.nn.log_softmax(model(windows[:, :-1]))
+    want = -np.mean([logits[b, t, windows[b, t + 1]] for b in range(2) for t in range(32)])
+    assert float(model.loss(windows)) == pytest.approx(want, rel=1e-5)
+
+
+def test_rotation_depends_on_distance_alone(example):
+    x, y = jax.random.normal(jax.random.key(0), (2, 1, 1, 3, 16))
+    x, y = (example.rotate(jnp.broadcast_to(a, (1, 12, 3, 16))) for a in (x, y))
+    products = jnp.einsum("btnh,bsnh->nts", x, y)
+    np.testing.assert_allclose(products[:, 1:, 1:], products[:, :-1, :-1], atol=1e-4)
+    assert np.abs(products[:, 0] - products[:, 0, :1]).max() > 0.1
+
+
+def test_eight_devices_share_a_batch(example):
+    trainer = example.Trainer(example.Config(**TINY), None, 8)
+    windows = jax.device_put(np.zeros((8, 33), np.uint8), trainer.split_batch)
+    assert {shard.data.shape for shard in windows.addressable_shards} == {(1, 33)}
+    compiled = trainer._step.lower(trainer.state, windows).compile()
+    assert "all-reduce" in compiled.as_text() and "all-gather" not in compiled.as_text()
+    trainer.train(np.zeros((8, 33), np.uint8))
+    leaves = jax.tree.leaves(trainer.state)
+    assert all(x.sharding.is_fully_replicated and len(x.devices()) == 8 for x in leaves)
+
+
+def test_bfloat16_keeps_float32_weights_and_learns(example):
+    config = example.Config(**TINY | {"dtype": "bfloat16"})
+    trainer = example.Trainer(config, "xla", 1)
+    windows = np.frombuffer(SCRIPT.read_bytes()[: 8 * 33], np.uint8).reshape(8, 33)
+    losses = [float(trainer.train(windows)) for _ in range(10)]
+    assert losses[-1] < losses[0] - 1
+    assert {x.dtype for x in jax.tree.leaves(trainer.state["params"])} == {jnp.dtype("float32")}
+
+
+def test_the_gpu_preset_has_100m_parameters_and_reaches_the_kernel(example, kernels):
+    config = example.PRESETS["gpu"]
+    model = nnx.eval_shape(lambda: example.Transformer(config, "cuda", nnx.Rngs(0)))
+    graph, params = nnx.split(model)
+    assert 95e6 < sum(x.size for x in jax.tree.leaves(params)) < 105e6
+    windows = jax.ShapeDtypeStruct((config.batch, config.context + 1), jnp.uint8)
+
+    def loss(params, windows):
+        return nnx.merge(graph, params).loss(windows)
+
+    traced = jax.jit(jax.grad(loss)).trace(params, windows)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    for name in ("attention_fwd", "attention_bwd", "rms_norm_fwd", "rms_norm_bwd"):
+        assert f"jaxkern.{name}" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset=tpu"], "invalid choice: 'tpu'"),
+        (["--implementation=triton"], "invalid choice: 'triton'"),
+        (["--dtype=int8"], "invalid choice: 'int8'"),
+        (["--steps=ten"], "invalid int value: 'ten'"),
+        (["--steps=0"], "--steps is 0; wanted at least 1"),
+        (["--eval-batches=0"], "--eval-batches is 0; wanted at least 1"),
+        (["--seed=-1"], "--seed is -1; wanted at least 0"),
+        (["--devices=0"], "--devices is 0; wanted at least 1"),
+        (["--devices=9000"], "--devices is 9000; JAX has 8 (cpu)"),
+        (["--devices=3"], "--batch 8 must be a multiple of --devices 3"),
+        (["--heads=3"], "--width 32 must be a multiple of twice --heads 3"),
+        (["--log-every=3"], "--eval-every 4 must be a multiple of --log-every 3"),
+        (["--preset=gpu"], "--preset gpu needs a GPU; JAX has cpu only"),
+        (["--implementation=cuda"], "--implementation cuda needs a GPU; JAX has cpu only"),
+        (["--implementation=cudnn"], "--implementation cudnn needs a GPU; JAX has cpu only"),
+    ],
+)
+def test_bad_arguments(example, capsys, arguments, message):
+    with pytest.raises(SystemExit) as error:
+        example.parse([*options(), *arguments])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_arguments_override_the_preset(example):
+    args, config = example.parse(["--batch=16", "--learning-rate=0.5", "--dtype=bfloat16"])
+    want = {"batch": 16, "learning_rate": 0.5, "dtype": "bfloat16"}
+    assert config == example.dataclasses.replace(example.PRESETS["cpu"], **want)
+    assert args.preset == "cpu" and args.implementation is None and not args.restart
