@@ -291,9 +291,14 @@ def _forward_op(config):
     def kernel(query, key, value):
         query, key, value, unfold = _fold(query, key, value)
         batch, length, heads, _ = query.shape
-        results = [(query.shape, query.dtype), ((batch, heads, length), np.dtype(np.float32))]
-        attributes = config.attributes()
-        return unfold(_ffi.call("jaxkern.attention_fwd", results, query, key, value, **attributes))
+        lse, counter = ((batch, heads, length), np.dtype(np.float32)), ((1,), np.dtype(np.int32))
+        results = _ffi.call(
+            "jaxkern.attention_fwd",
+            [(query.shape, query.dtype), lse, counter],
+            *(query, key, value),
+            **config.attributes(),
+        )
+        return unfold(results[:2])
 
     def axes(rank, *_):
         query, key, value, lse = _axes(rank)

@@ -33,26 +33,16 @@ struct Wgmma;
 #define JK_REGS_5 "%40, %41, %42, %43, %44, %45, %46, %47"
 #define JK_REGS_6 "%48, %49, %50, %51, %52, %53, %54, %55"
 #define JK_REGS_7 "%56, %57, %58, %59, %60, %61, %62, %63"
-#define JK_REGS_8 "%64, %65, %66, %67, %68, %69, %70, %71"
-#define JK_REGS_9 "%72, %73, %74, %75, %76, %77, %78, %79"
-#define JK_REGS_10 "%80, %81, %82, %83, %84, %85, %86, %87"
-#define JK_REGS_11 "%88, %89, %90, %91, %92, %93, %94, %95"
 
 #define JK_NAMES_32 JK_REGS_0 ", " JK_REGS_1 ", " JK_REGS_2 ", " JK_REGS_3
-#define JK_NAMES_40 JK_NAMES_32 ", " JK_REGS_4
-#define JK_NAMES_64 JK_NAMES_40 ", " JK_REGS_5 ", " JK_REGS_6 ", " JK_REGS_7
-#define JK_NAMES_88 JK_NAMES_64 ", " JK_REGS_8 ", " JK_REGS_9 ", " JK_REGS_10
-#define JK_NAMES_96 JK_NAMES_88 ", " JK_REGS_11
+#define JK_NAMES_64 JK_NAMES_32 ", " JK_REGS_4 ", " JK_REGS_5 ", " JK_REGS_6 ", " JK_REGS_7
 
 #define JK_OUT_8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), \
                     "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define JK_OUT_32 JK_OUT_8(0), JK_OUT_8(8), JK_OUT_8(16), JK_OUT_8(24)
-#define JK_OUT_40 JK_OUT_32, JK_OUT_8(32)
-#define JK_OUT_64 JK_OUT_40, JK_OUT_8(40), JK_OUT_8(48), JK_OUT_8(56)
-#define JK_OUT_88 JK_OUT_64, JK_OUT_8(64), JK_OUT_8(72), JK_OUT_8(80)
-#define JK_OUT_96 JK_OUT_88, JK_OUT_8(88)
+#define JK_OUT_64 JK_OUT_32, JK_OUT_8(32), JK_OUT_8(40), JK_OUT_8(48), JK_OUT_8(56)
 
-// P0 .. P6: the operand numbers that follow the R accumulator registers.
+// P0 .. P7: the operand numbers that follow the R accumulator registers.
 #define JK_WGMMA(N, R, P0, P1, P2, P3, P4, P5, P6, P7)                                            \
   template <>                                                                                     \
   struct Wgmma<N> {                                                                               \
@@ -80,28 +70,15 @@ struct Wgmma;
   };
 
 JK_WGMMA(64, 32, "%32", "%33", "%34", "%35", "%36", "%37", "%38", "%39")
-JK_WGMMA(80, 40, "%40", "%41", "%42", "%43", "%44", "%45", "%46", "%47")
 JK_WGMMA(128, 64, "%64", "%65", "%66", "%67", "%68", "%69", "%70", "%71")
-JK_WGMMA(176, 88, "%88", "%89", "%90", "%91", "%92", "%93", "%94", "%95")
-JK_WGMMA(192, 96, "%96", "%97", "%98", "%99", "%100", "%101", "%102", "%103")
 // clang-format on
 
 #undef JK_WGMMA
-#undef JK_OUT_96
-#undef JK_OUT_88
 #undef JK_OUT_64
-#undef JK_OUT_40
 #undef JK_OUT_32
 #undef JK_OUT_8
-#undef JK_NAMES_96
-#undef JK_NAMES_88
 #undef JK_NAMES_64
-#undef JK_NAMES_40
 #undef JK_NAMES_32
-#undef JK_REGS_11
-#undef JK_REGS_10
-#undef JK_REGS_9
-#undef JK_REGS_8
 #undef JK_REGS_7
 #undef JK_REGS_6
 #undef JK_REGS_5
