@@ -174,8 +174,7 @@ def test_reference_moves_nothing(mesh):
 def test_shard_map(check_vma, explicit):
     """Replicated operands too, whose gradients are sums over the devices."""
     mesh = make_mesh(AxisType.Explicit if explicit else AxisType.Auto)
-    arrays = attention_operands("mha")
-    specs = (BOTH, MODEL, P("data", None, "model"), BOTH)
+    query, key, *rest = attention_operands("mha")
     x, scale = random_normal(1, (8, 4, 32), (32,), dtype="float32")
 
     def attention_loss(query, key, value, weights):
@@ -185,8 +184,8 @@ def test_shard_map(check_vma, explicit):
     def norm_loss(x, scale):
         return jnp.sin(norm(x, scale)).sum()
 
-    for loss, arrays, specs in (
-        (attention_loss, (arrays[0], arrays[1][:1], *arrays[2:]), specs),
+    for loss, args, specs in (
+        (attention_loss, (query, key[:1], *rest), (BOTH, MODEL, BOTH, BOTH)),
         (norm_loss, (x, scale), (P("data", "model"), P())),
     ):
 
@@ -194,9 +193,9 @@ def test_shard_map(check_vma, explicit):
             return jax.lax.psum(loss(*shards), ("data", "model"))
 
         mapped = jax.shard_map(total, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=check_vma)
-        argnums = tuple(range(len(arrays)))
-        got = jax.jit(jax.value_and_grad(mapped, argnums))(*put(mesh, arrays, specs))
-        assert_equal(got, jax.value_and_grad(loss, argnums)(*arrays))
+        argnums = tuple(range(len(args)))
+        got = jax.jit(jax.value_and_grad(mapped, argnums))(*put(mesh, args, specs))
+        assert_equal(got, jax.value_and_grad(loss, argnums)(*args))
 
 
 @pytest.mark.parametrize("manual", ["data", "model"])

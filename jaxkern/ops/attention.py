@@ -81,7 +81,8 @@ def dot_product_attention(
     bias = _broadcastable("bias", bias, logits_shape)
     mask = _broadcastable("mask", mask, logits_shape)
     scale = _check_scale(scale, query.shape[-1])
-    is_causal = _check_flag("is_causal", is_causal)
+    is_causal = _checks.flag("is_causal", is_causal)
+    return_residual = _checks.flag("return_residual", return_residual)
     query_seq_lengths = _lengths("query_seq_lengths", query_seq_lengths, query.shape[0])
     key_value_seq_lengths = _lengths("key_value_seq_lengths", key_value_seq_lengths, query.shape[0])
     window = _window(local_window_size)
@@ -169,12 +170,6 @@ def _check_scale(scale, head_dim):
     if not isinstance(scale, numbers.Real | jax.Array | np.ndarray):
         raise ValueError(f"scale is {scale!r}, wanted a real number")
     return scale
-
-
-def _check_flag(name, flag):
-    if not isinstance(flag, bool | np.bool_):
-        raise ValueError(f"{name} is {flag!r}, wanted True or False")
-    return bool(flag)
 
 
 def _lengths(name, lengths, batch):
