@@ -53,7 +53,8 @@ def test_attention_calls(dtype, name, is_causal):
         assert "has_side_effect" not in line
     query, key = f"{B}x{T}x{N}x{H}x{name}", f"{B}x{S}x{K}x{H}x{name}"
     lse = f"{B}x{N}x{T}xf32"
-    assert types(lines["attention_fwd"]) == ([query, key, key], [query, lse])
+    counter = "1xi32"  # from which the blocks draw their tiles
+    assert types(lines["attention_fwd"]) == ([query, key, key], [query, lse, counter])
     padded = f"{B}x{N}x256"  # the length in whole tiles of 128
     assert types(lines["attention_bwd"]) == (
         [query, key, key, query, lse, query, lse],
