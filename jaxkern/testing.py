@@ -50,7 +50,7 @@ def poison_memory(n_bytes: int, device: jax.Device | None = None) -> None:
     """
     block = 1 << 24
     poison = [
-        jax.device_put(np.full(block // 4, np.nan, np.float32), device)
+        jnp.full(block // 4, jnp.nan, jnp.float32, device=device)
         for _ in range(-(-n_bytes // block))
     ]
     jax.block_until_ready(poison)
