@@ -51,16 +51,12 @@ def choose(op: str, implementation: str | Sequence[str] | None, unsupported: str
 def _names(op: str, implementation: str | Sequence[str] | None) -> tuple[str, ...]:
     if implementation is None:
         return IMPLEMENTATIONS
-    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
-    for name in names:
-        if name not in IMPLEMENTATIONS:
-            raise ValueError(
-                f"{op}: implementation {name!r} is unknown, wanted one or several of "
-                f"{list(IMPLEMENTATIONS)}"
-            )
-    if not names:
+    many = isinstance(implementation, Sequence) and not isinstance(implementation, str)
+    names = tuple(implementation) if many else (implementation,)
+    if not names or any(name not in IMPLEMENTATIONS for name in names):
         raise ValueError(
-            f"{op}: implementation is empty, wanted one or several of {list(IMPLEMENTATIONS)}"
+            f"{op}: implementation is {implementation!r}, wanted None, one of "
+            f"{', '.join(map(repr, IMPLEMENTATIONS))}, or a sequence of them"
         )
     return names
 
@@ -94,10 +90,10 @@ def cuda_only(x: jax.Array, op: str) -> jax.Array:
 
 
 def _refuse(context, x, *, op):
-    platforms = context.platforms or context.module_context.platforms
+    platforms = ", ".join(context.module_context.platforms)
     raise NotImplementedError(
-        f"{op} with implementation 'cuda' is lowered for {', '.join(platforms)}, wanted cuda only; "
-        "implementation None falls back to the reference there"
+        f"{op} with implementation 'cuda' is lowered for {platforms}, wanted cuda only; "
+        "implementation None uses the reference on other platforms"
     )
 
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -22,15 +23,21 @@ Axes = tuple[str, ...]
 def sharded(local: Callable, operand_axes: Sequence[Axes], result_axes: Sequence[Axes]) -> Callable:
     """`local`, called on each device with its shards when it is partitioned."""
     call = custom_partitioning(local)
+    context = jax.sharding.get_abstract_mesh()
 
     def rule(mesh, operand_types, result_types):
         return _rule(operand_axes, result_axes, [t.shape for t in operand_types])
 
     def partition(mesh, operands, results):
-        shardings = [x.sharding for x in operands]
-        if getattr(shardings[0], "spec", None) is None:  # inside a partly manual shard_map
-            return mesh, _without_mesh(local), tuple(r.sharding for r in results), tuple(shardings)
-        split = _split(mesh.shape, operand_axes, operands)
+        whole_mesh = mesh
+        if context.manual_axes:
+            # In a shard_map that leaves some axes to the compiler, JAX has no mesh to pass, and
+            # the shardings are on what is left of it.
+            whole_mesh = context
+            mesh = _remaining(context)
+        shapes = [x.shape for x in operands]
+        entries = [_entries(mesh, x.sharding, len(x.shape)) for x in operands]
+        split = _split(mesh.shape, operand_axes, shapes, entries)
         used = [name for names in split.values() for name in names]
 
         def lower(*shards):
@@ -44,9 +51,10 @@ def sharded(local: Callable, operand_axes: Sequence[Axes], result_axes: Sequence
 
         result_shardings = tuple(NamedSharding(mesh, _spec(split, axes)) for axes in result_axes)
         operand_shardings = tuple(NamedSharding(mesh, _spec(split, axes)) for axes in operand_axes)
-        return mesh, _without_mesh(lower), result_shardings, operand_shardings
+        return whole_mesh, _without_mesh(lower), result_shardings, operand_shardings
 
-    call.def_partition(partition, sharding_rule=rule)
+    # JAX cannot decode all shardings, so _entries does.
+    call.def_partition(partition, sharding_rule=rule, decode_shardings=False)
     return on_auto_mesh(call, operand_axes, result_axes)
 
 
@@ -94,7 +102,17 @@ def _explicit_split(operands, operand_axes):
     """The mesh that has Explicit axes, and _split on it; or None and an empty split."""
     types = [jax.typeof(x) for x in operands]
     mesh = next((t.sharding.mesh for t in types if t.sharding.mesh.explicit_axes), None)
-    return mesh, {} if mesh is None else _split(mesh.shape, operand_axes, types)
+    if mesh is None:
+        return None, {}
+    return mesh, _split(
+        mesh.shape, operand_axes, [t.shape for t in types], [t.sharding.spec for t in types]
+    )
+
+
+def _remaining(mesh):
+    """The mesh without its manual axes."""
+    names = tuple(name for name in mesh.axis_names if name not in mesh.manual_axes)
+    return jax.sharding.AbstractMesh(tuple(mesh.shape[name] for name in names), names)
 
 
 def _sizes(operand_axes, shapes):
@@ -130,26 +148,53 @@ def _rule(operand_axes, result_axes, shapes):
     return rule, {"need_replication_factors": whole, **groups}
 
 
-def _split(mesh_shape, operand_axes, operands):
+def _split(mesh_shape, operand_axes, shapes, entries):
     """The mesh axes over which each array axis stays sharded: those of the first operand that is.
 
-    A mesh axis is used once. The heads of the query decide for those of the key, and stay sharded
-    if each device can get whole groups.
+    `entries` has for each operand what a PartitionSpec has. A mesh axis is used once. The heads of
+    the query decide for those of the key, and stay sharded if each device gets whole groups.
     """
-    sizes = _sizes(operand_axes, [x.shape for x in operands])
     split, used = {}, set()
-    for axes, operand in zip(operand_axes, operands, strict=True):
-        for axis, entry in zip(axes, operand.sharding.spec, strict=True):
+    for axes, spec in zip(operand_axes, entries, strict=True):
+        for axis, entry in zip(axes, spec, strict=True):
             names = (entry,) if isinstance(entry, str) else tuple(entry or ())
             if names and (axis[0] == "b" or axis == "n") and axis not in split:
                 if not used.intersection(names):
                     split[axis] = names
                     used.update(names)
-    if "n" in split and sizes["k"] > 1:
+    key_heads = _sizes(operand_axes, shapes).get("k")
+    if "n" in split and key_heads > 1:
         heads = split.pop("n")
-        if sizes["k"] % math.prod(mesh_shape[name] for name in heads) == 0:
+        if key_heads % math.prod(mesh_shape[name] for name in heads) == 0:
             split["n"] = split["k"] = heads
     return split
+
+
+def _entries(mesh, sharding, rank):
+    """The mesh axes over which each axis of an array is sharded, from the compiler's sharding.
+
+    Where that is only a part of a mesh axis, the array axis counts as not sharded.
+    """
+    tiles = sharding._to_xla_hlo_sharding(rank)
+    if not tiles.is_tiled():
+        return ((),) * rank
+    counts = tiles.tile_assignment_dimensions()
+    devices = np.reshape(tiles.tile_assignment_devices(), counts)
+    entries = []
+    for axis in range(rank):
+        # Along the tiles of this axis, a mesh axis has changed from the tile `first` on.
+        line = devices[tuple(slice(None) if i == axis else 0 for i in range(len(counts)))]
+        firsts = {}
+        for name, place in zip(
+            mesh.axis_names, np.unravel_index(line, mesh.axis_sizes), strict=True
+        ):
+            changed = np.flatnonzero(place != place[0])
+            if changed.size:
+                firsts[name] = changed[0]
+        names = tuple(sorted(firsts, key=firsts.get, reverse=True))
+        whole = math.prod(mesh.shape[name] for name in names) == counts[axis]
+        entries.append(names if whole else ())
+    return tuple(entries)
 
 
 def _spec(split, axes):

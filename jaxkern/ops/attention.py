@@ -12,7 +12,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from jaxkern import _dispatch, _ffi, _partitioning, _stack
+from jaxkern import _checks, _dispatch, _ffi, _partitioning, _stack
 from jaxkern.reference import attention as reference
 
 _OP = "dot_product_attention"
@@ -81,7 +81,8 @@ def dot_product_attention(
     bias = _broadcastable("bias", bias, logits_shape)
     mask = _broadcastable("mask", mask, logits_shape)
     scale = _check_scale(scale, query.shape[-1])
-    is_causal = _check_flag("is_causal", is_causal)
+    is_causal = _checks.flag("is_causal", is_causal)
+    return_residual = _checks.flag("return_residual", return_residual)
     query_seq_lengths = _lengths("query_seq_lengths", query_seq_lengths, query.shape[0])
     key_value_seq_lengths = _lengths("key_value_seq_lengths", key_value_seq_lengths, query.shape[0])
     window = _window(local_window_size)
@@ -118,14 +119,12 @@ def dot_product_attention(
 
 
 def _operand(name, x):
-    x = jnp.asarray(x)
+    x = _checks.float_array(name, x)
     if x.ndim not in (3, 4):
         raise ValueError(
             f"{name} has shape {x.shape}, wanted rank 4 [batch, length, heads, head dim] or rank 3 "
             "without the batch"
         )
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"{name} has dtype {x.dtype}, wanted a floating-point dtype")
     return x
 
 
@@ -149,11 +148,9 @@ def _check_operands(query, key, value):
 def _broadcastable(name, x, logits_shape):
     if x is None:
         return None
-    x = jnp.asarray(x)
+    x = _checks.array(name, x) if name == "mask" else _checks.float_array(name, x)
     if name == "mask" and x.dtype != bool:
         raise ValueError(f"mask has dtype {x.dtype}, wanted bool; an additive mask is a bias")
-    if name == "bias" and not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"bias has dtype {x.dtype}, wanted a floating-point dtype")
     padded = (1,) * (4 - x.ndim) + x.shape
     if len(padded) != 4 or any(
         got != 1 and got != wanted for got, wanted in zip(padded, logits_shape, strict=True)
@@ -175,16 +172,10 @@ def _check_scale(scale, head_dim):
     return scale
 
 
-def _check_flag(name, flag):
-    if not isinstance(flag, bool | np.bool_):
-        raise ValueError(f"{name} is {flag!r}, wanted True or False")
-    return bool(flag)
-
-
 def _lengths(name, lengths, batch):
     if lengths is None:
         return None
-    lengths = jnp.asarray(lengths)
+    lengths = _checks.array(name, lengths)
     if lengths.shape != (batch,):
         raise ValueError(f"{name} has shape {lengths.shape}, wanted ({batch},), one per sequence")
     if not jnp.issubdtype(lengths.dtype, jnp.integer):

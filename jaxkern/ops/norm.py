@@ -12,7 +12,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from jaxkern import _dispatch, _ffi, _partitioning, _stack
+from jaxkern import _checks, _dispatch, _ffi, _partitioning, _stack
 from jaxkern.reference import norm as reference
 
 _OP = "rms_norm"
@@ -52,8 +52,9 @@ def rms_norm(
         such a call is lowered for another platform.
       ExceptionGroup: no implementation of a sequence can.
     """
-    x = jnp.asarray(x)
-    _check_x(x)
+    x = _checks.float_array("x", x)
+    if x.ndim == 0:
+        raise ValueError("x has shape (), wanted at least one axis")
     scale = _check_scale(scale, x)
     _check_epsilon(epsilon)
     choice = _dispatch.choose(_OP, implementation, _unsupported(x, epsilon))
@@ -65,21 +66,12 @@ def rms_norm(
 # --- Arguments ------------------------------------------------------------------------------------
 
 
-def _check_x(x):
-    if x.ndim == 0:
-        raise ValueError("x has shape (), wanted at least one axis")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x has dtype {x.dtype}, wanted a floating-point dtype")
-
-
 def _check_scale(scale, x):
     if scale is None:
         return jnp.ones(x.shape[-1:], jnp.float32)
-    scale = jnp.asarray(scale)
+    scale = _checks.float_array("scale", scale)
     if scale.shape != x.shape[-1:]:
         raise ValueError(f"scale has shape {scale.shape}, wanted x's last axis {x.shape[-1:]}")
-    if not jnp.issubdtype(scale.dtype, jnp.floating):
-        raise ValueError(f"scale has dtype {scale.dtype}, wanted a floating-point dtype")
     return scale
 
 

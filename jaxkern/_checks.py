@@ -1,0 +1,35 @@
+"""Checks of arguments that every op shares."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FLOATS = ("bfloat16", "float16", "float32", "float64")
+
+
+def float_array(name: str, x: Any) -> jax.Array:
+    """x as an array, or ValueError if it is not one of a floating-point dtype."""
+    x = array(name, x)
+    if x.dtype.name not in FLOATS:
+        raise ValueError(f"{name} has dtype {x.dtype}, wanted one of {', '.join(FLOATS)}")
+    return x
+
+
+def array(name: str, x: Any) -> jax.Array:
+    """x as an array, or ValueError if it cannot be one."""
+    wrong = f"{name} is a {type(x).__name__}, wanted an array of numbers"
+    if isinstance(x, str | bytes):
+        raise ValueError(wrong)
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise ValueError(wrong) from error
+
+
+def flag(name: str, x: Any) -> bool:
+    """x as a bool, or ValueError if it is not one."""
+    if not isinstance(x, bool | np.bool_):
+        raise ValueError(f"{name} is {x!r}, wanted True or False")
+    return bool(x)

@@ -1,0 +1,65 @@
+"""Helpers to test kernels with: inputs, comparison with a reference, and memory full of NaN."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def assert_close_to_reference(ours, ref32, ref_same_dtype, *, atol: float) -> None:
+    """Raise AssertionError unless `ours` is about as accurate as the plain same-dtype computation.
+
+    The rule, in the maximum norm: |ours - ref32| <= 2 * |ref_same_dtype - ref32| + atol.
+
+    Args:
+      ours: the array to test.
+      ref32: the same computed in float32 from the same inputs.
+      ref_same_dtype: the same computed plainly in the dtype of `ours`.
+      atol: what is allowed beyond twice the error of `ref_same_dtype`.
+    """
+    if ours.dtype != ref_same_dtype.dtype:
+        raise AssertionError(f"got dtype {ours.dtype}, wanted {ref_same_dtype.dtype}")
+    ours, ref32, same = (np.asarray(x, np.float64) for x in (ours, ref32, ref_same_dtype))
+    if not ours.shape == ref32.shape == same.shape:
+        raise AssertionError(f"got shape {ours.shape}, wanted {ref32.shape} and {same.shape}")
+    if not (np.isfinite(ref32).all() and np.isfinite(same).all()):
+        raise AssertionError("a reference is not finite, so nothing can be compared with it")
+    if not ours.size:
+        return
+    error = np.abs(ours - ref32)
+    error = np.where(np.isnan(error), np.inf, error)
+    allowed = 2 * np.abs(same - ref32).max() + atol
+    if error.max() > allowed:
+        where = tuple(int(i) for i in np.unravel_index(error.argmax(), error.shape))
+        raise AssertionError(
+            f"error {error.max():.3g} at {where} (got {ours[where]:.6g}, wanted "
+            f"{ref32[where]:.6g}), allowed {allowed:.3g}; {(error > allowed).sum()} of "
+            f"{error.size} elements are off"
+        )
+
+
+def random_normal(seed: int, *shapes: tuple[int, ...], dtype) -> list[jax.Array]:
+    """An array of standard normal numbers for each shape."""
+    generator = np.random.default_rng(seed)
+    return [jnp.asarray(generator.standard_normal(s, np.float32), dtype) for s in shapes]
+
+
+def poison_memory(n_bytes: int, device: jax.Device | None = None) -> None:
+    """Fill free device memory with NaN, for what is allocated next to start with.
+
+    A kernel that reads a result or workspace that it has not written then shows.
+    """
+    block = 1 << 24
+    poison = [
+        jax.device_put(np.full(block // 4, np.nan, np.float32), device)
+        for _ in range(-(-n_bytes // block))
+    ]
+    jax.block_until_ready(poison)
+    for array in poison:
+        array.delete()
+
+
+def poison_beyond(x: jax.Array, lengths: jax.Array, axis: int = 1) -> jax.Array:
+    """x [B, ...] with NaN at positions lengths[b] and up of `axis`, which nothing should read."""
+    position = jnp.arange(x.shape[axis]).reshape([-1 if i == axis else 1 for i in range(x.ndim)])
+    ends = lengths.reshape([-1] + [1] * (x.ndim - 1))
+    return jnp.where(position < ends, x, jnp.asarray(jnp.nan, x.dtype))

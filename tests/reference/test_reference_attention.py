@@ -1,0 +1,195 @@
+"""reference.attention against jax.nn's XLA path and against float64 NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import oracle, random_attention_case
+from jax.test_util import check_grads
+
+from jaxkern.reference import attention as reference
+from jaxkern.testing import random_normal
+
+B, T, S, N, K, H = 2, 7, 11, 4, 2, 8
+
+
+def ours(query, key, value, bias=None, mask=None, *, scale=H**-0.5, window=None, **options):
+    return reference.attention(query, key, value, bias, mask, scale=scale, window=window, **options)
+
+
+def jax_nn(query, key, value, bias=None, mask=None, *, window=None, **options):
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        local_window_size=window,
+        implementation="xla",
+        return_residual=True,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_random_case(seed):
+    """Values and gradients, that of the log-sum-exp included."""
+    case = random_attention_case(seed)
+    query, key, value, dout, dlse = case.operands("float32")
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+
+    @jax.jit
+    def run(query, key, value, dout, dlse):
+        results, pullback = jax.vjp(
+            lambda *operands: ours(*operands, scale=scale, is_causal=case.is_causal),
+            query,
+            key,
+            value,
+        )
+        theirs = jax_nn(query, key, value, scale=scale, is_causal=case.is_causal)
+        return (*results, *pullback((dout, dlse))), theirs
+
+    got, theirs = run(query, key, value, dout, dlse)
+    wanted = oracle(query, key, value, dout, dlse, is_causal=case.is_causal, scale=case.scale)
+    for g, w in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(g, w, atol=2e-5 * np.abs(w).max())
+    for g, w in zip(got, theirs, strict=False):
+        np.testing.assert_allclose(g, w, atol=1e-5)
+
+
+def mask(*shape):
+    return np.random.default_rng(5).random(shape) < 0.6
+
+
+def bias(*shape):
+    return random_normal(6, shape, dtype="float32")[0]
+
+
+OPTIONS = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "scale": {"scale": 0.3},
+    "negative scale": {"scale": -0.3},
+    "window": {"window": (2, 1)},
+    "left window": {"window": (2, 0)},
+    "causal window": {"window": (3, 3), "is_causal": True},
+    "query lengths": {"query_seq_lengths": jnp.array([3, 7])},
+    "key lengths": {"key_value_seq_lengths": jnp.array([5, 11])},
+    "empty sequences": {
+        "query_seq_lengths": jnp.array([0, 7]),
+        "key_value_seq_lengths": jnp.array([11, 0]),
+    },
+    "causal lengths": {"key_value_seq_lengths": jnp.array([5, 2]), "is_causal": True},
+    "full mask": {"mask": mask(B, N, T, S)},
+    "head mask": {"mask": mask(1, N, 1, S)},
+    "key mask": {"mask": mask(B, 1, 1, S)},
+    "query mask": {"mask": mask(1, 1, T, 1)},
+    "nothing visible": {"mask": np.zeros((1, 1, 1, 1), bool)},
+    "full bias": {"bias": bias(B, N, T, S)},
+    "batch bias": {"bias": bias(B, 1, 1, S)},
+    "head bias": {"bias": bias(1, N, T, 1)},
+    "all": {
+        "bias": bias(1, N, T, S),
+        "mask": mask(B, 1, T, S),
+        "is_causal": True,
+        "window": (6, 2),
+        "query_seq_lengths": jnp.array([6, 2]),
+        "key_value_seq_lengths": jnp.array([11, 9]),
+    },
+}
+
+
+def with_gradients(attend, query, key, value, bias=None, **options):
+    """(out, lse) and the gradients of the inputs, bias too, for a cotangent of out."""
+
+    @jax.jit
+    def run(operands):
+        results, pullback = jax.vjp(lambda operands: attend(*operands, **options), operands)
+        cotangent = jnp.cos(jnp.arange(query.size, dtype=query.dtype)).reshape(query.shape)
+        return results, pullback((cotangent, jnp.zeros_like(results[1])))[0]
+
+    return run((query, key, value) if bias is None else (query, key, value, bias))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_are_jax_nn_s(name):
+    check_options(T, S, **OPTIONS[name])
+
+
+@pytest.mark.parametrize("name", ["plain", "causal", "window", "left window", "causal window"])
+def test_options_with_more_queries_than_keys(name):
+    check_options(S, T, **OPTIONS[name])
+
+
+def check_options(t, s, **options):
+    operands = random_normal(1, (B, t, N, H), (B, s, K, H), (B, s, K, H), dtype="float32")
+    got = with_gradients(ours, *operands, **options)
+    wanted = with_gradients(jax_nn, *operands, **options)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert g.dtype == w.dtype
+        np.testing.assert_allclose(g, w, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_operands_are_computed_in_float32(dtype):
+    operands = random_normal(1, (B, T, N, H), (B, S, K, H), (B, S, K, H), dtype=dtype)
+    out, lse = ours(*operands)
+    wanted, wanted_lse = ours(*(x.astype("float32") for x in operands))
+    assert (out.dtype, lse.dtype) == (dtype, "float32")
+    assert (out == wanted.astype(dtype)).all()
+    assert (lse == wanted_lse).all()
+
+
+def test_float64():
+    with jax.enable_x64():
+        operands = random_normal(1, (B, T, N, H), (B, S, K, H), (B, S, K, H), dtype="float64")
+        out, lse = ours(*operands)
+        zeros = (np.zeros(out.shape), np.zeros(lse.shape))
+        wanted, wanted_lse, *_ = oracle(*operands, *zeros, is_causal=False, scale=None)
+    assert (out.dtype, lse.dtype) == ("float64", "float32")
+    np.testing.assert_allclose(out, wanted, atol=1e-14)
+    np.testing.assert_allclose(lse, wanted_lse, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_blocks_of_queries_change_nothing(name, monkeypatch):
+    """Blocks of 3 queries, the last one padded, against one block."""
+    options = OPTIONS[name]
+    operands = random_normal(1, (B, T, N, H), (B, S, K, H), (B, S, K, H), dtype="float32")
+    wanted = with_gradients(ours, *operands, **options)
+    assert reference._rows_per_block(T, B, S, N) is None
+    monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", 3 * B * S * N)
+    assert reference._rows_per_block(T, B, S, N) == 3
+    got = with_gradients(ours, *operands, **options)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("length", "rows"),
+    [(1, None), (1024, None), (1025, 513), (2048, 1024), (32768, 1024), (10**6, 1024)],
+)
+def test_rows_per_block(length, rows):
+    assert reference._rows_per_block(length, 2, 2048, 4) == (rows and min(rows, 1024))
+
+
+def test_memory_is_linear_in_length():
+    """Gradients at 32k tokens: the logits alone would take 4 GiB for each head."""
+    length = 32768
+    shapes = [jax.ShapeDtypeStruct((1, length, 2, 64), jnp.float32)] * 3
+
+    def loss(query, key, value):
+        out, lse = ours(query, key, value, is_causal=True)
+        return out.sum() + lse.sum()
+
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**30
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_derivatives_of_any_order(blocks, monkeypatch):
+    if blocks:
+        monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", 1)
+    operands = random_normal(1, (1, 3, 2, 4), (1, 2, 1, 4), (1, 2, 1, 4), dtype="float32")
+    attend = jax.jit(lambda *x: ours(*x, is_causal=True))
+    check_grads(attend, operands, order=2, atol=0.02, rtol=0.02)
