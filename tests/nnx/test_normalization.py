@@ -86,6 +86,14 @@ def test_options(options):
     assert_same(copied(dtype=jnp.float32, **options), random())
 
 
+def test_promote_dtype_is_called():
+    def promote(arrays, *, dtype):
+        x, scale = arrays
+        return (x + 1).astype(dtype), (2 * scale).astype(dtype)
+
+    assert_same(copied(dtype=jnp.float32, promote_dtype=promote), random(jnp.bfloat16))
+
+
 @pytest.mark.parametrize("shape", [(24,), (0, 24), (2, 1, 3, 24)])
 def test_shapes(shape):
     theirs, ours, _ = copied()
