@@ -150,7 +150,8 @@ def install_commands(chosen: argparse.Namespace, site: pathlib.Path) -> list[Com
 
 
 def test_commands(chosen: argparse.Namespace) -> list[Command]:
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    # pytest-benchmark, where it is installed, warns under xdist; our warnings are errors.
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
     if importlib.util.find_spec("xdist"):
         pytest += ["-n", str(chosen.jobs)]
     arguments = shlex.split(chosen.pytest)
@@ -161,7 +162,8 @@ def test_commands(chosen: argparse.Namespace) -> list[Command]:
 
 def sanitize_commands() -> list[Command]:
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    pytest += ["-p", "no:benchmark", "-p", "no:xdist"]
     options = ["--target-processes", "application-only", "--report-api-errors", "no"]
     options += ["--print-limit", "20", "--error-exitcode", str(SANITIZER_FOUND)]
     return [

@@ -26,8 +26,11 @@ cudaError_t launch_backward(const AttentionBwdParams& params, cudaStream_t strea
   if (cudaError_t error = key_map(&p.value, params.value)) return error;
   if (cudaError_t error = key_map(&p.dkey, params.dkey)) return error;
   if (cudaError_t error = key_map(&p.dvalue, params.dvalue)) return error;
-  p.lse_log2 = params.lse_log2;
-  p.delta = params.delta;
+  const auto row_map = [&](CUtensorMap* map, const float* data) {
+    return make_row_map(map, data, shape.B * shape.N, padded_T, Backward::kBlockT);
+  };
+  if (cudaError_t error = row_map(&p.lse_log2, params.lse_log2)) return error;
+  if (cudaError_t error = row_map(&p.delta, params.delta)) return error;
   p.dquery_accum = params.dquery_accum;
   p.scale = params.scale;
   p.scale_log2 = params.scale * kLog2E;

@@ -61,8 +61,7 @@ struct AttentionBackward {
   struct Params {
     CUtensorMap query, dout;               // boxes: one panel of kBlockT queries
     CUtensorMap key, value, dkey, dvalue;  // boxes: one panel of kBlockS keys
-    const float* lse_log2;                 // (B, N, Tp)
-    const float* delta;                    // (B, N, Tp)
+    CUtensorMap lse_log2, delta;           // boxes: kBlockT values of (B * N, Tp)
     float* dquery_accum;                   // (B, N, Tp / kBlockT, kConsumers, kPart)
     float scale, scale_log2;
     AttentionMask<kCausal> mask;
@@ -89,10 +88,9 @@ struct AttentionBackward {
       const int kv_head = head_of_all % p.kv_heads;
       return {head_of_all / p.kv_heads, block * kBlockT, kv_head * p.group + member};
     }
-    // The first row of a query block in the (B, N, Tp) workspaces.
-    __device__ __forceinline__ int64_t row(const Params& p, int member, int block) const {
-      const int head = head_of_all * p.group + member;
-      return int64_t{head} * p.padded_T + block * kBlockT;
+    // Counts through batch and query heads.
+    __device__ __forceinline__ int query_head(const Params& p, int member) const {
+      return head_of_all * p.group + member;
     }
   };
 
@@ -117,7 +115,8 @@ struct AttentionBackward {
 
   // Streams query blocks of one operand (queries or dO) and their row statistics (lse or delta).
   __device__ __forceinline__ static void load_queries(const Params& p, const CUtensorMap& map,
-                                                      const float* stats, tile::Ring<kStages>& ring,
+                                                      const CUtensorMap& row_map,
+                                                      tile::Ring<kStages>& ring,
                                                       QueryTile (&tiles)[kStages],
                                                       float (&rows)[kStages][kBlockT]) {
     const Work work(p);
@@ -128,7 +127,8 @@ struct AttentionBackward {
         auto& full = ring.full[slot.stage()];
         full.arrive_expect(QueryTile::kBytes + sizeof(rows[0]));
         tile::tma::load(tiles[slot.stage()], map, work.queries(p, member, block), full);
-        tile::tma::load(rows[slot.stage()], stats + work.row(p, member, block), kBlockT, full);
+        tile::tma::load(rows[slot.stage()], row_map, work.query_head(p, member), block * kBlockT,
+                        full);
       }
     }
   }
@@ -141,7 +141,8 @@ struct AttentionBackward {
     for (int member = 0; member < p.group; ++member) {
       for (int block = work.first; block < work.last; ++block, slot.advance()) {
         slot.wait_full(ring);
-        float* accum = p.dquery_accum + work.row(p, member, block) * kHeadDim + consumer * kPart;
+        const int64_t row = int64_t{work.query_head(p, member)} * p.padded_T + block * kBlockT;
+        float* accum = p.dquery_accum + row * kHeadDim + consumer * kPart;
         tile::tma::add(accum, shared.dquery[consumer], kPart);
         tile::tma::wait_stores_read();
         ring.empty[0].arrive();

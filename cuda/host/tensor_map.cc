@@ -19,6 +19,19 @@ EncodeTiled encode_tiled() {
   return function;
 }
 
+cudaError_t encode_map(CUtensorMap* map, CUtensorMapDataType dtype, int rank, const void* data,
+                       const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
+                       CUtensorMapSwizzle swizzle) {
+  const EncodeTiled encode = encode_tiled();
+  if (encode == nullptr) return cudaErrorInsufficientDriver;
+  const cuuint32_t element_strides[4] = {1, 1, 1, 1};
+  const CUresult status =
+      encode(map, dtype, rank, const_cast<void*>(data), sizes, strides, box, element_strides,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
 }  // namespace
 
 cudaError_t make_tensor_map(CUtensorMap* map, CUtensorMapDataType dtype, const void* data,
@@ -26,19 +39,21 @@ cudaError_t make_tensor_map(CUtensorMap* map, CUtensorMapDataType dtype, const v
                             int box_rows) {
   constexpr int kPanelCols = 64;
   constexpr uint64_t kElementBytes = 2;
-  const EncodeTiled encode = encode_tiled();
-  if (encode == nullptr) return cudaErrorInsufficientDriver;
   const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(head_dim), static_cast<cuuint64_t>(heads),
                                static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(batch)};
   const cuuint64_t strides[3] = {sizes[0] * kElementBytes, sizes[0] * sizes[1] * kElementBytes,
                                  sizes[0] * sizes[1] * sizes[2] * kElementBytes};
   const cuuint32_t box[4] = {kPanelCols, 1, static_cast<cuuint32_t>(box_rows), 1};
-  const cuuint32_t element_strides[4] = {1, 1, 1, 1};
-  const CUresult status =
-      encode(map, dtype, 4, const_cast<void*>(data), sizes, strides, box, element_strides,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  return encode_map(map, dtype, 4, data, sizes, strides, box, CU_TENSOR_MAP_SWIZZLE_128B);
+}
+
+cudaError_t make_row_map(CUtensorMap* map, const float* data, int64_t rows, int64_t cols,
+                         int box_cols) {
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {sizes[0] * sizeof(float)};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_cols), 1};
+  return encode_map(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 2, data, sizes, strides, box,
+                    CU_TENSOR_MAP_SWIZZLE_NONE);
 }
 
 }  // namespace jaxkern

@@ -15,4 +15,9 @@ cudaError_t make_tensor_map(CUtensorMap* map, CUtensorMapDataType dtype, const v
                             int64_t batch, int64_t rows, int64_t heads, int64_t head_dim,
                             int box_rows);
 
+// Describes a contiguous (rows, cols) float32 tensor and a box of `box_cols` of one row. cols is a
+// multiple of 4.
+cudaError_t make_row_map(CUtensorMap* map, const float* data, int64_t rows, int64_t cols,
+                         int box_cols);
+
 }  // namespace jaxkern

@@ -37,9 +37,11 @@ __device__ __forceinline__ void store(const CUtensorMap& y, Coordinate at,
   }
 }
 
-// Loads `count` float32 values; the barrier must expect 4 * count bytes.
-__device__ __forceinline__ void load(float* y, const float* x, int count, Barrier& barrier) {
-  ptx::bulk_load(y, x, count * sizeof(float), &barrier.word);
+// Loads a box of a row of a rank-2 float32 tensor, from `col` on; the barrier must expect its
+// bytes.
+__device__ __forceinline__ void load(float* y, const CUtensorMap& x, int row, int col,
+                                     Barrier& barrier) {
+  ptx::bulk_tensor_load(y, &x, &barrier.word, col, row);
 }
 
 // y[i] += x[i] for `count` float32 values in global memory.
