@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def assert_close_to_reference(ours, ref32, ref_same_dtype, *, atol: float) -> None:
+def assert_close_to_reference(ours, ref32, ref_same_dtype, atol: float) -> None:
     """Raise AssertionError unless `ours` is about as accurate as the plain same-dtype computation.
 
     The rule, in the maximum norm: |ours - ref32| <= 2 * |ref_same_dtype - ref32| + atol.
