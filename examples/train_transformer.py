@@ -39,6 +39,7 @@ from jaxkern.nnx import RMSNorm
 
 VOCABULARY = 256  # bytes
 HELD_OUT = 10  # every tenth file is held out
+SAMPLE = 300  # bytes of generated text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,15 +236,17 @@ class Trainer:
 
         @jax.jit
         def generate(params, prompt, key, temperature=0.7):
-            """Fills a context with `prompt` [P] and what the model says after it."""
-            model = nnx.merge(graph, params)
+            """`prompt` [P] and what the model says after it, SAMPLE bytes in all."""
+            model, span = nnx.merge(graph, params), min(config.context, SAMPLE)
 
             def put_next(i, text):
-                logits = model(text[None])[0, i - 1] / temperature
+                start = jnp.maximum(i - span, 0)
+                window = jax.lax.dynamic_slice(text, (start,), (span,))
+                logits = model(window[None])[0, i - start - 1] / temperature
                 return text.at[i].set(jax.random.categorical(jax.random.fold_in(key, i), logits))
 
-            text = jnp.zeros(config.context, jnp.int32).at[: len(prompt)].set(prompt)
-            return jax.lax.fori_loop(len(prompt), config.context, put_next, text)
+            text = jnp.zeros(SAMPLE, jnp.int32).at[: len(prompt)].set(prompt)
+            return jax.lax.fori_loop(len(prompt), SAMPLE, put_next, text)
 
         self._step, self._loss, self._generate = step, jax.jit(loss), generate
 
@@ -258,7 +261,7 @@ class Trainer:
         return float(np.mean([self._loss(params, windows) for windows in batches]))
 
     def sample(self, prompt: bytes, seed: int) -> str:
-        """One context of text that begins with `prompt`."""
+        """SAMPLE bytes of text that begin with `prompt`."""
         prompt = np.frombuffer(prompt, np.uint8)
         text = self._generate(self.state["params"], prompt, jax.random.key(seed))
         return bytes(np.asarray(text, np.uint8)).decode(errors="replace")

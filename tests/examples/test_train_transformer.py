@@ -84,7 +84,8 @@ def test_a_run_learns_and_leaves_its_results(whole):
     assert np.mean(losses[-4:]) < losses[0] - 1
     assert result["held_out_loss"] == float(rows(folder)[-1]["held_out"]) < losses[0] - 1
     assert result["tokens_per_s"] > 0 and result["steps"] == STEPS
-    assert (folder / "sample.txt").read_text().startswith("import os\n\n\ndef ")
+    sample = (folder / "sample.txt").read_bytes()
+    assert sample.startswith(b"import os\n\n\ndef ") and len(sample) >= 300
     assert "held-out loss" in out and "going on" not in out
     image = matplotlib.image.imread(folder / "loss.png")
     assert image.shape[0] > 200 and len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > 10
@@ -209,6 +210,16 @@ def test_rotation_depends_on_distance_alone(example):
     products = jnp.einsum("btnh,bsnh->nts", x, y)
     np.testing.assert_allclose(products[:, 1:, 1:], products[:, :-1, :-1], atol=1e-4)
     assert np.abs(products[:, 0] - products[:, 0, :1]).max() > 0.1
+
+
+def test_the_sample_is_the_model_s(example):
+    """It goes on with what the model has learnt, far beyond one context."""
+    config = example.Config(**TINY | {"steps": 60})
+    trainer = example.Trainer(config, None, 1)
+    text = np.frombuffer(b"abcde" * 20, np.uint8)
+    for _ in range(config.steps):
+        trainer.train(np.stack([text[i : i + 33] for i in range(8)]))
+    assert trainer.sample(b"cde", 0) == ("cde" + "abcde" * 60)[: example.SAMPLE]
 
 
 def test_eight_devices_share_a_batch(example):

@@ -265,7 +265,7 @@ BAD = {
         NotImplementedError,
         "attn_weights_value_einsum=",
     ),
-    "name": ({"implementation": "metal"}, {}, ValueError, "'metal' is unknown"),
+    "name": ({"implementation": "metal"}, {}, ValueError, "implementation.*'metal'"),
     "cuda in float32": ({"implementation": "cuda"}, {}, NotImplementedError, "dtype float32"),
     "cuda and weights": (
         {"implementation": "cuda"},

@@ -314,7 +314,7 @@ BAD = {
         {"inputs_q": (B, T, 12)},
         {},
         ValueError,
-        "'metal' is unknown",
+        "implementation.*'metal'",
     ),
     "cuda in float32": (
         {"implementation": "cuda"},
