@@ -163,18 +163,42 @@ def test_vmap_over_an_empty_axis():
         assert (got.shape, got.dtype) == (operand.shape, operand.dtype)
 
 
-def same_dtype_attention(query, key, value, *, is_causal, scale):
-    """jax.nn's XLA path and a differentiable log-sum-exp, computed in the operands' dtype."""
-    out = jax.nn.dot_product_attention(
-        query, key, value, is_causal=is_causal, scale=scale, implementation="xla"
-    )
-    repeated = jnp.repeat(key, query.shape[2] // key.shape[2], axis=2)
-    logits = jnp.einsum("btnh,bsnh->btns", query, repeated, preferred_element_type=jnp.float32)
-    logits = logits * (query.shape[3] ** -0.5 if scale is None else scale)
+def rounded_attention(query, key, value, dout, dlse, *, is_causal, scale):
+    """out, lse, dquery, dkey, dvalue by the formulas, every intermediate rounded to the dtype.
+
+    The logits and sums are float32, as in any attention in 16 bits.
+    """
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    group = query.shape[2] // key.shape[2]
+    dtype, single = query.dtype, jnp.float32
+    query, key, value, dout = (x.astype(single) for x in (query, key, value, dout))
+    key, value = (jnp.repeat(x, group, axis=2) for x in (key, value))
+
+    def product(spec, *operands):
+        return jnp.einsum(spec, *operands, precision="highest")
+
+    def rounded(x):
+        return x.astype(dtype).astype(single)
+
+    logits = product("btnh,bsnh->bnts", query, key) * scale
     if is_causal:
-        seen = jnp.tri(query.shape[1], key.shape[1], dtype=bool)[:, None]
-        logits = jnp.where(seen, logits, -jnp.inf)
-    return out, jax.nn.logsumexp(logits, axis=-1)
+        logits = jnp.where(jnp.tri(*logits.shape[2:], dtype=bool), logits, -jnp.inf)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    weights = rounded(jnp.exp(logits - lse[..., None]))
+    out = rounded(product("bnts,bsnh->btnh", weights, value))
+    dweights = rounded(product("btnh,bsnh->bnts", dout, value))
+    delta = (dout * out).sum(-1) - dlse
+    dlogits = rounded(weights * (dweights - delta.swapaxes(1, 2)[..., None]))
+    dquery = scale * product("bnts,bsnh->btnh", dlogits, key)
+    dkey = scale * product("bnts,btnh->bsnh", dlogits, query)
+    dvalue = product("bnts,btnh->bsnh", weights, dout)
+
+    def gather(x):  # query heads of a group share a key head
+        return x.reshape(*x.shape[:2], -1, group, x.shape[3]).sum(3)
+
+    results = out, dquery, gather(dkey), gather(dvalue)
+    out, *gradients = (x.astype(dtype) for x in results)
+    return out, lse.swapaxes(1, 2), *gradients
 
 
 def check_case(case, implementation):
@@ -182,27 +206,25 @@ def check_case(case, implementation):
     options = {"is_causal": case.is_causal, "scale": case.scale}
     arrays = case.operands()
 
-    def ours(*operands, implementation=implementation):
-        return jaxkern.dot_product_attention(
-            *operands, **options, implementation=implementation, return_residual=True
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(implementation, query, key, value, dout, dlse):
+        attend = functools.partial(
+            jaxkern.dot_product_attention,
+            **options,
+            implementation=implementation,
+            return_residual=True,
         )
+        results, pullback = jax.vjp(attend, query, key, value)
+        return (*results, *pullback((dout, dlse)))
 
-    @jax.jit
-    def run(arrays):
-        def everything(attend, query, key, value, dout, dlse):
-            results, pullback = jax.vjp(attend, query, key, value)
-            return (*results, *pullback((dout, dlse)))
-
-        wide = [x.astype(jnp.float32) for x in arrays]
-        reference = functools.partial(ours, implementation="xla")
-        same = functools.partial(same_dtype_attention, **options)
-        return everything(ours, *arrays), everything(reference, *wide), everything(same, *arrays)
-
+    got = run(implementation, *arrays)
+    ref32 = run("xla", *(x.astype(jnp.float32) for x in arrays))
+    same = jax.jit(functools.partial(rounded_attention, **options))(*arrays)
     names = ("out", "lse", "dquery", "dkey", "dvalue")
-    for name, got, ref32, same in zip(names, *run(arrays), strict=True):
-        atol = {"bfloat16": 2e-3, "float16": 3e-4, "float32": 2e-4}[got.dtype.name]
+    for name, *compared in zip(names, got, ref32, same, strict=True):
+        atol = {"bfloat16": 2e-3, "float16": 3e-4, "float32": 2e-4}[compared[0].dtype.name]
         try:
-            assert_close_to_reference(got, ref32, same, atol=atol)
+            assert_close_to_reference(*compared, atol=atol)
         except AssertionError as error:
             raise AssertionError(f"{name} of {case}: {error}") from error
 
