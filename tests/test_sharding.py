@@ -296,7 +296,6 @@ def test_norm_in_a_partly_manual_shard_map(mesh_shape, spec):
 
 
 def test_batch_that_the_devices_do_not_divide():
-    """It is made whole: the compiler's padding would be in the sum over the rows."""
     mesh = make_mesh(AxisType.Auto)
     arrays = random_normal(1, (3, 8, 32), (32,), (3, 8, 32), dtype="float32")
 
@@ -304,9 +303,7 @@ def test_batch_that_the_devices_do_not_divide():
         x, dy = (jax.lax.with_sharding_constraint(a, NamedSharding(mesh, BATCH)) for a in (x, dy))
         return with_gradients(norm, x, scale, dy)
 
-    found, got = collectives(constrained, *arrays)
-    assert_equal(got, with_gradients(norm, *arrays))
-    assert "all-gather" in found
+    assert_equal(jax.jit(constrained)(*arrays), with_gradients(norm, *arrays))
 
 
 def test_eager_calls_on_sharded_arrays(mesh):
