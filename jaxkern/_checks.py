@@ -8,6 +8,8 @@ import numpy as np
 
 FLOATS = ("bfloat16", "float16", "float32", "float64")
 
+FLOAT32 = np.finfo(np.float32)
+
 
 def float_array(name: str, x: Any) -> jax.Array:
     """x as an array, or ValueError if it is not one of a floating-point dtype."""

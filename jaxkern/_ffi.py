@@ -1,8 +1,8 @@
 """Calls of the compiled kernels. The only file that uses jax.ffi."""
 
 import functools
-import importlib
 from collections.abc import Sequence
+from importlib import import_module
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 def missing() -> str | None:
     """Why the compiled kernels cannot be called, or None. Registers them when they can."""
     try:
-        module = importlib.import_module("jaxkern._C")
+        module = import_module("jaxkern._C")
     except ModuleNotFoundError:
         return (
             "this jaxkern was built without its CUDA kernels; reinstall it from source with "

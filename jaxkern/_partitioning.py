@@ -151,21 +151,23 @@ def _rule(operand_axes, result_axes, shapes):
 def _split(mesh_shape, operand_axes, shapes, entries):
     """The mesh axes over which each array axis stays sharded: those of the first operand that is.
 
-    `entries` has for each operand what a PartitionSpec has. A mesh axis is used once. The heads of
-    the query decide for those of the key, and stay sharded if each device gets whole groups.
+    `entries` has for each operand what a PartitionSpec has. A mesh axis is used once, and divides
+    evenly. The heads of the query decide for those of the key, and stay sharded if each device gets
+    whole groups.
     """
+    sizes = _sizes(operand_axes, shapes)
     split, used = {}, set()
     for axes, spec in zip(operand_axes, entries, strict=True):
         for axis, entry in zip(axes, spec, strict=True):
             names = (entry,) if isinstance(entry, str) else tuple(entry or ())
-            if names and (axis[0] == "b" or axis == "n") and axis not in split:
+            evenly = sizes[axis] % math.prod(mesh_shape[name] for name in names) == 0
+            if names and evenly and (axis[0] == "b" or axis == "n") and axis not in split:
                 if not used.intersection(names):
                     split[axis] = names
                     used.update(names)
-    key_heads = _sizes(operand_axes, shapes).get("k")
-    if "n" in split and key_heads > 1:
+    if "n" in split and sizes["k"] > 1:
         heads = split.pop("n")
-        if key_heads % math.prod(mesh_shape[name] for name in heads) == 0:
+        if sizes["k"] % math.prod(mesh_shape[name] for name in heads) == 0:
             split["n"] = split["k"] = heads
     return split
 

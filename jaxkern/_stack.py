@@ -12,26 +12,30 @@ from jaxkern import _dispatch, _partitioning
 def kernel_op(
     op: str,
     kernel: Callable,
-    reference: Callable | None,
+    reference: Callable,
     axes: Callable[..., tuple[Sequence[tuple[str, ...]], Sequence[tuple[str, ...]]]],
+    *,
+    fallback: bool,
     vmap: Callable | None = None,
 ) -> Callable:
-    """A function of arrays that calls `kernel` where it is lowered for CUDA, else `reference`.
+    """A function of arrays that calls `kernel` where it is lowered for CUDA.
 
-    Both take the same arrays and return the same ones; they must accept any number of leading
-    batch axes, because vmap adds one. Without a reference, lowering for another platform raises.
+    Elsewhere it calls `reference`, or raises without `fallback`. An operand with an empty axis goes
+    to the reference everywhere.
 
     Args:
       op: name of the public function, for messages.
-      kernel, reference: functions of arrays, of which there is any number of leading axes.
+      kernel, reference: functions of the same arrays with the same results, a tuple of arrays. They
+        take any number of leading batch axes, because vmap adds one.
       axes: from the ranks of the operands to the names of the axes of operands and results
         (see _partitioning).
+      fallback: whether the reference is for other platforms.
       vmap: from (this function, axis_size, in_batched, operands) to the vmapped results. By default
         the function itself, of operands that all have the vmapped axis in front.
     """
 
     def local(*operands):
-        if reference is None:
+        if not fallback:
             return kernel(*operands)
         return jax.lax.platform_dependent(*operands, cuda=kernel, default=reference)
 
@@ -48,7 +52,9 @@ def kernel_op(
 
     @custom_vmap
     def batched(*operands):
-        if reference is None:
+        if any(0 in x.shape for x in operands):
+            return reference(*operands)
+        if not fallback:
             operands = (_dispatch.cuda_only(operands[0], op), *operands[1:])
         operand_axes, result_axes = axes(*(x.ndim for x in operands))
         return _partitioning.sharded(local, operand_axes, result_axes)(*operands)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def assert_close_to_reference(ours, ref32, ref_same_dtype, *, atol: float) -> None:
+def assert_close_to_reference(ours, ref32, ref_same_dtype, atol: float) -> None:
     """Raise AssertionError unless `ours` is about as accurate as the plain same-dtype computation.
 
     The rule, in the maximum norm: |ours - ref32| <= 2 * |ref_same_dtype - ref32| + atol.
@@ -50,7 +50,7 @@ def poison_memory(n_bytes: int, device: jax.Device | None = None) -> None:
     """
     block = 1 << 24
     poison = [
-        jax.device_put(np.full(block // 4, np.nan, np.float32), device)
+        jnp.full(block // 4, jnp.nan, jnp.float32, device=device)
         for _ in range(-(-n_bytes // block))
     ]
     jax.block_until_ready(poison)

@@ -11,10 +11,6 @@ if "cpu" in os.environ.get("JAX_PLATFORMS", "cpu"):
     jax.config.update("jax_num_cpu_devices", 8)
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: runs the kernels; skipped without a GPU that can")
-
-
 def _has_gpu():
     try:
         devices = jax.devices("cuda")
@@ -37,5 +33,6 @@ def device(request):
 def kernels(monkeypatch):
     """Take the path of the kernels, also where they are not built: on a CPU it ends in the
     reference, and lowering for CUDA ends in the custom calls."""
+    _ffi.missing()  # registers them where they are
     monkeypatch.setattr(_ffi, "missing", lambda: None)
     monkeypatch.setattr(_dispatch, "wrong_gpu", lambda: None)

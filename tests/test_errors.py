@@ -123,15 +123,22 @@ WRONG_ARGUMENTS = {
     ),
     "scale of rank 2": (norm(scale=zeros(1, 8)), r"scale has shape \(1, 8\), wanted x's last"),
     "scale of integers": (norm(scale=zeros(8, dtype="int32")), "scale has dtype int32, wanted one"),
-    "epsilon of zero": (norm(epsilon=0), "epsilon is 0, wanted a positive number"),
-    "negative epsilon": (norm(epsilon=-1e-6), "epsilon is -1e-06, wanted a positive number"),
-    "epsilon is nan": (norm(epsilon=float("nan")), "epsilon is nan, wanted a positive number"),
-    "epsilon is infinite": (norm(epsilon=float("inf")), "epsilon is inf, wanted a positive number"),
+    "epsilon of zero": (norm(epsilon=0), "epsilon is 0, wanted a positive float32"),
+    "negative epsilon": (norm(epsilon=-1e-6), "epsilon is -1e-06, wanted a positive float32"),
+    "epsilon is zero as float32": (
+        norm(epsilon=1e-50),
+        "epsilon is 1e-50, wanted a positive float",
+    ),
+    "epsilon is nan": (norm(epsilon=float("nan")), "epsilon is nan, wanted a positive float32"),
+    "epsilon is infinite": (
+        norm(epsilon=float("inf")),
+        "epsilon is inf, wanted a positive float32",
+    ),
     "epsilon is a vector": (
         norm(epsilon=jnp.ones(8)),
         r"epsilon has shape \(8,\), wanted a scalar",
     ),
-    "epsilon is a string": (norm(epsilon="tiny"), "epsilon is 'tiny', wanted a positive number"),
+    "epsilon is a string": (norm(epsilon="tiny"), "epsilon is 'tiny', wanted a positive float32"),
     "norm: unknown implementation": (
         norm(implementation="triton"),
         "rms_norm: implementation is 't",
@@ -186,9 +193,10 @@ UNSUPPORTED = {
         cuda_attention(scale=jnp.float32(0.1)),
         "scale is an array, wanted a Python number",
     ),
-    "negative scale": (cuda_attention(scale=-0.5), "scale is -0.5, wanted a positive number"),
-    "zero scale": (cuda_attention(scale=0), "scale is 0, wanted a positive number"),
+    "negative scale": (cuda_attention(scale=-0.5), "scale is -0.5, wanted a positive float32"),
+    "zero scale": (cuda_attention(scale=0), "scale is 0, wanted a positive float32"),
     "infinite scale": (cuda_attention(scale=float("inf")), "scale is inf, wanted a positive"),
+    "scale is zero as float32": (cuda_attention(scale=1e-50), "scale is 1e-50, wanted a positive"),
     "nan scale": (cuda_attention(scale=np.float32("nan")), "scale is nan, wanted a positive"),
     "epsilon is an array": (
         cuda_norm(epsilon=jnp.float32(1e-6)),
@@ -239,7 +247,7 @@ class TestNoKernel:
         def fail(name):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-        monkeypatch.setattr(_ffi.importlib, "import_module", fail)
+        monkeypatch.setattr(_ffi, "import_module", fail)
         monkeypatch.setattr(_ffi, "missing", _ffi.missing.__wrapped__)
         self.check(call, "built without its CUDA kernels; reinstall it from source with `pip")
 
@@ -247,7 +255,7 @@ class TestNoKernel:
         def fail(name):
             raise ImportError("undefined symbol: PyObject_GetTypeData")
 
-        monkeypatch.setattr(_ffi.importlib, "import_module", fail)
+        monkeypatch.setattr(_ffi, "import_module", fail)
         monkeypatch.setattr(_ffi, "missing", _ffi.missing.__wrapped__)
         self.check(call, "the compiled kernels do not load: undefined symbol: PyObject_GetType")
 
@@ -281,7 +289,7 @@ def test_registered_once(monkeypatch):
             return {"jaxkern.one": 1, "jaxkern.two": 2}
 
     seen = []
-    monkeypatch.setattr(_ffi.importlib, "import_module", lambda name: Module)
+    monkeypatch.setattr(_ffi, "import_module", lambda name: Module)
     monkeypatch.setattr(
         jax.ffi, "register_ffi_target", lambda *args, platform: seen.append((*args, platform))
     )

@@ -250,3 +250,25 @@ def test_eager_calls_on_sharded_arrays(mesh):
     got = attend(*put(mesh, arrays, [BOTH] * 4)[:3])
     assert got.sharding.is_equivalent_to(NamedSharding(mesh, BOTH), 4)
     assert_equal(got, attend(*arrays[:3], implementation="xla"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_kernels_on_two_gpus(kind):
+    """The shards of batch and heads, each on its GPU, and nothing but a sum between them."""
+    devices = jax.devices("cuda")[:2]
+    if len(devices) < 2:
+        pytest.skip("needs two GPUs")
+    mesh = jax.make_mesh((2,), ("gpu",), (kind,), devices=devices)
+    arrays = attention_operands("gqa")
+    for spec in (P("gpu"), P(None, None, "gpu")):
+        args = put(mesh, arrays, [spec] * 4)
+        function = functools.partial(with_gradients, attend, implementation="cuda")
+        found, got = collectives(function, *args)
+        assert found == set()
+        assert_equal(got, with_gradients(attend, *arrays, implementation="xla"))
+    arrays = random_normal(1, (8, 8, 32), (32,), (8, 8, 32), dtype="bfloat16")
+    function = functools.partial(with_gradients, norm, implementation="cuda")
+    found, got = collectives(function, *put(mesh, arrays, [P("gpu"), P(), P("gpu")]))
+    assert found == {"all-reduce"}
+    assert_equal(got, with_gradients(norm, *arrays, implementation="xla"))

@@ -95,7 +95,7 @@ def dot_product_attention(
         "local_window_size": window,
     }
     choice = _dispatch.choose(_OP, implementation, _unsupported(query, scale, options))
-    if choice.kernel and 0 not in query.shape and 0 not in key.shape:
+    if choice.kernel:
         config = _Config(float(scale), is_causal, choice.fallback)
         out, lse = _kernel_attention(config, query, key, value)
     else:
@@ -207,8 +207,8 @@ def _unsupported(query, scale, options):
         return f"query has head dim {query.shape[-1]}, wanted {wanted}"
     if not isinstance(scale, numbers.Real):
         return "scale is an array, wanted a Python number"
-    if not 0 < scale < math.inf:
-        return f"scale is {scale}, wanted a positive number"
+    if not _checks.FLOAT32.tiny <= scale <= _checks.FLOAT32.max:
+        return f"scale is {scale}, wanted a positive float32"
     return None
 
 
@@ -294,7 +294,7 @@ def _forward_op(config):
         query, key, value, lse = _axes(rank)
         return (query, key, value), (query, lse)
 
-    return _stack.kernel_op(_OP, kernel, _plain(config) if config.fallback else None, axes)
+    return _stack.kernel_op(_OP, kernel, _plain(config), axes, fallback=config.fallback)
 
 
 @functools.cache
@@ -321,7 +321,7 @@ def _backward_op(config):
         query, key, value, lse = _axes(rank)
         return (query, key, value, query, lse, query, lse), (query, key, value)
 
-    return _stack.kernel_op(_OP, kernel, plain if config.fallback else None, axes)
+    return _stack.kernel_op(_OP, kernel, plain, axes, fallback=config.fallback)
 
 
 def _plain(config):

@@ -58,7 +58,7 @@ def rms_norm(
     scale = _check_scale(scale, x)
     _check_epsilon(epsilon)
     choice = _dispatch.choose(_OP, implementation, _unsupported(x, epsilon))
-    if choice.kernel and 0 not in x.shape:
+    if choice.kernel:
         return _kernel_rms_norm(_Config(float(epsilon), choice.fallback), x, scale)
     return _reference_rms_norm(x, scale, epsilon)
 
@@ -68,11 +68,15 @@ def rms_norm(
 
 def _check_scale(scale, x):
     if scale is None:
-        return jnp.ones(x.shape[-1:], jnp.float32)
+        return None
     scale = _checks.float_array("scale", scale)
     if scale.shape != x.shape[-1:]:
         raise ValueError(f"scale has shape {scale.shape}, wanted x's last axis {x.shape[-1:]}")
     return scale
+
+
+def _ones_if_none(scale, x):
+    return jnp.ones(x.shape[-1:], jnp.float32) if scale is None else scale
 
 
 def _check_epsilon(epsilon):
@@ -80,8 +84,9 @@ def _check_epsilon(epsilon):
         raise ValueError(f"epsilon has shape {np.shape(epsilon)}, wanted a scalar")
     if isinstance(epsilon, jax.Array | np.ndarray):
         return
-    if not isinstance(epsilon, numbers.Real) or not 0 < epsilon < math.inf:
-        raise ValueError(f"epsilon is {epsilon!r}, wanted a positive number")
+    tiny, largest = _checks.FLOAT32.tiny, _checks.FLOAT32.max
+    if not isinstance(epsilon, numbers.Real) or not tiny <= epsilon <= largest:
+        raise ValueError(f"epsilon is {epsilon!r}, wanted a positive float32")
 
 
 def _unsupported(x, epsilon):
@@ -98,6 +103,8 @@ def _unsupported(x, epsilon):
 
 @jax.jit
 def _reference_rms_norm(x, scale, epsilon):
+    scale = _ones_if_none(scale, x)
+
     def plain(x, scale, epsilon):
         return reference.rms_norm(x, scale, epsilon=epsilon)
 
@@ -116,6 +123,7 @@ class _Config(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _kernel_rms_norm(config, x, scale):
+    scale = _ones_if_none(scale, x)
     if scale.dtype != x.dtype:
         scale = scale.astype(jnp.float32)
     return _rms_norm(config, *_partitioning.alike((x, scale), _axes(x.ndim, scale.ndim)))
@@ -162,9 +170,10 @@ def _forward_op(config):
     return _stack.kernel_op(
         _OP,
         _for_each_scale(kernel),
-        _for_each_scale(plain) if config.fallback else None,
+        _for_each_scale(plain),
         axes,
-        _with_vmapped_axis,
+        fallback=config.fallback,
+        vmap=_with_vmapped_axis,
     )
 
 
@@ -210,9 +219,10 @@ def _backward_op(config):
     return _stack.kernel_op(
         _OP,
         _for_each_scale(kernel),
-        _for_each_scale(plain) if config.fallback else None,
+        _for_each_scale(plain),
         axes,
-        vmapped,
+        fallback=config.fallback,
+        vmap=vmapped,
     )
 
 
