@@ -29,29 +29,27 @@ def sharded(local: Callable, operand_axes: Sequence[Axes], result_axes: Sequence
         return _rule(operand_axes, result_axes, [t.shape for t in operand_types])
 
     def partition(mesh, operands, results):
-        whole_mesh = mesh
-        if context.manual_axes:
-            # In a shard_map that leaves some axes to the compiler, JAX has no mesh to pass, and
-            # the shardings are on what is left of it.
-            whole_mesh = context
-            mesh = _remaining(context)
+        if manual := context.manual_axes:
+            # In a shard_map that leaves some axes to the compiler, JAX has no mesh to pass.
+            mesh = context
+        automatic = _without_axes(mesh, manual)
         shapes = [x.shape for x in operands]
-        entries = [_entries(mesh, x.sharding, len(x.shape)) for x in operands]
+        entries = [_entries(automatic, x.sharding, len(x.shape)) for x in operands]
         split = _split(mesh.shape, operand_axes, shapes, entries)
-        used = [name for names in split.values() for name in names]
+        if manual:
+            split = _with_whole_sums(split, result_axes)
 
         def lower(*shards):
-            outputs = list(local(*shards))
-            for i, axes in enumerate(result_axes):
-                own = [name for axis in axes for name in split.get(axis, ())]
-                summed = tuple(dict.fromkeys(name for name in used if name not in own))
-                if summed:
-                    outputs[i] = jax.lax.psum(outputs[i], summed)
-            return tuple(outputs)
+            results = local(*shards)
+            return tuple(
+                _add_shares(automatic, manual, _summed(split, axes), x)
+                for x, axes in zip(results, result_axes, strict=True)
+            )
 
-        result_shardings = tuple(NamedSharding(mesh, _spec(split, axes)) for axes in result_axes)
-        operand_shardings = tuple(NamedSharding(mesh, _spec(split, axes)) for axes in operand_axes)
-        return whole_mesh, _without_mesh(lower), result_shardings, operand_shardings
+        def shardings(arrays):
+            return tuple(NamedSharding(automatic, _spec(split, axes)) for axes in arrays)
+
+        return mesh, _without_mesh(lower), shardings(result_axes), shardings(operand_axes)
 
     # JAX cannot decode all shardings, so _entries does.
     call.def_partition(partition, sharding_rule=rule, decode_shardings=False)
@@ -73,7 +71,9 @@ def on_auto_mesh(
         if mesh is None:
             return function(*operands)
         shardings = tuple(NamedSharding(mesh, _spec(split, axes)) for axes in result_axes)
-        return jax.sharding.auto_axes(function, out_sharding=shardings)(*operands)
+        explicit = tuple(mesh.explicit_axes)
+        auto = jax.sharding.auto_axes(function, axes=explicit, out_sharding=shardings)
+        return auto(*operands)
 
     return wrapped
 
@@ -109,10 +109,12 @@ def _explicit_split(operands, operand_axes):
     )
 
 
-def _remaining(mesh):
-    """The mesh without its manual axes."""
-    names = tuple(name for name in mesh.axis_names if name not in mesh.manual_axes)
-    return jax.sharding.AbstractMesh(tuple(mesh.shape[name] for name in names), names)
+def _without_axes(mesh, names):
+    """The mesh that the compiler partitions over, inside a shard_map over the named axes."""
+    if not names:
+        return mesh
+    kept = tuple(name for name in mesh.axis_names if name not in names)
+    return jax.sharding.AbstractMesh(tuple(mesh.shape[name] for name in kept), kept)
 
 
 def _sizes(operand_axes, shapes):
@@ -169,6 +171,37 @@ def _split(mesh_shape, operand_axes, shapes, entries):
         heads = split.pop("n")
         if sizes["k"] % math.prod(mesh_shape[name] for name in heads) == 0:
             split["n"] = split["k"] = heads
+    return split
+
+
+def _summed(split, axes):
+    """The mesh axes over which the devices have shares of a result with these axes."""
+    own = {name for axis in axes for name in split.get(axis, ())}
+    return tuple(name for name in _names(split) if name not in own)
+
+
+def _names(split):
+    """The mesh axes in use. Key heads have those of the query heads."""
+    return dict.fromkeys(name for names in split.values() for name in names)
+
+
+def _add_shares(mesh, manual, summed, share):
+    if not summed:
+        return share
+    if not manual:
+        return jax.lax.psum(share, summed)
+    # NOTE: inside a partly manual shard_map the compiler renumbers the devices, so what it says of
+    # one axis may be true of another. All of them together are the same under any numbering.
+    repeats = mesh.size // math.prod(mesh.shape[name] for name in summed)
+    return jax.lax.psum(share, mesh.axis_names) / repeats
+
+
+def _with_whole_sums(split, result_axes):
+    """`split` without the axes whose sum _add_shares cannot take: next to others that stay."""
+    for axes in result_axes:
+        summed = _summed(split, axes)
+        if summed and len(summed) < len(_names(split)):
+            split = {axis: names for axis, names in split.items() if not set(names) & set(summed)}
     return split
 
 

@@ -198,51 +198,101 @@ def test_shard_map(check_vma, explicit):
         assert_equal(got, jax.value_and_grad(loss, argnums)(*args))
 
 
+def check_partly_manual(mesh, manual, function, arrays, specs):
+    """function(*arrays) in a shard_map over the axis `manual` of their leading axes."""
+    mapped = jax.shard_map(
+        function, mesh=mesh, in_specs=P(manual), out_specs=P(manual), axis_names={manual}
+    )
+    found, got = collectives(mapped, *put(mesh, arrays, specs))
+    assert_equal(got, function(*arrays))
+    return found
+
+
 @pytest.mark.parametrize("manual", ["data", "model"])
+@pytest.mark.parametrize(
+    ("heads", "spec", "key_spec", "expected"),
+    [
+        ("gqa", BATCH, BATCH, set()),
+        ("gqa", BOTH, BOTH, set()),
+        ("mqa", BOTH, BATCH, {"all-reduce"}),
+        ("mha", P(("data", "model")), P(("data", "model")), set()),
+        ("mha", P("data", "model"), P("data", "model"), {"all-gather"}),
+    ],
+    ids=["batch", "both", "mqa both", "all batch", "length"],
+)
+def test_attention_in_a_partly_manual_shard_map(manual, heads, spec, key_spec, expected):
+    """One mesh axis is manual, and the compiler has the other one."""
+    mesh = make_mesh(AxisType.Auto)
+    if manual == "model":  # the roles of the axes exchanged
+        exchanged = {
+            "data": "model",
+            "model": "data",
+            None: None,
+            ("data", "model"): ("model", "data"),
+        }
+        spec, key_spec = (P(*(exchanged[e] for e in s)) for s in (spec, key_spec))
+    arrays = attention_operands(heads, (8,))
+    function = functools.partial(with_gradients, attend)
+    specs = [spec, key_spec, key_spec, spec]
+    assert check_partly_manual(mesh, manual, function, arrays, specs) == expected
+
+
 @pytest.mark.parametrize(
     ("heads", "spec", "key_spec"),
     [
-        ("gqa", BATCH, BATCH),
-        ("gqa", BOTH, BOTH),
-        ("mqa", BOTH, BATCH),
-        ("mha", P("data", "model"), P("data", "model")),
-        ("mha", P(("data", "model")), P(("data", "model"))),
+        ("mqa", P("b", None, "c"), P("b")),
+        ("mqa", P("b", None, "a"), P("b")),
+        ("mqa", P(("b", "a"), None, "c"), P(("b", "a"))),
+        ("mqa", P(("b", "c"), None, "a"), P(("b", "c"))),
+        ("gqa", P(("b", "c"), None, "a"), P(("b", "c"), None, "a")),
+        ("gqa", P("b", None, ("c", "a")), P("b", None, ("c", "a"))),
     ],
-    ids=["batch", "both", "mqa both", "length", "all batch"],
 )
-def test_attention_in_a_partly_manual_shard_map(manual, heads, spec, key_spec):
-    """One mesh axis is manual, over the batch, and the compiler has the other one."""
-    mesh = make_mesh(AxisType.Auto)
+def test_attention_with_two_axes_left_to_the_compiler(heads, spec, key_spec):
+    types = (AxisType.Auto,) * 3
+    mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"), types, devices=jax.devices("cpu"))
     arrays = attention_operands(heads, (8,))
-    args = put(mesh, arrays, [spec, key_spec, key_spec, spec])
-    mapped = jax.shard_map(
-        functools.partial(with_gradients, attend),
-        mesh=mesh,
-        in_specs=P(manual),
-        out_specs=P(manual),
-        axis_names={manual},
-    )
-    got = jax.jit(mapped)(*args)
-    assert_equal(got, with_gradients(attend, *arrays, implementation="xla"))
+    function = functools.partial(with_gradients, attend)
+    check_partly_manual(mesh, "b", function, arrays, [spec, key_spec, key_spec, spec])
 
 
-@pytest.mark.parametrize("manual", ["data", "model"])
-@pytest.mark.parametrize("spec", [P("data"), P("data", "model"), P("data", None, "model")])
-def test_norm_in_a_partly_manual_shard_map(manual, spec):
-    mesh = make_mesh(AxisType.Auto)
+@pytest.mark.parametrize("spec", [P("data"), P("data", None, "model"), P(("data", "model"))])
+def test_attention_in_a_partly_manual_shard_map_of_an_explicit_mesh(spec):
+    mesh = make_mesh(AxisType.Explicit)
+    arrays = attention_operands("gqa", (8,))
+    function = functools.partial(with_gradients, attend)
+    check_partly_manual(mesh, "data", function, arrays, [spec] * 4)
+
+
+@pytest.mark.parametrize(
+    ("mesh_shape", "spec"),
+    [
+        ((2, 4, 1), P("b")),
+        ((4, 2, 1), P("b", "a")),
+        ((2, 2, 2), P("b", "a")),
+        ((2, 2, 2), P("b", "c")),
+        ((2, 2, 2), P(("b", "c"), "a")),
+        ((2, 2, 2), P("b", None, "a")),
+    ],
+)
+def test_norm_in_a_partly_manual_shard_map(mesh_shape, spec):
+    """The gradient of the scale is a sum over the axes that the compiler has, and over "b"."""
+    types = (AxisType.Auto,) * 3
+    mesh = jax.make_mesh(mesh_shape, ("a", "b", "c"), types, devices=jax.devices("cpu"))
     arrays = random_normal(1, (8, 8, 32), (32,), dtype="float32")
 
     def loss(x, scale):
         return jnp.sin(norm(x, scale)).sum()
 
     def total(x, scale):
-        return jax.lax.psum(loss(x, scale), manual)
+        return jax.lax.psum(loss(x, scale), "b")
 
     mapped = jax.shard_map(
-        total, mesh=mesh, in_specs=(P(manual), P()), out_specs=P(), axis_names={manual}
+        total, mesh=mesh, in_specs=(P("b"), P()), out_specs=P(), axis_names={"b"}
     )
-    got = jax.jit(jax.grad(mapped, (0, 1)))(*put(mesh, arrays, [spec, P()]))
+    found, got = collectives(jax.grad(mapped, (0, 1)), *put(mesh, arrays, [spec, P()]))
     assert_equal(got, jax.grad(loss, (0, 1))(*arrays))
+    assert found == ({"all-reduce"} if len(spec) < 3 else {"all-reduce", "all-gather"})
 
 
 def test_eager_calls_on_sharded_arrays(mesh):

@@ -119,6 +119,19 @@ def test_gradient_of_vmap(op):
 
 
 @each_op
+def test_vmap_of_the_backward_pass_alone(op):
+    """Several cotangents for one forward pass, as in jax.jacrev."""
+    args = operands(op, 2)
+    pullbacks = [jax.vjp(lambda *a: OPS[op](*a, implementation=i), *args) for i in (None, "xla")]  # noqa: B023
+    results = pullbacks[0][0]
+    cotangents = tuple(
+        random_normal(i, (3, *r.shape), dtype=r.dtype)[0] for i, r in enumerate(results)
+    )
+    got, wanted = (jax.vmap(pullback)(cotangents) for _, pullback in pullbacks)
+    assert_equal(got, wanted)
+
+
+@each_op
 def test_vmap_of_vmap(op):
     """Over different axes, the inner one not at the front, and one operand each left out."""
     args = operands(op, 2, 3)
