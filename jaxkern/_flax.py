@@ -76,16 +76,16 @@ def attend(
 
     Any number of batch axes, operands of different dtypes, masks of any dtype.
     """
-    if not query.ndim == key.ndim == value.ndim or query.ndim < 3:
+    batches = {(x.ndim, x.shape[:-3]) for x in (query, key, value)}
+    if len(batches) > 1 or query.ndim < 3:
         raise ValueError(
-            "query, key and value must have one rank of at least 3, [..., length, heads, dim], "
-            f"got shapes {query.shape}, {key.shape} and {value.shape}"
+            f"query, key and value have shapes {query.shape}, {key.shape} and {value.shape}, "
+            "wanted [..., length, heads, head dim] of one rank with the same batch axes"
         )
     if dtype is None:
         dtype = jnp.result_type(query, key, value)
         if not jnp.issubdtype(dtype, jnp.inexact):
             dtype = jnp.promote_types(jnp.float32, dtype)
-    batch = query.shape[:-3]
 
     def operand(x):
         return x.astype(dtype).reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
@@ -93,7 +93,7 @@ def attend(
     def weights(x):
         x = x.reshape((1,) * (query.ndim - x.ndim) + x.shape)
         if math.prod(x.shape[:-3]) != 1:
-            x = jnp.broadcast_to(x, (*batch, *x.shape[-3:]))
+            x = jnp.broadcast_to(x, (*query.shape[:-3], *x.shape[-3:]))
         return x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
 
     out = dot_product_attention(

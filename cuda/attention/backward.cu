@@ -70,8 +70,8 @@ cudaError_t launch_backward(const AttentionBwdParams& params, cudaStream_t strea
                                  Backward::kThreads, Backward::kSharedBytes, stream, p)) {
     return error;
   }
-  return launch(attention_bwd_postprocess_kernel<T, kHeadDim>, blocks(Backward::kBlockT),
-                kRowsThreads, 0, stream, rows);
+  return launch(attention_bwd_postprocess_kernel<Backward>, blocks(Backward::kBlockT), kRowsThreads,
+                0, stream, rows);
 }
 
 template cudaError_t launch_backward<tile::JAXKERN_ELEMENT, JAXKERN_HEAD_DIM, false>(

@@ -79,11 +79,12 @@ __global__ void __launch_bounds__(kRowsThreads)
 }
 
 // One block: one query block of one head; a warpgroup to each 64 x 64 part.
-template <class T, int kHeadDim>
+template <class Backward>
 __global__ void __launch_bounds__(kRowsThreads)
     attention_bwd_postprocess_kernel(const AttentionRowsParams p) {
-  constexpr int kBlockT = AttentionBwdConfig<kHeadDim>::kBlockT;
-  constexpr int kPart = 64 * 64;
+  using T = typename Backward::T;
+  constexpr int kHeadDim = Backward::kHeadDim, kBlockT = Backward::kBlockT;
+  constexpr int kPart = Backward::kPart;
   const RowBlock at_block(p, kBlockT);
   const int head = at_block.head, batch = at_block.batch;
   const int part = threadIdx.x / tile::kWarpgroupSize;

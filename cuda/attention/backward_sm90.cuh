@@ -27,13 +27,12 @@ namespace jaxkern {
 template <class T_, int kHeadDim_, bool kCausal_>
 struct AttentionBackward {
   using T = T_;
-  using Config = AttentionBwdConfig<kHeadDim_>;
-  using Registers = AttentionBwdRegisters;
+  static constexpr AttentionBwdConfig kConfig = attention_bwd_config(kHeadDim_);
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kCausal = kCausal_;
   static constexpr int kConsumers = 2;
   static constexpr int kBlockS = 64 * kConsumers;
-  static constexpr int kBlockT = Config::kBlockT;
+  static constexpr int kBlockT = kConfig.block_t;
   static constexpr int kStages = 2;
   static constexpr int kThreads = tile::kWarpgroupSize * (1 + kConsumers);
   static constexpr int kPart = 64 * 64;  // dQ elements a consumer makes per query block
@@ -192,7 +191,7 @@ struct AttentionBackward {
 
       // dS^T = P^T * (dP^T - delta), while dV is multiplied.
       tile::mma_wait<1>(dweights);
-      if constexpr (Config::kExactWeights) {
+      if constexpr (kConfig.exact_weights) {
         multiply_centered(dweights, scores, shared.delta[slot.stage()]);
       } else {
         multiply_centered(dweights, weights, shared.delta[slot.stage()]);
@@ -294,7 +293,7 @@ __global__ void __launch_bounds__(Backward::kThreads, 1)
   __syncthreads();
 
   if (warpgroup == 0) {
-    tile::ptx::setmaxnreg_decrease<Backward::Registers::kProducer>();
+    tile::ptx::setmaxnreg_decrease<Backward::kConfig.producer_registers>();
     if (threadIdx.x == 0) {
       Backward::load_keys(p, shared);
       Backward::load_queries(p, p.query, p.lse_log2, shared.query_ring, shared.query,
@@ -306,7 +305,7 @@ __global__ void __launch_bounds__(Backward::kThreads, 1)
       Backward::add_dquery(p, shared, threadIdx.x / tile::kWarpSize - 2);
     }
   } else {
-    tile::ptx::setmaxnreg_increase<Backward::Registers::kConsumer>();
+    tile::ptx::setmaxnreg_increase<Backward::kConfig.consumer_registers>();
     Backward::consume(p, shared, warpgroup - 1);
   }
 }

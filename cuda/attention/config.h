@@ -1,71 +1,36 @@
-// Tile sizes of the attention kernels, one row per head dim and mask.
+// Tile sizes and register budgets of the attention kernels.
 #pragma once
 
 namespace jaxkern {
 
-// Forward: kConsumers warpgroups of 64 query rows each walk over blocks of kBlockS keys.
-template <int kHeadDim, bool kCausal>
-struct AttentionFwdConfig;
-
-template <>
-struct AttentionFwdConfig<64, false> {
-  static constexpr int kConsumers = 3;
-  static constexpr int kBlockS = 128;
-  static constexpr int kStages = 2;
-  static constexpr int kQueryStages = 2;
+// Forward: `consumers` warpgroups of 64 queries each walk over blocks of `block_s` keys, of which
+// `stages` are on their way; so are `query_stages` tiles of queries. Registers are those of a
+// producer and of a consumer thread: 65536 in all, in steps of 8.
+struct AttentionFwdConfig {
+  int consumers, block_s, stages, query_stages;
+  int producer_registers, consumer_registers;
 };
 
-// Under a causal mask short tiles waste less and balance better.
-template <>
-struct AttentionFwdConfig<64, true> {
-  static constexpr int kConsumers = 2;
-  static constexpr int kBlockS = 128;
-  static constexpr int kStages = 2;
-  static constexpr int kQueryStages = 2;
-};
+constexpr AttentionFwdConfig attention_fwd_config(int head_dim, bool causal) {
+  constexpr AttentionFwdConfig kTwo = {2, 128, 2, 2, 40, 232};
+  constexpr AttentionFwdConfig kThree = {3, 128, 2, 2, 32, 160};
+  // Three consumers read keys and values less often, but three accumulators of head dim 128 do not
+  // fit; and under a causal mask short tiles waste less and balance better.
+  return head_dim == 64 && !causal ? kThree : kTwo;
+}
 
-template <bool kCausal>
-struct AttentionFwdConfig<128, kCausal> {
-  static constexpr int kConsumers = 2;
-  static constexpr int kBlockS = 128;
-  static constexpr int kStages = 2;
-  static constexpr int kQueryStages = 2;
-};
-
-// Backward: two consumer warpgroups own 64 keys each and walk over blocks of kBlockT queries.
-// kExactWeights: dS takes P in float32. At head dim 64 there are no registers left to keep it
+// Backward: two consumer warpgroups own 64 keys each and walk over blocks of `block_t` queries.
+// exact_weights: dS takes P in float32. At head dim 64 there are no registers left to keep it
 // beside the rounded P that dV takes, so both take the rounded one.
-template <int kHeadDim>
-struct AttentionBwdConfig;
-
-template <>
-struct AttentionBwdConfig<64> {
-  static constexpr int kBlockT = 128;
-  static constexpr bool kExactWeights = false;
+struct AttentionBwdConfig {
+  int block_t;
+  bool exact_weights;
+  int producer_registers, consumer_registers;
 };
 
-template <>
-struct AttentionBwdConfig<128> {
-  static constexpr int kBlockT = 64;
-  static constexpr bool kExactWeights = true;
-};
-
-// Registers of a producer and of a consumer thread: 65536 in all, in steps of 8.
-template <int kConsumers>
-struct AttentionFwdRegisters;
-
-template <>
-struct AttentionFwdRegisters<2> {
-  static constexpr int kProducer = 40, kConsumer = 232;
-};
-
-template <>
-struct AttentionFwdRegisters<3> {
-  static constexpr int kProducer = 32, kConsumer = 160;
-};
-
-struct AttentionBwdRegisters {
-  static constexpr int kProducer = 24, kConsumer = 240;
-};
+constexpr AttentionBwdConfig attention_bwd_config(int head_dim) {
+  return head_dim == 64 ? AttentionBwdConfig{128, false, 24, 240}
+                        : AttentionBwdConfig{64, true, 24, 240};
+}
 
 }  // namespace jaxkern

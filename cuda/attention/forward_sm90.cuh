@@ -21,15 +21,14 @@ namespace jaxkern {
 template <class T_, int kHeadDim_, bool kCausal_>
 struct AttentionForward {
   using T = T_;
-  using Config = AttentionFwdConfig<kHeadDim_, kCausal_>;
-  using Registers = AttentionFwdRegisters<Config::kConsumers>;
+  static constexpr AttentionFwdConfig kConfig = attention_fwd_config(kHeadDim_, kCausal_);
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kCausal = kCausal_;
-  static constexpr int kConsumers = Config::kConsumers;
+  static constexpr int kConsumers = kConfig.consumers;
   static constexpr int kBlockT = 64 * kConsumers;
-  static constexpr int kBlockS = Config::kBlockS;
-  static constexpr int kStages = Config::kStages;
-  static constexpr int kQueryStages = Config::kQueryStages;
+  static constexpr int kBlockS = kConfig.block_s;
+  static constexpr int kStages = kConfig.stages;
+  static constexpr int kQueryStages = kConfig.query_stages;
   static constexpr int kThreads = tile::kWarpgroupSize * (1 + kConsumers);
 
   using QueryTile = tile::SharedTile<T, kBlockT, kHeadDim>;  // (kBlockT, H)
@@ -247,11 +246,11 @@ __global__ void __launch_bounds__(Forward::kThreads, 1)
   __syncthreads();
 
   if (warpgroup == 0) {
-    tile::ptx::setmaxnreg_decrease<Forward::Registers::kProducer>();
+    tile::ptx::setmaxnreg_decrease<Forward::kConfig.producer_registers>();
     if (threadIdx.x == 0) Forward::load(p, shared);
     if (threadIdx.x / tile::kWarpSize == 1) Forward::store(p, shared);
   } else {
-    tile::ptx::setmaxnreg_increase<Forward::Registers::kConsumer>();
+    tile::ptx::setmaxnreg_increase<Forward::kConfig.consumer_registers>();
     Forward::consume(p, shared, warpgroup - 1);
   }
 }

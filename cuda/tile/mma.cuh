@@ -56,7 +56,7 @@ __device__ __forceinline__ auto mn_major(SharedTile<T, kRows, kCols>& tile, int 
 template <int kCols>
 __device__ __forceinline__ void pin(RegisterTile<float, 64, kCols>& x) {
 #pragma unroll
-  for (int i = 0; i < kCols / 2; ++i) asm volatile("" : "+f"(x.data[i])::"memory");
+  for (int i = 0; i < kCols / 2; ++i) ptx::register_fence(x.data[i]);
 }
 
 // Call after ordinary writes to accumulators or A registers and before the mma() that uses them.

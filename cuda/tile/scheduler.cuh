@@ -31,7 +31,7 @@ struct TileOrder {
 
 // In the shared memory of a persistent block: the numbers of its next tiles. One thread draws them,
 // the warps of every other role read them. Blocks draw from one counter in global memory, so a tile
-// goes to whoever is free first; longest first, that is within 3% of a perfect balance.
+// goes to whoever is free first: no order that is fixed in advance balances every shape.
 struct TileQueue {
   static constexpr int kStages = 2;
   Ring<kStages> ring;

@@ -1,7 +1,9 @@
 """Attention in plain jax.numpy: what the kernels are tested against, and implementation="xla".
 
 Everything is computed in float32 (float64 for float64 operands), in blocks of queries, so that
-memory grows with T and S and not with their product. Shape letters are those of jax.nn: B batch,
+memory grows with T and S and not with their product. Products of 16-bit operands leave their
+precision to the backend: a GPU's TF32 holds the operands exactly, and rounds the weights and the
+gradients of the logits to more bits than the operands have. Shape letters are those of jax.nn: B batch,
 T query length, S key length, N query heads, K key heads, G = N / K, H head dim.
 """
 
@@ -10,8 +12,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-# Logits that a block holds at once: 64 MiB in float32.
-_BLOCK_ELEMENTS = 1 << 24
+# Logits that a block holds at once: 128 MiB in float32.
+_BLOCK_ELEMENTS = 1 << 25
 
 # What a masked logit becomes. Finite, so that a row with nothing left is the mean of the values.
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -126,7 +128,7 @@ def _attend(
     _, length, key_heads, _ = key.shape
     groups = heads // key_heads if key_heads else 1
     dtype = jnp.promote_types(query.dtype, jnp.float32)
-    precision = jax.lax.Precision.HIGHEST
+    precision = None if query.dtype.itemsize < 4 else jax.lax.Precision.HIGHEST
 
     grouped = query.reshape(batch, rows, key_heads, groups, width).astype(dtype)
     logits = jnp.einsum("btkgh,bskh->bkgts", grouped, key.astype(dtype), precision=precision)

@@ -350,7 +350,14 @@ def test_bad_input(case):
         layer(**{name: jnp.zeros(shape) for name, shape in inputs.items()}, **call)
 
 
-@pytest.mark.parametrize("shapes", [((T, 8),) * 3, ((B, T, 2, 8), (T, 2, 8), (T, 2, 8))])
-def test_attention_fn_rejects_ranks(shapes):
-    with pytest.raises(ValueError, match="rank of at least 3"):
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((T, 8),) * 3,
+        ((B, T, 2, 8), (T, 2, 8), (T, 2, 8)),
+        ((2, 3, T, 2, 8), (3, 2, T, 2, 8), (3, 2, T, 2, 8)),
+    ],
+)
+def test_attention_fn_rejects_shapes(shapes):
+    with pytest.raises(ValueError, match="wanted .* of one rank with the same batch axes"):
         jaxkern.nnx.attention_fn(*(jnp.zeros(shape) for shape in shapes))

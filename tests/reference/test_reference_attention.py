@@ -167,10 +167,11 @@ def test_blocks_of_queries_change_nothing(name, monkeypatch):
 
 @pytest.mark.parametrize(
     ("length", "rows"),
-    [(1, None), (1024, None), (1025, 513), (2048, 1024), (32768, 1024), (10**6, 1024)],
+    [(1, None), (2048, None), (2049, 1025), (4096, 2048), (32768, 2048), (10**6, 2045)],
 )
 def test_rows_per_block(length, rows):
-    assert reference._rows_per_block(length, 2, 2048, 4) == (rows and min(rows, 1024))
+    """As few blocks as hold 2048 rows at most, all of one size."""
+    assert reference._rows_per_block(length, 2, 2048, 4) == rows
 
 
 def test_memory_is_linear_in_length():

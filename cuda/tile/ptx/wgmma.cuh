@@ -19,6 +19,9 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(kPending) : "memory");
 }
 
+// No instruction: the compiler may not move a use of `x` across this point.
+__device__ __forceinline__ void register_fence(float& x) { asm volatile("" : "+f"(x)::"memory"); }
+
 // `Type::kName` is the PTX element type. `kTransA`, `kTransB`: the operand in shared memory is
 // M- or N-major (its contiguous axis is not the reduction axis).
 template <int kN>
