@@ -211,7 +211,7 @@ def _entries(mesh, sharding, rank):
     A part of a mesh axis, which the compiler also uses, counts as all of it.
     """
     tiles = sharding._to_xla_hlo_sharding(rank)
-    if not tiles.is_tiled():
+    if mesh.empty or not tiles.is_tiled():
         return ((),) * rank
     counts = tiles.tile_assignment_dimensions()
     devices = np.reshape(tiles.tile_assignment_devices(), counts)

@@ -1,6 +1,9 @@
 """The sharding rules, and which mesh axes a kernel call keeps."""
 
+import jax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxkern import _partitioning
 
@@ -81,3 +84,23 @@ def test_rule_of_norm():
 )
 def test_split(shapes, query, key, split):
     assert _partitioning._split(MESH, [QUERY, KEY], shapes, [query, key]) == split
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        (("data",), ()),
+        ((), ("model",)),
+        (("model",), ("data",)),
+        (("data", "model"), ()),
+        ((), ("model", "data")),
+        ((), ()),
+    ],
+    ids=str,
+)
+def test_entries_of_what_the_compiler_says(entries):
+    mesh = jax.make_mesh((2, 4), ("data", "model"), devices=jax.devices("cpu"))
+    sharding = NamedSharding(mesh, P(*entries))
+    assert _partitioning._entries(mesh, sharding, 2) == entries
+    nothing = jax.sharding.AbstractMesh((), ())  # where JAX has no names to give
+    assert _partitioning._entries(nothing, sharding, 2) == ((), ())
