@@ -208,7 +208,7 @@ def _with_whole_sums(split, result_axes):
 def _entries(mesh, sharding, rank):
     """The mesh axes over which each axis of an array is sharded, from the compiler's sharding.
 
-    Where that is only a part of a mesh axis, the array axis counts as not sharded.
+    A part of a mesh axis, which the compiler also uses, counts as all of it.
     """
     tiles = sharding._to_xla_hlo_sharding(rank)
     if not tiles.is_tiled():
@@ -226,9 +226,7 @@ def _entries(mesh, sharding, rank):
             changed = np.flatnonzero(place != place[0])
             if changed.size:
                 firsts[name] = changed[0]
-        names = tuple(sorted(firsts, key=firsts.get, reverse=True))
-        whole = math.prod(mesh.shape[name] for name in names) == counts[axis]
-        entries.append(names if whole else ())
+        entries.append(tuple(sorted(firsts, key=firsts.get, reverse=True)))
     return tuple(entries)
 
 

@@ -295,6 +295,17 @@ def test_norm_in_a_partly_manual_shard_map(mesh_shape, spec):
     assert found == ({"all-reduce"} if len(spec) < 3 else {"all-reduce", "all-gather"})
 
 
+def test_batch_that_the_devices_do_not_divide():
+    mesh = make_mesh(AxisType.Auto)
+    arrays = random_normal(1, (3, 8, 32), (32,), (3, 8, 32), dtype="float32")
+
+    def constrained(x, scale, dy):
+        x, dy = (jax.lax.with_sharding_constraint(a, NamedSharding(mesh, BATCH)) for a in (x, dy))
+        return with_gradients(norm, x, scale, dy)
+
+    assert_equal(jax.jit(constrained)(*arrays), with_gradients(norm, *arrays))
+
+
 def test_eager_calls_on_sharded_arrays(mesh):
     arrays = attention_operands("gqa")
     got = attend(*put(mesh, arrays, [BOTH] * 4)[:3])

@@ -272,10 +272,7 @@ def _attention_fwd(config, query, key, value):
 
 
 def _attention_bwd(config, residuals, cotangents):
-    query, *_, lse = residuals
-    dout, dlse = cotangents
-    operands = (*residuals, dout.astype(query.dtype), dlse.astype(lse.dtype))
-    return _backward_op(config)(*operands)
+    return _backward_op(config)(*residuals, *cotangents)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)

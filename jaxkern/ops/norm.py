@@ -140,8 +140,8 @@ def _rms_norm_fwd(config, x, scale):
 
 
 def _rms_norm_bwd(config, residuals, dy):
-    x, scale, _ = residuals
-    dx, dscale = _backward_op(config)(*residuals, dy.astype(x.dtype))
+    _, scale, _ = residuals
+    dx, dscale = _backward_op(config)(*residuals, dy)
     return dx, dscale.astype(scale.dtype)
 
 
