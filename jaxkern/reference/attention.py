@@ -3,8 +3,8 @@
 Everything is computed in float32 (float64 for float64 operands), in blocks of queries, so that
 memory grows with T and S and not with their product. Products of 16-bit operands leave their
 precision to the backend: a GPU's TF32 holds the operands exactly, and rounds the weights and the
-gradients of the logits to more bits than the operands have. Shape letters are those of jax.nn: B batch,
-T query length, S key length, N query heads, K key heads, G = N / K, H head dim.
+gradients of the logits to more bits than the operands have. Shape letters are those of jax.nn:
+B batch, T query length, S key length, N query heads, K key heads, G = N / K, H head dim.
 """
 
 import math
