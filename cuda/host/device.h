@@ -1,4 +1,4 @@
-// Facts about the current device. The runtime caches them: a query costs well under 1 us.
+// Facts about the current device.
 #pragma once
 
 #include <cuda_runtime_api.h>

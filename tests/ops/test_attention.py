@@ -171,14 +171,15 @@ def rounded_attention(query, key, value, dout, dlse, *, is_causal, scale):
     scale = query.shape[3] ** -0.5 if scale is None else scale
     group = query.shape[2] // key.shape[2]
     dtype, single = query.dtype, jnp.float32
+    bits = jnp.finfo(dtype)
     query, key, value, dout = (x.astype(single) for x in (query, key, value, dout))
     key, value = (jnp.repeat(x, group, axis=2) for x in (key, value))
 
     def product(spec, *operands):
         return jnp.einsum(spec, *operands, precision="highest")
 
-    def rounded(x):
-        return x.astype(dtype).astype(single)
+    def rounded(x):  # a conversion there and back is what XLA may leave out
+        return jax.lax.reduce_precision(x, bits.nexp, bits.nmant)
 
     logits = product("btnh,bsnh->bnts", query, key) * scale
     if is_causal:

@@ -9,10 +9,6 @@
 
 namespace jaxkern::tile::ptx {
 
-__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" : : "l"(map) : "memory");
-}
-
 // One box of a rank-4 tensor into shared memory; completes on `barrier` by byte count.
 __device__ __forceinline__ void bulk_tensor_load(void* shared, const CUtensorMap* map,
                                                  uint64_t* barrier, int c0, int c1, int c2,
