@@ -125,27 +125,61 @@ def _bars(panel: Any, labels: Sequence[str], groups: Sequence, providers: Sequen
     panel.grid(axis="y")
 
 
-def draw_losses(source: pathlib.Path, path: pathlib.Path) -> None:
-    """Loss over the steps by provider, from a CSV of provider, step, train, held_out."""
-    from matplotlib import pyplot
+Losses = Mapping[tuple[str, int, int], Mapping[int, float]]  # provider, seed, run -> step -> loss
 
-    curves: dict[str, list[tuple[int, float]]] = {}
-    held_out: dict[str, list[tuple[int, float]]] = {}
+
+def read_losses(source: pathlib.Path, column: str) -> Losses:
+    """The runs of a CSV of provider, seed, run, step, train, held_out."""
+    runs: dict[tuple[str, int, int], dict[int, float]] = {}
     with source.open(newline="") as file:
         for row in csv.DictReader(file):
-            for column, points in (("train", curves), ("held_out", held_out)):
-                if row[column]:
-                    point = (int(row["step"]), float(row[column]))
-                    points.setdefault(row["provider"], []).append(point)
+            if row[column]:
+                key = (row["provider"], int(row["seed"]), int(row["run"]))
+                runs.setdefault(key, {})[int(row["step"])] = float(row[column])
+    return runs
+
+
+def drift(losses: Losses, window: int = 10) -> Losses:
+    """Each run's distance from the mean of the runs of its seed, which see the same batches.
+
+    Averaged over the last `window` steps.
+    """
+    runs: dict[tuple[str, int, int], dict[int, float]] = {}
+    for key, points in losses.items():
+        same = [other for (_, seed, _), other in losses.items() if seed == key[1]]
+        steps = sorted(set(points).intersection(*same))
+        distance = [points[s] - statistics.fmean(other[s] for other in same) for s in steps]
+        runs[key] = {
+            steps[i]: statistics.fmean(distance[i - window + 1 : i + 1])
+            for i in range(window - 1, len(steps))
+        }
+    return runs
+
+
+def draw_losses(source: pathlib.Path, path: pathlib.Path) -> None:
+    """Training and held-out loss of each run, and how far the runs of a seed drift apart."""
+    from matplotlib import pyplot
+
+    train, held_out = (read_losses(source, column) for column in ("train", "held_out"))
     with pyplot.rc_context(STYLE):
-        figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
-        for name, points in curves.items():
-            axes.plot(*zip(*points, strict=True), color=COLORS[name], linewidth=0.9, label=name)
-        for name, points in held_out.items():
-            axes.plot(*zip(*points, strict=True), "o", color=COLORS[name], markersize=4)
-        axes.set(xlabel="step", ylabel="loss (nats/byte); dots: held out")
-        axes.grid()
-        axes.legend()
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+        for axes, runs in ((left, train), (right, drift(train))):
+            for (name, seed, _), points in runs.items():
+                style = {
+                    "color": COLORS[name],
+                    "linewidth": 0.9,
+                    "linestyle": ["-", "--"][seed % 2],
+                }
+                axes.plot(*zip(*points.items(), strict=True), **style)
+        for name in dict.fromkeys(name for name, _, _ in train):
+            left.plot([], [], color=COLORS[name], label=name)
+        for (name, _, _), points in held_out.items():
+            left.plot(*zip(*points.items(), strict=True), "o", color=COLORS[name], markersize=4)
+        left.set(xlabel="step", ylabel="loss (nats/byte); dots: held out")
+        right.set(xlabel="step", ylabel="distance from the mean run of the seed, 10 steps' mean")
+        for axes in (left, right):
+            axes.grid()
+        left.legend()
         _save(figure, path)
 
 

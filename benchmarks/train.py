@@ -3,15 +3,19 @@
     python benchmarks/train.py                              the GPU preset, 200 steps of each
     python benchmarks/train.py --implementations cuda --steps 50
     python benchmarks/train.py --preset cpu --implementations xla --batch 16
+    python benchmarks/train.py --implementations cuda,cuda,cudnn,xla --seeds 0,1 --losses
 
-What is not an option here goes to the example. Appends tokens/s to the results file and leaves
-`train_loss.csv` and `train_loss.svg` beside it.
+What is not an option here goes to the example. Appends tokens/s to the results file; with --losses
+it leaves `train_loss.csv` and `train_loss.svg` beside it instead. An implementation named more than
+once runs more than once, which shows how far rounding alone drives two runs apart.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import csv
+import dataclasses
 import json
 import os
 import pathlib
@@ -31,6 +35,32 @@ PROVIDERS = {"cuda": "jaxkern", "cudnn": "jax.nn cudnn", "xla": "jaxkern xla"}
 DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of the example; `number` counts those that differ in nothing else."""
+
+    implementation: str
+    seed: int
+    number: int
+
+    @property
+    def provider(self) -> str:
+        return PROVIDERS[self.implementation]
+
+    @property
+    def name(self) -> str:
+        return f"{self.implementation}-seed{self.seed}-run{self.number}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a run left: its result, its configuration and the rows of its losses."""
+
+    result: Mapping
+    config: Mapping
+    losses: list[dict[str, str]]
+
+
 def case(result: Mapping, config: Mapping) -> str:
     """`train 104M b64 t2048 bf16`: parameters, sequences and tokens of each per step."""
     devices = f" d{result['devices']}" if result["devices"] > 1 else ""
@@ -41,37 +71,32 @@ def case(result: Mapping, config: Mapping) -> str:
 
 
 def train(
-    example: pathlib.Path,
-    implementation: str,
-    arguments: Sequence[str],
-    folder: pathlib.Path,
-    environment: Mapping[str, str],
-) -> tuple[dict, dict, list[dict[str, str]]]:
-    """One run of the example: its result, its configuration and the rows of its losses.
-
-    Raises RuntimeError with the end of its output if it fails.
-    """
-    command = [sys.executable, str(example), "--implementation", implementation]
-    command += ["--output", str(folder), "--restart", *arguments]
+    run: Run, arguments: Sequence[str], work: pathlib.Path, environment: Mapping[str, str]
+) -> Trained:
+    """Runs the example. Raises RuntimeError with the end of its output if it fails."""
+    folder = work / run.name
+    command = [sys.executable, str(EXAMPLE), "--implementation", run.implementation]
+    command += ["--seed", str(run.seed), "--output", str(folder), "--restart", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         end = "\n".join((done.stdout + done.stderr).splitlines()[-20:])
-        raise RuntimeError(f"{implementation} exited with {done.returncode}:\n{end}")
+        raise RuntimeError(f"{run.implementation} exited with {done.returncode}:\n{end}")
     result = json.loads(done.stdout.strip().splitlines()[-1])
     if not result["tokens_per_s"]:
-        raise RuntimeError(f"{implementation} was too short to measure: give more --steps")
+        raise RuntimeError(f"{run.implementation} was too short to measure: give more --steps")
     config = json.loads((folder / "config.json").read_text())
     with (folder / "losses.csv").open(newline="") as file:
-        return result, config, list(csv.DictReader(file))
+        return Trained(result, config, list(csv.DictReader(file)))
 
 
-def write_losses(path: pathlib.Path, losses: Mapping[str, Sequence[Mapping[str, str]]]) -> None:
+def write_losses(path: pathlib.Path, trained: Mapping[Run, Trained]) -> None:
     with path.open("w", newline="") as file:
-        fields = ["provider", "step", "train", "held_out"]
+        fields = ["provider", "seed", "run", "step", "train", "held_out"]
         writer = csv.DictWriter(file, fields, lineterminator="\n")
         writer.writeheader()
-        for provider, rows in losses.items():
-            writer.writerows({"provider": provider, **row} for row in rows)
+        for run, done in trained.items():
+            same = {"provider": run.provider, "seed": run.seed, "run": run.number}
+            writer.writerows({**same, **row} for row in done.losses)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -82,6 +107,8 @@ def main(argv: Sequence[str]) -> int:
     add("--implementations", default=",".join(PROVIDERS), help="some of %(default)s")
     add("--preset", default="gpu", help="of the example (%(default)s)")
     add("--steps", default="200", help="of each run (%(default)s)")
+    add("--seeds", default="0", help="of the example, separated by commas (%(default)s)")
+    add("--losses", action="store_true", help="all runs at once, for their losses only")
     common.add_destination(parser)
     chosen, others = parser.parse_known_args(argv)
     names = chosen.implementations.split(",")
@@ -90,33 +117,43 @@ def main(argv: Sequence[str]) -> int:
             f"--implementations: no {', '.join(unknown)}; there are {', '.join(PROVIDERS)}"
         )
     arguments = ["--preset", chosen.preset, "--steps", chosen.steps, *others]
-    environment = dict(os.environ)
+    alone = dict(os.environ)
     common.share_memory()
-    run = common.start_run(parser, "train.py", argv, ["flax", "optax"])
+    environment = dict(os.environ) if chosen.losses else alone
+    measured = common.start_run(parser, "train.py", argv, ["flax", "optax"])
     chosen.output.mkdir(parents=True, exist_ok=True)
 
-    losses, failed = {}, False
-    print(f"{run.gpu} | commit {run.commit} | {run.versions}", flush=True)
-    with tempfile.TemporaryDirectory() as work:
-        for name in names:
-            folder = pathlib.Path(work, name)
+    runs = [
+        Run(name, int(seed), names[:i].count(name))
+        for seed in chosen.seeds.split(",")
+        for i, name in enumerate(names)
+    ]
+    trained, failed = {}, False
+    print(f"{measured.gpu} | commit {measured.commit} | {measured.versions}", flush=True)
+    with (
+        tempfile.TemporaryDirectory() as work,
+        concurrent.futures.ThreadPoolExecutor(len(runs) if chosen.losses else 1) as pool,
+    ):
+        started = {
+            run: pool.submit(train, run, arguments, pathlib.Path(work), environment) for run in runs
+        }
+        for run, future in started.items():
             try:
-                result, config, steps = train(EXAMPLE, name, arguments, folder, environment)
+                done = trained[run] = future.result()
             except RuntimeError as error:
                 print(f"FAILED: {error}", flush=True)
                 failed = True
                 continue
-            speed, held_out = result["tokens_per_s"], result["held_out_loss"]
-            provider, what = PROVIDERS[name], case(result, config)
-            print(
-                f"{what}  {provider:<14}{speed:>12,.0f} tokens/s  held-out loss {held_out:.4f}",
-                flush=True,
-            )
-            losses[provider] = steps
-            row = run.row("train", what, provider, "tokens_per_s", speed)
-            benchmarking.append_rows(chosen.output, [row])
-            write_losses(chosen.output / "train_loss.csv", losses)
-            plot.draw_losses(chosen.output / "train_loss.csv", chosen.output / "train_loss.svg")
+            speed, held_out = done.result["tokens_per_s"], done.result["held_out_loss"]
+            what = case(done.result, done.config)
+            measure = f"seed {run.seed}" if chosen.losses else f"{speed:>12,.0f} tokens/s"
+            print(f"{what}  {run.provider:<14}{measure}  held-out loss {held_out:.4f}", flush=True)
+            if not chosen.losses:
+                row = measured.row("train", what, run.provider, "tokens_per_s", speed)
+                benchmarking.append_rows(chosen.output, [row])
+    if chosen.losses and trained:
+        write_losses(chosen.output / "train_loss.csv", trained)
+        plot.draw_losses(chosen.output / "train_loss.csv", chosen.output / "train_loss.svg")
     return 1 if failed else 0
 
 

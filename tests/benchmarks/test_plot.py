@@ -56,7 +56,8 @@ class TestLatest:
 
 def test_figures(results, tmp_path):
     (tmp_path / "train_loss.csv").write_text(
-        "provider,step,train,held_out\njaxkern,1,5.0,\njaxkern,2,4.0,4.5\njaxkern xla,1,5.1,\n"
+        "provider,seed,run,step,train,held_out\n"
+        "jaxkern,0,0,1,5.0,\njaxkern,0,0,2,4.0,4.5\njaxkern xla,0,0,1,5.1,\n"
     )
     arguments = ["--results", str(results), "--output", str(tmp_path / "docs")]
     assert plot.main(arguments) == 0
@@ -68,6 +69,22 @@ def test_figures(results, tmp_path):
     assert ">jaxkern xla</text>" in losses
     assert plot.main(arguments) == 0
     assert (tmp_path / "docs" / "attention.svg").read_text() == drawn
+
+
+def test_drift():
+    """Runs of a seed are compared at the steps that all of them have."""
+    runs = {
+        ("jaxkern", 0, 0): {1: 5.0, 2: 4.0, 3: 3.0},
+        ("jaxkern", 0, 1): {1: 5.0, 2: 4.5, 3: 3.5},
+        ("jaxkern xla", 0, 0): {1: 5.0, 2: 4.7},
+        ("jaxkern", 1, 0): {1: 9.0},
+    }
+    assert plot.drift(runs, window=2) == {
+        ("jaxkern", 0, 0): {2: pytest.approx(-0.2)},
+        ("jaxkern", 0, 1): {2: pytest.approx(0.05)},
+        ("jaxkern xla", 0, 0): {2: pytest.approx(0.15)},
+        ("jaxkern", 1, 0): {},
+    }
 
 
 def test_figure_of_a_few_cases(tmp_path):

@@ -10,7 +10,7 @@ from jaxkern import benchmarking
 STAND_IN = """
 import argparse, json, pathlib, sys
 parser = argparse.ArgumentParser()
-for name in ("implementation", "output", "preset", "steps", "batch"):
+for name in ("implementation", "output", "preset", "steps", "batch", "seed"):
     parser.add_argument(f"--{name}")
 parser.add_argument("--restart", action="store_true")
 a = parser.parse_args()
@@ -20,7 +20,7 @@ out = pathlib.Path(a.output)
 out.mkdir(parents=True)
 config = {"batch": int(a.batch), "context": 2048, "dtype": "bfloat16", "preset": a.preset}
 (out / "config.json").write_text(json.dumps(config))
-lines = ["step,train,held_out", "1,5.5,", f"{a.steps},4.5,4.75"]
+lines = ["step,train,held_out", f"1,{5.5 + int(a.seed)},", f"{a.steps},4.5,4.75"]
 (out / "losses.csv").write_text("\\n".join(lines) + "\\n")
 print("some progress")
 speed = {"cuda": 1000.0, "xla": 100.0}[a.implementation]
@@ -43,10 +43,10 @@ def measure(tmp_path, monkeypatch):
     return measure
 
 
-def test_rows_losses_and_plot(measure, capsys):
+def test_rows(measure, capsys):
     status, output = measure("--implementations", "cuda,xla", "--steps", "7")
     assert status == 0
-    [path] = set(output.glob("*.csv")) - {output / "train_loss.csv"}
+    [path] = output.iterdir()
     rows = benchmarking.read_rows(path)
     assert [(r.family, r.case, r.provider, r.metric, r.value) for r in rows] == [
         ("train", "train 104M b8 t2048 bf16", "jaxkern", "tokens_per_s", 1000.0),
@@ -54,22 +54,34 @@ def test_rows_losses_and_plot(measure, capsys):
     ]
     command = "python benchmarks/train.py --implementations cuda,xla --steps 7 --batch 8"
     assert {r.command for r in rows} == {command}
+    assert "1,000 tokens/s  held-out loss 4.7500" in capsys.readouterr().out
+
+
+def test_losses_and_plot(measure):
+    status, output = measure(
+        "--implementations", "cuda,xla,cuda", "--steps", "7", "--seeds", "0,3", "--losses"
+    )
+    assert status == 0
+    assert {path.name for path in output.iterdir()} == {"train_loss.csv", "train_loss.svg"}
     with (output / "train_loss.csv").open(newline="") as file:
         losses = [tuple(row.values()) for row in csv.DictReader(file)]
+    runs = [("jaxkern", "0"), ("jaxkern xla", "0"), ("jaxkern", "1")]
     assert losses == [
-        ("jaxkern", "1", "5.5", ""),
-        ("jaxkern", "7", "4.5", "4.75"),
-        ("jaxkern xla", "1", "5.5", ""),
-        ("jaxkern xla", "7", "4.5", "4.75"),
+        (provider, seed, run, *row)
+        for seed, first in (("0", "5.5"), ("3", "8.5"))
+        for provider, run in runs
+        for row in (
+            (provider, seed, run, "1", first, ""),
+            (provider, seed, run, "7", "4.5", "4.75"),
+        )
     ]
     assert ">jaxkern xla</text>" in (output / "train_loss.svg").read_text()
-    assert "1,000 tokens/s  held-out loss 4.7500" in capsys.readouterr().out
 
 
 def test_failure_is_reported_and_leaves_the_others(measure, capsys):
     status, output = measure()
     assert status == 1
-    [path] = set(output.glob("*.csv")) - {output / "train_loss.csv"}
+    [path] = output.iterdir()
     assert [r.provider for r in benchmarking.read_rows(path)] == ["jaxkern", "jaxkern xla"]
     assert "FAILED: cudnn exited with 1:\ncuDNN is not there" in capsys.readouterr().out
 
