@@ -6,8 +6,9 @@
     python benchmarks/train.py --implementations cuda,cuda,cudnn,xla --seeds 0,1 --losses
 
 What is not an option here goes to the example. Appends tokens/s to the results file; with --losses
-it leaves `train_loss.csv` and `train_loss.svg` beside it instead. An implementation named more than
-once runs more than once, which shows how far rounding alone drives two runs apart.
+the held-out losses instead, and leaves `train_loss.csv` and `train_loss.svg` beside it. An
+implementation named more than once runs more than once, which shows how far rounding alone drives
+two runs apart.
 """
 
 from __future__ import annotations
@@ -144,13 +145,14 @@ def main(argv: Sequence[str]) -> int:
                 print(f"FAILED: {error}", flush=True)
                 failed = True
                 continue
-            speed, held_out = done.result["tokens_per_s"], done.result["held_out_loss"]
-            what = case(done.result, done.config)
-            measure = f"seed {run.seed}" if chosen.losses else f"{speed:>12,.0f} tokens/s"
-            print(f"{what}  {run.provider:<14}{measure}  held-out loss {held_out:.4f}", flush=True)
-            if not chosen.losses:
-                row = measured.row("train", what, run.provider, "tokens_per_s", speed)
-                benchmarking.append_rows(chosen.output, [row])
+            what, metric = case(done.result, done.config), "tokens_per_s"
+            if chosen.losses:
+                what, metric = f"{what} seed {run.seed}", "held_out_loss"
+            value, held_out = done.result[metric], done.result["held_out_loss"]
+            speed = "" if chosen.losses else f"{value:>12,.0f} tokens/s"
+            print(f"{what}  {run.provider:<14}{speed}  held-out loss {held_out:.4f}", flush=True)
+            row = measured.row("train", what, run.provider, metric, value)
+            benchmarking.append_rows(chosen.output, [row])
     if chosen.losses and trained:
         write_losses(chosen.output / "train_loss.csv", trained)
         plot.draw_losses(chosen.output / "train_loss.csv", chosen.output / "train_loss.svg")
