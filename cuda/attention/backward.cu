@@ -1,18 +1,35 @@
-// One instance of the attention backward, which is a pre-process, a main and a post-process kernel:
+// Instances of the attention backward, which is a pre-process, a main and a post-process kernel:
 // JAXKERN_ELEMENT and JAXKERN_HEAD_DIM come from the table in CMakeLists.txt.
 #include "cuda/attention/backward_rows.cuh"
 #include "cuda/attention/instances.h"
 #include "cuda/attention/order.h"
+#include "cuda/attention/ranges.cuh"
 #include "cuda/attention/tensor_maps.h"
 #include "cuda/host/launch.h"
 
 namespace jaxkern {
 
-template <class T, int kHeadDim, bool kCausal>
+namespace {
+
+// Whether some query may see no key.
+bool may_hide_queries(const AttentionShape& shape, const AttentionOptions& o) {
+  if (o.query_lengths != nullptr || o.query_segments != nullptr) return true;
+  const int64_t shift = o.bottom_right ? shape.S - shape.T : 0;
+  return shift + o.right < 0 || shape.T - 1 + shift - o.left >= shape.S;
+}
+
+}  // namespace
+
+template <class T, int kHeadDim, MaskKind kMask, bool kSoftCap>
 cudaError_t launch_backward(const AttentionBwdParams& params, cudaStream_t stream) {
-  using Backward = AttentionBackward<T, kHeadDim, kCausal>;
+  using Backward = AttentionBackward<T, kHeadDim, kMask, kSoftCap>;
   const AttentionShape& shape = params.shape;
+  const AttentionOptions& options = params.options;
   const auto padded_T = static_cast<int>(attention_padded_length(shape.T));
+  auto* ranges = reinterpret_cast<int4*>(params.workspace);
+  auto* hidden_dout = reinterpret_cast<float*>(ranges + shape.B * attention_granules(shape.S));
+  auto* turns = reinterpret_cast<int*>(hidden_dout + shape.B * shape.K * shape.H);
+
   typename Backward::Params p;
   const auto query_map = [&](CUtensorMap* map, const void* data) {
     return make_query_map(map, params.dtype, shape, data, Backward::kBlockT);
@@ -32,16 +49,19 @@ cudaError_t launch_backward(const AttentionBwdParams& params, cudaStream_t strea
   if (cudaError_t error = row_map(&p.lse_log2, params.lse_log2)) return error;
   if (cudaError_t error = row_map(&p.delta, params.delta)) return error;
   p.dquery_accum = params.dquery_accum;
-  p.scale = params.scale;
-  p.scale_log2 = params.scale * kLog2E;
-  p.mask = {static_cast<int>(shape.T), static_cast<int>(shape.S)};
+  p.hidden_dout = may_hide_queries(shape, options) ? hidden_dout : nullptr;
+  p.turns = params.deterministic ? turns : nullptr;
+  p.scale = options.scale;
+  p.scale_log2 = (kSoftCap ? options.soft_cap : options.scale) * kLog2E;
+  p.cap_factor = kSoftCap ? options.scale / options.soft_cap : 0.0f;
+  p.mask = Backward::Mask::of(shape, options, ranges);
   p.kv_heads = static_cast<int>(shape.K);
   p.group = static_cast<int>(shape.N / shape.K);
   p.padded_T = padded_T;
   p.order = {
       .blocks = static_cast<int>(tile::ceil_div(shape.S, Backward::kBlockS)),
       .heads = static_cast<int>(shape.B * shape.K),
-      .section = kCausal ? kv_heads_in_l2(8 * shape.T * shape.H * p.group) : 1,
+      .section = Backward::kLongestFirst ? kv_heads_in_l2(8 * shape.T * shape.H * p.group) : 1,
   };
 
   const AttentionRowsParams rows = {
@@ -53,7 +73,7 @@ cudaError_t launch_backward(const AttentionBwdParams& params, cudaStream_t strea
       .delta = params.delta,
       .dquery_accum = params.dquery_accum,
       .dquery = params.dquery,
-      .scale = params.scale,
+      .scale = options.scale,
       .T = static_cast<int>(shape.T),
       .N = static_cast<int>(shape.N),
       .padded_T = padded_T,
@@ -66,6 +86,23 @@ cudaError_t launch_backward(const AttentionBwdParams& params, cudaStream_t strea
                  kRowsThreads, 0, stream, rows)) {
     return error;
   }
+  if (cudaError_t error = launch_ranges(p.mask, shape.B, ranges, params.deterministic, stream))
+    return error;
+  if (p.hidden_dout != nullptr) {
+    if (cudaError_t error =
+            launch(attention_bwd_hidden_kernel<T, kHeadDim>, shape.B * shape.K, kHeadDim, 0, stream,
+                   rows, options.query_lengths, hidden_dout, p.group, static_cast<int>(shape.S))) {
+      return error;
+    }
+  }
+  if (p.turns != nullptr) {
+    const int64_t count = shape.B * shape.N * padded_T / Backward::kBlockT;
+    if (cudaError_t error =
+            launch(attention_bwd_turns_kernel<Backward>, tile::ceil_div(count, kRowsThreads),
+                   kRowsThreads, 0, stream, p, count, static_cast<int>(shape.N))) {
+      return error;
+    }
+  }
   if (cudaError_t error = launch(attention_bwd_sm90_kernel<Backward>, p.order.count(),
                                  Backward::kThreads, Backward::kSharedBytes, stream, p)) {
     return error;
@@ -74,9 +111,13 @@ cudaError_t launch_backward(const AttentionBwdParams& params, cudaStream_t strea
                 0, stream, rows);
 }
 
-template cudaError_t launch_backward<tile::JAXKERN_ELEMENT, JAXKERN_HEAD_DIM, false>(
-    const AttentionBwdParams&, cudaStream_t);
-template cudaError_t launch_backward<tile::JAXKERN_ELEMENT, JAXKERN_HEAD_DIM, true>(
-    const AttentionBwdParams&, cudaStream_t);
+#define JAXKERN_INSTANCE(kMask, kSoftCap)                                                        \
+  template cudaError_t launch_backward<tile::JAXKERN_ELEMENT, JAXKERN_HEAD_DIM, MaskKind::kMask, \
+                                       kSoftCap>(const AttentionBwdParams&, cudaStream_t)
+JAXKERN_INSTANCE(kFull, false);
+JAXKERN_INSTANCE(kCausal, false);
+JAXKERN_INSTANCE(kBand, false);
+JAXKERN_INSTANCE(kBand, true);
+#undef JAXKERN_INSTANCE
 
 }  // namespace jaxkern

@@ -1,6 +1,9 @@
-// The two memory-bound kernels around the attention backward kernel.
+// The memory-bound kernels around the attention backward kernel.
 //   pre-process    delta = rowsum(out * dout) - dlse, lse in base 2, and a zeroed accumulator
 //   post-process   dquery = scale * accumulator, rounded, from fragment order to (B, T, N, H)
+// and two small ones that few calls need:
+//   hidden rows    the part of dvalue that comes from queries which see no key
+//   turns          the order in which blocks of keys add to dquery, if it must be repeatable
 // delta is taken from the rounded output: then rows of dS sum to zero up to rounding of dS itself.
 #pragma once
 
@@ -13,8 +16,8 @@ struct AttentionRowsParams {
   const void* dout;     // (B, T, N, H)
   const float* lse;     // (B, N, T)
   const float* dlse;    // (B, N, T)
-  float* lse_log2;      // (B, N, Tp); +inf past T, so that those queries have no weight
-  float* delta;         // (B, N, Tp); 0 past T
+  float* lse_log2;      // (B, N, Tp); +inf where a query sees no key, so that none has a weight
+  float* delta;         // (B, N, Tp); 0 there
   float* dquery_accum;  // (B, N, Tp, H)
   void* dquery;         // (B, T, N, H)
   float scale;
@@ -67,8 +70,9 @@ __global__ void __launch_bounds__(kRowsThreads)
   }
   if (lane == 0) {
     const int64_t row = head_row * p.T + t, padded_row = head_row * p.padded_T + t;
-    p.lse_log2[padded_row] = t < p.T ? p.lse[row] * kLog2E : INFINITY;
-    p.delta[padded_row] = t < p.T ? dot - p.dlse[row] : 0.0f;
+    const bool hidden = t >= p.T || p.lse[row] == kHiddenLse;
+    p.lse_log2[padded_row] = hidden ? INFINITY : p.lse[row] * kLog2E;
+    p.delta[padded_row] = hidden ? 0.0f : dot - p.dlse[row];
   }
   float4* accum =
       reinterpret_cast<float4*>(p.dquery_accum + (head_row * p.padded_T + at_block.row) * kHeadDim);
@@ -76,6 +80,51 @@ __global__ void __launch_bounds__(kRowsThreads)
   for (int i = 0; i < kRows * kHeadDim / 4 / kRowsThreads; ++i) {
     accum[i * kRowsThreads + threadIdx.x] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   }
+}
+
+// One block of H threads: one key/value head. hidden_dout = sum of dout / S over its hidden
+// queries.
+template <class T, int kHeadDim>
+__global__ void __launch_bounds__(kHeadDim)
+    attention_bwd_hidden_kernel(const AttentionRowsParams p, const int* query_lengths,
+                                float* hidden_dout, int group, int S) {
+  const int kv_heads = p.N / group;
+  const int batch = blockIdx.x / kv_heads, kv_head = blockIdx.x % kv_heads;
+  const int length = query_lengths == nullptr ? p.T : query_lengths[batch];
+  __shared__ bool hidden[kHeadDim];
+  float sum = 0.0f;
+  for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+    const float* lse = p.lse + (int64_t{batch} * p.N + head) * p.T;
+    for (int t0 = 0; t0 < length; t0 += kHeadDim) {
+      const int t = t0 + threadIdx.x;
+      hidden[threadIdx.x] = t < length && lse[t] == kHiddenLse;
+      if (__syncthreads_or(hidden[threadIdx.x])) {
+        for (int i = 0; i < kHeadDim; ++i) {
+          const int64_t row = (int64_t{batch} * p.T + t0 + i) * p.N + head;
+          if (!hidden[i]) continue;
+          sum += static_cast<float>(static_cast<const T*>(p.dout)[row * kHeadDim + threadIdx.x]);
+        }
+      }
+      __syncthreads();
+    }
+  }
+  hidden_dout[int64_t{blockIdx.x} * kHeadDim + threadIdx.x] = sum / S;
+}
+
+// One thread: one query block of one head. Its turn goes first to the first block of keys.
+template <class Backward>
+__global__ void __launch_bounds__(kRowsThreads)
+    attention_bwd_turns_kernel(const typename Backward::Params p, int64_t count, int heads) {
+  const int64_t index = int64_t{blockIdx.x} * kRowsThreads + threadIdx.x;
+  if (index >= count) return;
+  const int blocks = p.padded_T / Backward::kBlockT, block = index % blocks;
+  const int batch = index / blocks / heads;
+  int key_block = 0;
+  for (; key_block < p.order.blocks; ++key_block) {
+    const auto visited = Backward::query_blocks(p.mask, batch, key_block);
+    if (visited.begin <= block && block < visited.end) break;
+  }
+  p.turns[index] = key_block * Backward::kConsumers;
 }
 
 // One block: one query block of one head; a warpgroup to each 64 x 64 part.

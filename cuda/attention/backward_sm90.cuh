@@ -20,16 +20,18 @@
 #include "cuda/attention/mask.cuh"
 #include "cuda/attention/params.h"
 #include "cuda/attention/softmax.cuh"
+#include "cuda/tile/ptx/atomic.cuh"
 #include "cuda/tile/tile.cuh"
 
 namespace jaxkern {
 
-template <class T_, int kHeadDim_, bool kCausal_>
+template <class T_, int kHeadDim_, MaskKind kMask, bool kSoftCap>
 struct AttentionBackward {
   using T = T_;
+  using Mask = AttentionMask<kMask, true>;
   static constexpr AttentionBwdConfig kConfig = attention_bwd_config(kHeadDim_);
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kCausal = kCausal_;
+  static constexpr bool kLongestFirst = kMask != MaskKind::kFull;
   static constexpr int kConsumers = 2;
   static constexpr int kBlockS = 64 * kConsumers;
   static constexpr int kBlockT = kConfig.block_t;
@@ -43,6 +45,66 @@ struct AttentionBackward {
   using KeyTile = tile::SharedTile<T, kBlockS, kHeadDim>;    // (kBlockS, H)
   using ScoreTile = tile::SharedTile<T, kBlockS, kBlockT>;   // (kBlockS, kBlockT)
 
+  struct Params {
+    CUtensorMap query, dout;               // boxes: one panel of kBlockT queries
+    CUtensorMap key, value, dkey, dvalue;  // boxes: one panel of kBlockS keys
+    CUtensorMap lse_log2, delta;           // boxes: kBlockT values of (B * N, Tp)
+    float* dquery_accum;                   // (B, N, Tp / kBlockT, kConsumers, kPart)
+    const float* hidden_dout;              // (B, K, H) or null
+    int* turns;                            // (B, N, Tp / kBlockT) or null
+    float scale, scale_log2, cap_factor;   // with a soft cap: of the capped logits, scale / cap
+    Mask mask;
+    tile::TileOrder order;
+    int kv_heads, group, padded_T;  // K, N / K, Tp
+  };
+
+  // The query blocks that a block of keys visits, none if begin >= end. Neither end falls from one
+  // block of keys to the next, so a query block is visited by consecutive ones.
+  struct BlockRange {
+    int begin, end;
+  };
+  __device__ __forceinline__ static BlockRange query_blocks(const Mask& mask, int batch,
+                                                            int key_block) {
+    const int key = key_block * kBlockS;
+    const ColumnRange queries = mask.columns(batch, key, key + kBlockS);
+    return {queries.begin / kBlockT, tile::ceil_div(queries.end, kBlockT)};
+  }
+
+  // One block's work. Query blocks run from `first` to `last`, for each head of the group. It is
+  // kept in shared memory, since 24 registers of a producer are too few to work a mask out.
+  struct Work {
+    int block, key, head_of_all;  // head_of_all counts through batch and key/value heads
+    int first, last;
+    BlockRange dense[kConsumers];  // needs no mask for the 64 keys of a consumer
+
+    __device__ __forceinline__ explicit Work(const Params& p) : Work(p, p.order.at(blockIdx.x)) {}
+    // Under a causal mask the first keys have the most queries.
+    __device__ __forceinline__ Work(const Params& p, tile::TileOrder::Tile at)
+        : block(at.block), key(block * kBlockS), head_of_all(at.head) {
+      const BlockRange queries = query_blocks(p.mask, batch(p), block);
+      first = queries.begin;
+      last = queries.end;
+      for (int i = 0; i < kConsumers; ++i) {
+        const int own_key = key + 64 * i;
+        const ColumnRange own = p.mask.columns(batch(p), own_key, own_key + 64);
+        dense[i] = {tile::ceil_div(own.dense_begin, kBlockT), own.dense_end / kBlockT};
+      }
+    }
+    __device__ __forceinline__ int batch(const Params& p) const { return head_of_all / p.kv_heads; }
+    __device__ __forceinline__ tile::tma::Coordinate keys(const Params& p) const {
+      return {batch(p), key, head_of_all % p.kv_heads};
+    }
+    __device__ __forceinline__ tile::tma::Coordinate queries(const Params& p, int member,
+                                                             int block) const {
+      const int kv_head = head_of_all % p.kv_heads;
+      return {batch(p), block * kBlockT, kv_head * p.group + member};
+    }
+    // Counts through batch and query heads.
+    __device__ __forceinline__ int query_head(const Params& p, int member) const {
+      return head_of_all * p.group + member;
+    }
+  };
+
   struct Storage {
     KeyTile key, value;  // take dK and dV at the end
     QueryTile query[kStages], dout[kStages];
@@ -53,50 +115,15 @@ struct AttentionBackward {
     tile::Ring<kStages> query_ring, dout_ring;
     tile::Ring<1> dquery_ring[kConsumers];
     tile::Barrier key_value_full, gradients_full;
+    Work work;
   };
   static constexpr int kSharedBytes = sizeof(Storage);
   static_assert(kSharedBytes <= tile::kMaxSharedBytes, "the tiles must fit a block");
 
-  struct Params {
-    CUtensorMap query, dout;               // boxes: one panel of kBlockT queries
-    CUtensorMap key, value, dkey, dvalue;  // boxes: one panel of kBlockS keys
-    CUtensorMap lse_log2, delta;           // boxes: kBlockT values of (B * N, Tp)
-    float* dquery_accum;                   // (B, N, Tp / kBlockT, kConsumers, kPart)
-    float scale, scale_log2;
-    AttentionMask<kCausal> mask;
-    tile::TileOrder order;
-    int kv_heads, group, padded_T;  // K, N / K, Tp
-  };
-
-  // One block's work. Query blocks run from `first` to `last`, for each head of the group.
-  struct Work {
-    int key, head_of_all, first, last;  // head_of_all counts through batch and key/value heads
-
-    __device__ __forceinline__ explicit Work(const Params& p) {
-      const auto at = p.order.at(blockIdx.x);
-      key = at.block * kBlockS;  // with a causal mask the first keys have the most queries
-      head_of_all = at.head;
-      first = min(p.mask.query_begin(key), p.mask.T) / kBlockT;
-      last = tile::ceil_div(p.mask.T, kBlockT);
-    }
-    __device__ __forceinline__ tile::tma::Coordinate keys(const Params& p) const {
-      return {head_of_all / p.kv_heads, key, head_of_all % p.kv_heads};
-    }
-    __device__ __forceinline__ tile::tma::Coordinate queries(const Params& p, int member,
-                                                             int block) const {
-      const int kv_head = head_of_all % p.kv_heads;
-      return {head_of_all / p.kv_heads, block * kBlockT, kv_head * p.group + member};
-    }
-    // Counts through batch and query heads.
-    __device__ __forceinline__ int query_head(const Params& p, int member) const {
-      return head_of_all * p.group + member;
-    }
-  };
-
   enum NamedBarrier { kScores = 1 };
 
   __device__ __forceinline__ static void load_keys(const Params& p, Storage& shared) {
-    const Work work(p);
+    const Work& work = shared.work;
     const auto at = work.keys(p);
     shared.key_value_full.arrive_expect(2 * KeyTile::kBytes);
     tile::tma::load(shared.key, p.key, at, shared.key_value_full);
@@ -104,7 +131,7 @@ struct AttentionBackward {
   }
 
   __device__ __forceinline__ static void store_gradients(const Params& p, Storage& shared) {
-    const Work work(p);
+    const Work& work = shared.work;
     const auto at = work.keys(p);
     shared.gradients_full.wait(0);
     tile::tma::store(p.dkey, at, shared.key);
@@ -117,8 +144,8 @@ struct AttentionBackward {
                                                       const CUtensorMap& row_map,
                                                       tile::Ring<kStages>& ring,
                                                       QueryTile (&tiles)[kStages],
-                                                      float (&rows)[kStages][kBlockT]) {
-    const Work work(p);
+                                                      float (&rows)[kStages][kBlockT],
+                                                      const Work& work) {
     tile::Slot<kStages> slot;
     for (int member = 0; member < p.group; ++member) {
       for (int block = work.first; block < work.last; ++block, slot.advance()) {
@@ -132,9 +159,11 @@ struct AttentionBackward {
     }
   }
 
+  // Adds one consumer's part of dQ, in the order in which parts come or, if there are turns, in
+  // that of the keys.
   __device__ __forceinline__ static void add_dquery(const Params& p, Storage& shared,
                                                     int consumer) {
-    const Work work(p);
+    const Work& work = shared.work;
     auto& ring = shared.dquery_ring[consumer];
     tile::Slot<1> slot;
     for (int member = 0; member < p.group; ++member) {
@@ -142,15 +171,27 @@ struct AttentionBackward {
         slot.wait_full(ring);
         const int64_t row = int64_t{work.query_head(p, member)} * p.padded_T + block * kBlockT;
         float* accum = p.dquery_accum + row * kHeadDim + consumer * kPart;
+        int* turn = p.turns == nullptr ? nullptr : p.turns + row / kBlockT;
+        if (turn != nullptr) wait_turn(turn, work.block);
         tile::tma::add(accum, shared.dquery[consumer], kPart);
         tile::tma::wait_stores_read();
         ring.empty[0].arrive();
+        if (turn != nullptr) {
+          tile::tma::wait_stores();
+          tile::ptx::add_release(turn, 1);
+        }
       }
     }
   }
 
+  // A turn counts kConsumers for each block of keys, from the first that visits its query block on.
+  __device__ __forceinline__ static void wait_turn(const int* turn, int key_block) {
+    while (tile::ptx::load_acquire(turn) / kConsumers != key_block) {
+    }
+  }
+
   __device__ __forceinline__ static void consume(const Params& p, Storage& shared, int consumer) {
-    const Work work(p);
+    const Work& work = shared.work;
     const int key0 = work.key + 64 * consumer;
     tile::RegisterTile<float, 64, kHeadDim> dkey, dvalue;     // (64, H)
     tile::RegisterTile<float, 64, kBlockT> scores, dweights;  // (64, kBlockT): S^T, dP^T
@@ -161,10 +202,6 @@ struct AttentionBackward {
     shared.key_value_full.wait(0);
     const auto key = tile::k_major<64>(shared.key, 64 * consumer);
     const auto value = tile::k_major<64>(shared.value, 64 * consumer);
-    // The first query block that sees all 64 keys.
-    const int dense_query = key0 + 64 > p.mask.S ? p.mask.T : p.mask.dense_query_begin(key0 + 64);
-    const int dense = min(tile::ceil_div(dense_query, kBlockT), work.last);
-
     tile::Slot<kStages> slot;
     const auto step = [&](int block) {
       auto& query_tile = shared.query[slot.stage()];
@@ -182,19 +219,25 @@ struct AttentionBackward {
 
       // P^T = 2^(S^T * scale_log2 - lse_log2), while dP^T is multiplied.
       tile::mma_wait<1>(scores);
-      if (block < dense) p.mask.apply_transposed(scores, key0, block * kBlockT);
-      subtract_and_exponentiate(scores, shared.lse_log2[slot.stage()], p.scale_log2);
-      tile::convert(weights, scores);
+      if constexpr (kSoftCap) cap_logits(scores, p.cap_factor);
+      const BlockRange dense = work.dense[consumer];
+      if (block < dense.begin || (Mask::kUpper && block >= dense.end)) {
+        p.mask.sequence(work.batch(p)).apply(scores, key0, block * kBlockT);
+      }
+      exponentiate(scores, weights, dscores, shared.lse_log2[slot.stage()], p.scale_log2);
       tile::mma_fence(dvalue);
       tile::mma(dvalue, weights, tile::mn_major<kHeadDim>(dout_tile), true);
       tile::mma_commit();
 
       // dS^T = P^T * (dP^T - delta), while dV is multiplied.
       tile::mma_wait<1>(dweights);
+      const float* delta = shared.delta[slot.stage()];
       if constexpr (kConfig.exact_weights) {
-        multiply_centered(dweights, scores, shared.delta[slot.stage()]);
+        multiply_centered(dweights, scores, delta);
+      } else if constexpr (kSoftCap) {
+        multiply_centered(dweights, dscores, delta);
       } else {
-        multiply_centered(dweights, weights, shared.delta[slot.stage()]);
+        multiply_centered(dweights, weights, delta);
       }
       tile::convert(dscores, dweights);
 
@@ -229,11 +272,15 @@ struct AttentionBackward {
       slot.advance();
     };
 
+    const int first = work.first, last = work.last;
     for (int member = 0; member < p.group; ++member) {
-      for (int block = work.first; block < work.last; ++block) step(block);
+      for (int block = first; block < last; ++block) step(block);
     }
 
     tile::scale(dkey, p.scale);
+    if (p.hidden_dout != nullptr) {
+      add_row(dvalue, p.hidden_dout + int64_t{work.head_of_all} * kHeadDim);
+    }
     tile::RegisterTile<T, 64, kHeadDim> rounded;
     tile::ptx::named_barrier_sync(kScores, kConsumers * tile::kWarpgroupSize);  // K, V are read
     tile::convert(rounded, dkey);
@@ -244,16 +291,43 @@ struct AttentionBackward {
     shared.gradients_full.arrive_warp();
   }
 
-  // x(key, query) = 2^(x * scale_log2 - lse_log2[query])
-  __device__ __forceinline__ static void subtract_and_exponentiate(
-      tile::RegisterTile<float, 64, kBlockT>& x, const float* lse_log2, float scale_log2) {
+  // weights(key, query) = 2^(x * scale_log2 - lse_log2[query]), rounded. What dP - delta is to be
+  // multiplied by, these weights times, with a soft cap, its slope 1 - x^2, replaces x if float32
+  // is asked for, and else goes to `rounded` where it differs from `weights`.
+  __device__ __forceinline__ static void exponentiate(tile::RegisterTile<float, 64, kBlockT>& x,
+                                                      tile::RegisterTile<T, 64, kBlockT>& weights,
+                                                      tile::RegisterTile<T, 64, kBlockT>& rounded,
+                                                      const float* lse_log2, float scale_log2) {
 #pragma unroll
     for (int j = 0; j < kBlockT / 8; ++j) {
       const float2 lse = *reinterpret_cast<const float2*>(lse_log2 + tile::fragment_col(j));
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        x.at(j, i, 0) = tile::ptx::exp2_approx(x.at(j, i, 0) * scale_log2 - lse.x);
-        x.at(j, i, 1) = tile::ptx::exp2_approx(x.at(j, i, 1) * scale_log2 - lse.y);
+        const float2 logit = tile::pair(x, j, i);
+        float a = tile::ptx::exp2_approx(logit.x * scale_log2 - lse.x);
+        float b = tile::ptx::exp2_approx(logit.y * scale_log2 - lse.y);
+        weights.data[2 * j + i] = tile::pack<T>(a, b);
+        if constexpr (kSoftCap) {  // the slope of a hidden logit is -inf
+          a *= fmaxf(1.0f - logit.x * logit.x, 0.0f);
+          b *= fmaxf(1.0f - logit.y * logit.y, 0.0f);
+          if constexpr (!kConfig.exact_weights) rounded.data[2 * j + i] = tile::pack<T>(a, b);
+        }
+        x.at(j, i, 0) = a;
+        x.at(j, i, 1) = b;
+      }
+    }
+  }
+
+  // x(r, c) += row[c]
+  __device__ __forceinline__ static void add_row(tile::RegisterTile<float, 64, kHeadDim>& x,
+                                                 const float* row) {
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 8; ++j) {
+      const float2 y = *reinterpret_cast<const float2*>(row + tile::fragment_col(j));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        x.at(j, i, 0) += y.x;
+        x.at(j, i, 1) += y.y;
       }
     }
   }
@@ -279,7 +353,7 @@ template <class Backward>
 __global__ void __launch_bounds__(Backward::kThreads, 1)
     attention_bwd_sm90_kernel(const __grid_constant__ typename Backward::Params p) {
   auto& shared = tile::shared_storage<typename Backward::Storage>();
-  const int warpgroup = threadIdx.x / tile::kWarpgroupSize;
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / tile::kWarpgroupSize, 0);
 
   if (threadIdx.x == 0) {
     constexpr int kWarps = 4;
@@ -288,6 +362,7 @@ __global__ void __launch_bounds__(Backward::kThreads, 1)
     for (auto& ring : shared.dquery_ring) ring.init(kWarps, 1);
     shared.key_value_full.init(1);
     shared.gradients_full.init(kWarps * Backward::kConsumers);
+    shared.work = typename Backward::Work(p);
     tile::ptx::fence_mbarrier_init();
   }
   __syncthreads();
@@ -297,10 +372,11 @@ __global__ void __launch_bounds__(Backward::kThreads, 1)
     if (threadIdx.x == 0) {
       Backward::load_keys(p, shared);
       Backward::load_queries(p, p.query, p.lse_log2, shared.query_ring, shared.query,
-                             shared.lse_log2);
+                             shared.lse_log2, shared.work);
       Backward::store_gradients(p, shared);
     } else if (threadIdx.x == tile::kWarpSize) {
-      Backward::load_queries(p, p.dout, p.delta, shared.dout_ring, shared.dout, shared.delta);
+      Backward::load_queries(p, p.dout, p.delta, shared.dout_ring, shared.dout, shared.delta,
+                             shared.work);
     } else if (threadIdx.x % tile::kWarpSize == 0) {
       Backward::add_dquery(p, shared, threadIdx.x / tile::kWarpSize - 2);
     }

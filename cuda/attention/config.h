@@ -1,22 +1,31 @@
 // Tile sizes and register budgets of the attention kernels.
 #pragma once
 
+#include "cuda/attention/mask.cuh"
+
 namespace jaxkern {
 
 // Forward: `consumers` warpgroups of 64 queries each walk over blocks of `block_s` keys, of which
-// `stages` are on their way; so are `query_stages` tiles of queries. Registers are those of a
-// producer and of a consumer thread: 65536 in all, in steps of 8.
+// `stages` are on their way; so are `query_stages` tiles of queries. takes_turns: one consumer
+// issues its products at a time. Registers are those of a producer and of a consumer thread: 65536
+// in all, in steps of 8.
 struct AttentionFwdConfig {
   int consumers, block_s, stages, query_stages;
+  bool takes_turns;
   int producer_registers, consumer_registers;
 };
 
-constexpr AttentionFwdConfig attention_fwd_config(int head_dim, bool causal) {
-  constexpr AttentionFwdConfig kTwo = {2, 128, 2, 2, 40, 232};
-  constexpr AttentionFwdConfig kThree = {3, 128, 2, 2, 32, 160};
+constexpr AttentionFwdConfig attention_fwd_config(int head_dim, MaskKind mask) {
+  constexpr AttentionFwdConfig kTwo = {2, 128, 2, 2, true, 40, 232};
+  constexpr AttentionFwdConfig kThree = {3, 128, 2, 2, true, 32, 160};
+  // At head dim 256 these are all the keys that shared memory and, under a band mask, registers
+  // hold.
+  constexpr AttentionFwdConfig kWide = {2, 80, 2, 1, false, 24, 240};
+  constexpr AttentionFwdConfig kWideBand = {2, 64, 2, 1, false, 40, 232};
+  if (head_dim == 256) return mask == MaskKind::kBand ? kWideBand : kWide;
   // Three consumers read keys and values less often, but three accumulators of head dim 128 do not
-  // fit; and under a causal mask short tiles waste less and balance better.
-  return head_dim == 64 && !causal ? kThree : kTwo;
+  // fit; and under a mask short tiles waste less and balance better.
+  return head_dim == 64 && mask == MaskKind::kFull ? kThree : kTwo;
 }
 
 // Backward: two consumer warpgroups own 64 keys each and walk over blocks of `block_t` queries.

@@ -1,20 +1,22 @@
-// One instance of the attention forward kernel: JAXKERN_ELEMENT and JAXKERN_HEAD_DIM come from the
+// Instances of the attention forward kernel: JAXKERN_ELEMENT and JAXKERN_HEAD_DIM come from the
 // table in CMakeLists.txt.
 #include <algorithm>
 
 #include "cuda/attention/forward_sm90.cuh"
 #include "cuda/attention/instances.h"
 #include "cuda/attention/order.h"
+#include "cuda/attention/ranges.cuh"
 #include "cuda/attention/tensor_maps.h"
 #include "cuda/host/device.h"
 #include "cuda/host/launch.h"
 
 namespace jaxkern {
 
-template <class T, int kHeadDim, bool kCausal>
+template <class T, int kHeadDim, MaskKind kMask, bool kSoftCap>
 cudaError_t launch_forward(const AttentionFwdParams& params, cudaStream_t stream) {
-  using Forward = AttentionForward<T, kHeadDim, kCausal>;
+  using Forward = AttentionForward<T, kHeadDim, kMask, kSoftCap>;
   const AttentionShape& shape = params.shape;
+  const AttentionOptions& options = params.options;
   int multiprocessors;
   if (cudaError_t error = multiprocessor_count(&multiprocessors)) return error;
 
@@ -29,26 +31,34 @@ cudaError_t launch_forward(const AttentionFwdParams& params, cudaStream_t stream
   if (cudaError_t error = query_map(&p.out, params.out)) return error;
   if (cudaError_t error = key_map(&p.key, params.key)) return error;
   if (cudaError_t error = key_map(&p.value, params.value)) return error;
+  p.value_data = static_cast<const T*>(params.value);
   p.lse = params.lse;
-  p.scale_log2 = params.scale * kLog2E;
-  p.mask = {static_cast<int>(shape.T), static_cast<int>(shape.S)};
+  p.scale_log2 = (kSoftCap ? options.soft_cap : options.scale) * kLog2E;
+  p.cap_factor = kSoftCap ? options.scale / options.soft_cap : 0.0f;
+  auto* ranges = reinterpret_cast<int4*>(params.workspace + 4);
+  p.mask = Forward::Mask::of(shape, options, ranges);
   p.heads = static_cast<int>(shape.N);
   p.group = static_cast<int>(shape.N / shape.K);
   p.order = {
       .blocks = static_cast<int>(tile::ceil_div(shape.T, Forward::kBlockT)),
       .heads = static_cast<int>(shape.B * shape.N),
-      .section = kCausal ? p.group * kv_heads_in_l2(4 * shape.S * shape.H) : 1,
+      .section = Forward::kLongestFirst ? p.group * kv_heads_in_l2(4 * shape.S * shape.H) : 1,
   };
-  p.tile_counter = params.tile_counter;
+  p.tile_counter = params.workspace;
   if (cudaError_t error = cudaMemsetAsync(p.tile_counter, 0, sizeof(int), stream)) return error;
+  if (cudaError_t error = launch_ranges(p.mask, shape.B, ranges, false, stream)) return error;
   const int grid = std::min(p.order.count(), multiprocessors);
   return launch(attention_fwd_sm90_kernel<Forward>, grid, Forward::kThreads, Forward::kSharedBytes,
                 stream, p);
 }
 
-template cudaError_t launch_forward<tile::JAXKERN_ELEMENT, JAXKERN_HEAD_DIM, false>(
-    const AttentionFwdParams&, cudaStream_t);
-template cudaError_t launch_forward<tile::JAXKERN_ELEMENT, JAXKERN_HEAD_DIM, true>(
-    const AttentionFwdParams&, cudaStream_t);
+#define JAXKERN_INSTANCE(kMask, kSoftCap)                                                       \
+  template cudaError_t launch_forward<tile::JAXKERN_ELEMENT, JAXKERN_HEAD_DIM, MaskKind::kMask, \
+                                      kSoftCap>(const AttentionFwdParams&, cudaStream_t)
+JAXKERN_INSTANCE(kFull, false);
+JAXKERN_INSTANCE(kCausal, false);
+JAXKERN_INSTANCE(kBand, false);
+JAXKERN_INSTANCE(kBand, true);
+#undef JAXKERN_INSTANCE
 
 }  // namespace jaxkern

@@ -2,7 +2,8 @@
 //
 // A persistent block works through tiles of kBlockT queries of one head. Its warpgroups have roles:
 //   producer    warp 0 loads the query tile and streams key and value blocks into rings of stages,
-//               warp 1 stores finished output tiles;
+//               warp 1 stores finished output tiles, warp 2 draws the next tile and works out
+//               which blocks of keys its mask leaves;
 //   consumers   each own 64 query rows: S = Q K^T, online softmax, O += P V, with P in registers.
 // A consumer issues S of the next block before O += P V of this one, so its softmax runs while the
 // tensor cores multiply; consumers also take turns in issuing, so that one's softmax falls in the
@@ -18,12 +19,13 @@
 
 namespace jaxkern {
 
-template <class T_, int kHeadDim_, bool kCausal_>
+template <class T_, int kHeadDim_, MaskKind kMask, bool kSoftCap>
 struct AttentionForward {
   using T = T_;
-  static constexpr AttentionFwdConfig kConfig = attention_fwd_config(kHeadDim_, kCausal_);
+  using Mask = AttentionMask<kMask, false>;
+  static constexpr AttentionFwdConfig kConfig = attention_fwd_config(kHeadDim_, kMask);
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kCausal = kCausal_;
+  static constexpr bool kLongestFirst = kMask != MaskKind::kFull;
   static constexpr int kConsumers = kConfig.consumers;
   static constexpr int kBlockT = 64 * kConsumers;
   static constexpr int kBlockS = kConfig.block_s;
@@ -34,6 +36,43 @@ struct AttentionForward {
   using QueryTile = tile::SharedTile<T, kBlockT, kHeadDim>;  // (kBlockT, H)
   using KeyTile = tile::SharedTile<T, kBlockS, kHeadDim>;    // (kBlockS, H)
 
+  struct Params {
+    CUtensorMap query, key, value, out;  // boxes: one panel of a query, key, value, query tile
+    const T* value_data;                 // (B, S, K, H)
+    float* lse;                          // (B, N, T)
+    float scale_log2, cap_factor;        // with a soft cap: of the capped logits, scale / cap
+    Mask mask;
+    tile::TileOrder order;
+    int* tile_counter;  // zero
+    int heads, group;   // N, N / K
+  };
+
+  // One tile of work, the same for every role: blocks of keys from `first` up to `last`, of which
+  // those from `dense_first` up to `dense_last` need no mask.
+  struct Work {
+    int batch, row, head, kv_head;
+    int first, last, dense_first, dense_last;
+
+    Work() = default;
+    __device__ __forceinline__ Work(const Params& p, tile::TileOrder::Tile at)
+        : batch(at.head / p.heads),
+          row((kLongestFirst ? p.order.blocks - 1 - at.block : at.block) * kBlockT),
+          head(at.head % p.heads),
+          kv_head(head / p.group) {
+      const ColumnRange keys = p.mask.columns(batch, row, row + kBlockT);
+      first = keys.empty() ? 0 : keys.begin / kBlockS;
+      last = keys.empty() ? 1 : tile::ceil_div(keys.end, kBlockS);  // one block, all of it hidden
+      dense_last = max(first, min(last, keys.dense_end / kBlockS));
+      dense_first = max(first, min(dense_last, tile::ceil_div(keys.dense_begin, kBlockS)));
+    }
+    __device__ __forceinline__ static Work none() { return {}; }  // follows the last tile
+    __device__ __forceinline__ explicit operator bool() const { return last > 0; }
+    __device__ __forceinline__ tile::tma::Coordinate query() const { return {batch, row, head}; }
+    __device__ __forceinline__ tile::tma::Coordinate key(int block) const {
+      return {batch, block * kBlockS, kv_head};
+    }
+  };
+
   struct Storage {
     QueryTile query[kQueryStages];  // a consumer's rows take its output once its last S is done
     KeyTile key[kStages];
@@ -42,92 +81,65 @@ struct AttentionForward {
     tile::Ring<kStages> key_ring;
     tile::Ring<kStages> value_ring;
     tile::Barrier out_full[kQueryStages];
-    tile::TileQueue tiles;
+    tile::WorkQueue<Work> queue;
   };
   static constexpr int kSharedBytes = sizeof(Storage);
   static_assert(kSharedBytes <= tile::kMaxSharedBytes, "the tiles must fit a block");
 
-  struct Params {
-    CUtensorMap query, key, value, out;  // boxes: one panel of a query, key, value, query tile
-    float* lse;                          // (B, N, T)
-    float scale_log2;
-    AttentionMask<kCausal> mask;
-    tile::TileOrder order;
-    int* tile_counter;  // zero
-    int heads, group;   // N, N / K
-  };
-
-  // One tile of work, the same for every role.
-  struct Work {
-    int row, head_of_all, key_blocks;  // head_of_all counts through batch and heads
-
-    __device__ __forceinline__ Work(const Params& p, int index) {
-      const auto at = p.order.at(index);
-      const int block = kCausal ? p.order.blocks - 1 - at.block : at.block;  // longest first
-      row = block * kBlockT;
-      head_of_all = at.head;
-      key_blocks = tile::ceil_div(p.mask.key_end(min(row + kBlockT, p.mask.T)), kBlockS);
-    }
-    __device__ __forceinline__ tile::tma::Coordinate query(const Params& p) const {
-      return {head_of_all / p.heads, row, head_of_all % p.heads};
-    }
-    __device__ __forceinline__ tile::tma::Coordinate key(const Params& p, int block) const {
-      return {head_of_all / p.heads, block * kBlockS, head_of_all % p.heads / p.group};
-    }
-  };
-
   enum NamedBarrier { kTurn = 1, kOutput = kTurn + kConsumers };
+
+  __device__ __forceinline__ static void schedule(const Params& p, Storage& shared) {
+    tile::WorkWriter<Work> works;
+    tile::TileDraw draw(p.tile_counter);
+    for (; draw.tile < p.order.count(); draw.advance()) {
+      works.put(shared.queue, Work(p, p.order.at(draw.tile)));
+    }
+    works.put(shared.queue, Work::none());
+  }
 
   __device__ __forceinline__ static void load(const Params& p, Storage& shared) {
     tile::Slot<kQueryStages> query;
     tile::Slot<kStages> key, value;
-    tile::TileWriter tiles(p.tile_counter);
-    for (int index = tiles.put(shared.tiles); index < p.order.count();
-         index = tiles.put(shared.tiles)) {
-      const Work work(p, index);
-      tiles.draw();
+    for (tile::WorkReader<Work> works; const Work& work = works.take(shared.queue);
+         works.release(shared.queue)) {
       const auto load_key = [&](int block) {
         key.wait_empty(shared.key_ring);
         shared.key_ring.full[key.stage()].arrive_expect(KeyTile::kBytes);
-        tile::tma::load(shared.key[key.stage()], p.key, work.key(p, block),
+        tile::tma::load(shared.key[key.stage()], p.key, work.key(block),
                         shared.key_ring.full[key.stage()]);
         key.advance();
       };
       const auto load_value = [&](int block) {
         value.wait_empty(shared.value_ring);
         shared.value_ring.full[value.stage()].arrive_expect(KeyTile::kBytes);
-        tile::tma::load(shared.value[value.stage()], p.value, work.key(p, block),
+        tile::tma::load(shared.value[value.stage()], p.value, work.key(block),
                         shared.value_ring.full[value.stage()]);
         value.advance();
       };
 
+      load_key(work.last - 1);
       query.wait_empty(shared.query_ring);
       shared.query_ring.full[query.stage()].arrive_expect(QueryTile::kBytes);
-      tile::tma::load(shared.query[query.stage()], p.query, work.query(p),
+      tile::tma::load(shared.query[query.stage()], p.query, work.query(),
                       shared.query_ring.full[query.stage()]);
       query.advance();
 
-      load_key(work.key_blocks - 1);
-      for (int block = work.key_blocks - 1; block > 0; --block) {
+      for (int block = work.last - 1; block > work.first; --block) {
         load_key(block - 1);
         load_value(block);
       }
-      load_value(0);
+      load_value(work.first);
     }
   }
 
   __device__ __forceinline__ static void store(const Params& p, Storage& shared) {
     tile::Slot<kQueryStages> out;
-    tile::TileReader tiles;
-    for (int index = tiles.take(shared.tiles); index < p.order.count();
-         index = tiles.take(shared.tiles), out.advance()) {
-      const Work work(p, index);
+    for (tile::WorkReader<Work> works; const Work& work = works.take(shared.queue);
+         works.release(shared.queue), out.advance()) {
       shared.out_full[out.stage()].wait(out.parity());
-      if (threadIdx.x % tile::kWarpSize == 0) {
-        tile::tma::store(p.out, work.query(p), shared.query[out.stage()]);
-        tile::tma::wait_stores_read();
-        shared.query_ring.empty[out.stage()].arrive();
-      }
+      tile::tma::store(p.out, work.query(), shared.query[out.stage()]);
+      tile::tma::wait_stores_read();
+      shared.query_ring.empty[out.stage()].arrive();
     }
   }
 
@@ -138,19 +150,20 @@ struct AttentionForward {
     tile::RegisterTile<float, 64, kBlockS> logits;  // (64, kBlockS), then exponentials
     tile::RegisterTile<T, 64, kBlockS> weights;     // (64, kBlockS)
 
+    const auto mask = [&](const Work& work) { return p.mask.sequence(work.batch); };
     const auto take_turn = [&] {
+      if constexpr (!kConfig.takes_turns) return;
       tile::ptx::named_barrier_sync(kTurn + consumer, 2 * tile::kWarpgroupSize);
     };
     const auto pass_turn = [&] {
+      if constexpr (!kConfig.takes_turns) return;
       tile::ptx::named_barrier_arrive(kTurn + (consumer + 1) % kConsumers,
                                       2 * tile::kWarpgroupSize);
     };
     if (consumer == kConsumers - 1) pass_turn();
 
-    tile::TileReader tiles;
-    for (int index = tiles.take(shared.tiles); index < p.order.count();
-         index = tiles.take(shared.tiles)) {
-      const Work work(p, index);
+    for (tile::WorkReader<Work> works; const Work& work = works.take(shared.queue);
+         works.release_warp(shared.queue)) {
       const int row = work.row + 64 * consumer;
       OnlineSoftmax softmax(p.scale_log2);
       query.wait_full(shared.query_ring);
@@ -174,13 +187,15 @@ struct AttentionForward {
         shared.value_ring.empty[key.previous().stage()].arrive_warp();
       };
 
-      int block = work.key_blocks - 1;
+      const int first = work.first, dense_last = work.dense_last;
+      int block = work.last - 1;
       tile::zero(out);
       issue_logits();
       tile::mma_wait<0>(logits);
       release_key();
       key.advance();
-      p.mask.apply(logits, row, block * kBlockS);
+      if constexpr (kSoftCap) cap_logits(logits, p.cap_factor);
+      mask(work).apply(logits, row, block * kBlockS);
       softmax.template update<true>(logits);
       tile::convert(weights, logits);
 
@@ -192,7 +207,8 @@ struct AttentionForward {
         pass_turn();
         tile::mma_wait<1>(logits);
         release_key();
-        if constexpr (kMasked) p.mask.apply(logits, row, block * kBlockS);
+        if constexpr (kSoftCap) cap_logits(logits, p.cap_factor);
+        if constexpr (kMasked) mask(work).apply(logits, row, block * kBlockS);
         const tile::RowVector rescale = softmax.template update<kMasked>(logits);
         tile::mma_wait<0>(out);
         release_value();
@@ -200,22 +216,35 @@ struct AttentionForward {
         tile::scale_rows(out, rescale);
         tile::convert(weights, logits);
       };
-      const int dense_blocks = p.mask.dense_key_end(work.row) / kBlockS;
-      for (--block; block >= dense_blocks; --block) step(std::true_type{});
-      for (; block >= 0; --block) step(std::false_type{});
+      for (--block; block >= dense_last; --block) step(std::true_type{});
+      if constexpr (Mask::kLower) {
+        for (const int dense_first = work.dense_first; block >= dense_first; --block) {
+          step(std::false_type{});
+        }
+        for (; block >= first; --block) step(std::true_type{});
+      } else {
+        for (; block >= 0; --block) step(std::false_type{});
+      }
 
       issue_out();
       tile::RowVector lse;
-      const tile::RowVector inverse = softmax.finish(lse);
-      float* lse_row = p.lse + int64_t{work.head_of_all} * p.mask.T;
+      tile::RowVector inverse = softmax.finish(lse);
+      const int length = mask(work).rows;
+      float* lse_row = p.lse + (int64_t{work.batch} * p.heads + work.head) * p.mask.rows;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int t = row + tile::fragment_row(i);
-        if (threadIdx.x % 4 == 0 && t < p.mask.T) lse_row[t] = lse[i];
+        if (t >= length) lse[i] = kHiddenLse, inverse[i] = 0.0f;
+        if (threadIdx.x % 4 == 0 && t < p.mask.rows) lse_row[t] = lse[i];
       }
       tile::mma_wait<0>(out);
       release_value();
       tile::scale_rows(out, inverse);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (inverse[i] != 0.0f) continue;
+        fill_hidden_row(p, work, out, i, row + tile::fragment_row(i) < length);
+      }
 
       tile::RegisterTile<T, 64, kHeadDim> rounded;
       tile::convert(rounded, out);
@@ -226,13 +255,36 @@ struct AttentionForward {
       query.advance();
     }
   }
+
+  // A query past the sequence's length gets zeros, one that sees no key the mean of all values, as
+  // in the reference. The latter is rare and reads them straight from global memory.
+  __device__ __forceinline__ static void fill_hidden_row(
+      const Params& p, const Work& work, tile::RegisterTile<float, 64, kHeadDim>& out, int i,
+      bool inside) {
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 8; ++j) out.at(j, i, 0) = out.at(j, i, 1) = 0.0f;
+    if (!inside) return;
+    const auto at = work.key(0);
+    const int64_t stride = int64_t{p.heads / p.group} * kHeadDim;
+    const T* value = p.value_data + at.batch * p.mask.cols * stride + at.head * kHeadDim;
+    const float weight = 1.0f / p.mask.cols;
+    for (int s = 0; s < p.mask.cols; ++s, value += stride) {
+#pragma unroll
+      for (int j = 0; j < kHeadDim / 8; ++j) {
+        const auto* pair = reinterpret_cast<const uint32_t*>(value + tile::fragment_col(j));
+        const float2 v = tile::unpack<T>(*pair);
+        out.at(j, i, 0) += weight * v.x;
+        out.at(j, i, 1) += weight * v.y;
+      }
+    }
+  }
 };
 
 template <class Forward>
 __global__ void __launch_bounds__(Forward::kThreads, 1)
     attention_fwd_sm90_kernel(const __grid_constant__ typename Forward::Params p) {
   auto& shared = tile::shared_storage<typename Forward::Storage>();
-  const int warpgroup = threadIdx.x / tile::kWarpgroupSize;
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / tile::kWarpgroupSize, 0);
 
   if (threadIdx.x == 0) {
     constexpr int kConsumerWarps = 4 * Forward::kConsumers;
@@ -240,7 +292,7 @@ __global__ void __launch_bounds__(Forward::kThreads, 1)
     shared.key_ring.init(1, kConsumerWarps);
     shared.value_ring.init(1, kConsumerWarps);
     for (auto& barrier : shared.out_full) barrier.init(kConsumerWarps);
-    shared.tiles.init(kConsumerWarps + 1);
+    shared.queue.init(kConsumerWarps + 2);
     tile::ptx::fence_mbarrier_init();
   }
   __syncthreads();
@@ -248,7 +300,8 @@ __global__ void __launch_bounds__(Forward::kThreads, 1)
   if (warpgroup == 0) {
     tile::ptx::setmaxnreg_decrease<Forward::kConfig.producer_registers>();
     if (threadIdx.x == 0) Forward::load(p, shared);
-    if (threadIdx.x / tile::kWarpSize == 1) Forward::store(p, shared);
+    if (threadIdx.x == tile::kWarpSize) Forward::store(p, shared);
+    if (threadIdx.x == 2 * tile::kWarpSize) Forward::schedule(p, shared);
   } else {
     tile::ptx::setmaxnreg_increase<Forward::kConfig.consumer_registers>();
     Forward::consume(p, shared, warpgroup - 1);

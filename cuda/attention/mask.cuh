@@ -1,63 +1,180 @@
-// Which keys a query attends to. Causal masks are aligned top-left, as in jax.nn: query t sees keys
-// 0 .. t, whatever the two lengths.
+// Which columns a row of logits sees. Forward, rows are queries and columns are keys; backward,
+// whose tiles are transposed, rows are keys and columns are queries: the same mask, mirrored.
+//
+// Row r sees the columns from r - lower to r + upper, both moved by the sequence's shift, that lie
+// inside the sequence and, with segments, carry the row's id. A kernel asks columns() for the range
+// that a tile of rows has to visit and for the dense part of it that needs no test; apply() hides
+// the rest of a tile of logits.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
+#include "cuda/attention/params.h"
 #include "cuda/tile/reg.cuh"
 
 namespace jaxkern {
 
-template <bool kCausal>
-struct AttentionMask {
-  int T, S;
+// What instances are compiled for. kFull, kCausal: all sequences have the arrays' lengths. kBand:
+// any lower and upper, lengths and segments; its ranges of columns come from ranges.cuh, because
+// the producer warps that need them have too few registers to work them out.
+enum class MaskKind { kFull, kCausal, kBand };
 
-  // Keys in [0, key_end) can be seen by queries before `row_end`.
-  __device__ __forceinline__ int key_end(int row_end) const {
-    return kCausal ? min(S, row_end) : S;
+// Columns [begin, end) hold all that some row of a tile sees; all of its rows see [dense_begin,
+// dense_end), which may be empty.
+struct ColumnRange {
+  int begin, end, dense_begin, dense_end;
+
+  __device__ __forceinline__ bool empty() const { return begin >= end; }
+  // Of the rows of both.
+  __device__ __forceinline__ ColumnRange join(const ColumnRange& other) const {
+    return {min(begin, other.begin), max(end, other.end), max(dense_begin, other.dense_begin),
+            min(dense_end, other.dense_end)};
   }
-  // Every query from `row` on sees every key in [0, dense_key_end).
-  __device__ __forceinline__ int dense_key_end(int row) const {
-    return kCausal ? min(S, row + 1) : S;
+  // Of two masks on the same rows.
+  __device__ __forceinline__ ColumnRange meet(const ColumnRange& other) const {
+    return {max(begin, other.begin), min(end, other.end), max(dense_begin, other.dense_begin),
+            min(dense_end, other.dense_end)};
   }
-  // Queries in [query_begin, T) can see keys from `key` on.
-  __device__ __forceinline__ int query_begin(int key) const { return kCausal ? key : 0; }
-  // Every query from here on sees all keys before `key_end`, if those exist.
-  __device__ __forceinline__ int dense_query_begin(int key_end) const {
-    return kCausal ? key_end - 1 : 0;
+};
+
+// The mask of one sequence.
+template <bool kLower, bool kUpper, bool kSegments, bool kTransposed>
+struct SequenceMask {
+  int rows, cols;           // of the sequence
+  int first, last;          // row r sees columns r + first .. r + last
+  const int* row_segments;  // (rows)
+  const int* col_segments;  // (cols) or null: no segments
+
+  // Of the rows from `row` up to `row_end`, segments aside.
+  __device__ __forceinline__ ColumnRange columns(int row, int row_end) const {
+    if (row >= rows) return {cols, 0, cols, 0};
+    const int last_row = min(row_end, rows) - 1;
+    // Backward, queries past the end have no weight whatever their logits are.
+    constexpr int kPadding = kTransposed ? static_cast<int>(kAttentionPadding) : 1;
+    ColumnRange range = {0, cols, 0, tile::ceil_div(cols, kPadding) * kPadding};
+    if constexpr (kLower) {
+      range.begin = max(0, row + first);
+      range.dense_begin = max(0, last_row + first);
+    }
+    if constexpr (kUpper) {
+      range.end = min(cols, last_row + last + 1);
+      range.dense_end = min(range.dense_end, row + last + 1);
+    }
+    // Backward, keys past the end are hidden; forward, what queries past the end see is dropped.
+    if (kTransposed && row_end > rows) range.dense_begin = range.dense_end;
+    return range;
   }
 
-  // logits: query rows from `row0`, key columns from `col0`. Hidden ones become -inf.
+  // logits: rows from `row0`, columns from `col0`. Hidden ones become -inf.
   template <int kCols>
   __device__ __forceinline__ void apply(tile::RegisterTile<float, 64, kCols>& logits, int row0,
                                         int col0) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int limit = dense_key_end(row0 + tile::fragment_row(i)) - col0;
+      const int row = row0 + tile::fragment_row(i);
+      const int begin = kLower ? row + first - col0 : 0;
+      int end = (kUpper ? min(cols, row + last + 1) : cols) - col0;
+      if (kTransposed && row >= rows) end = 0;
 #pragma unroll
       for (int j = 0; j < kCols / 8; ++j) {
-        const int col = tile::fragment_col(j);
-        if (col >= limit) logits.at(j, i, 0) = -INFINITY;
-        if (col + 1 >= limit) logits.at(j, i, 1) = -INFINITY;
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int col = tile::fragment_col(j) + c;
+          if (col >= end || (kLower && col < begin)) logits.at(j, i, c) = -INFINITY;
+        }
+      }
+    }
+    if (kSegments && col_segments != nullptr) hide_other_segments(logits, row0, col0);
+  }
+
+ private:
+  template <int kCols>
+  __device__ __forceinline__ void hide_other_segments(tile::RegisterTile<float, 64, kCols>& logits,
+                                                      int row0, int col0) const {
+    // Rows and columns outside the sequence are hidden or dropped already: any id will do.
+    const auto id_of = [](const int* segments, int at, int count) {
+      return at < count ? segments[at] : 0;
+    };
+    const int own[2] = {id_of(row_segments, row0 + tile::fragment_row(0), rows),
+                        id_of(row_segments, row0 + tile::fragment_row(1), rows)};
+#pragma unroll
+    for (int j = 0; j < kCols / 8; ++j) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int id = id_of(col_segments, col0 + tile::fragment_col(j) + c, cols);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if (id != own[i]) logits.at(j, i, c) = -INFINITY;
+        }
       }
     }
   }
+};
 
-  // logits: key rows from `row0`, query columns from `col0`.
-  template <int kCols>
-  __device__ __forceinline__ void apply_transposed(tile::RegisterTile<float, 64, kCols>& logits,
-                                                   int row0, int col0) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int key = row0 + tile::fragment_row(i);
-      const int first = (key < S ? query_begin(key) : T) - col0;
-#pragma unroll
-      for (int j = 0; j < kCols / 8; ++j) {
-        const int col = tile::fragment_col(j);
-        if (col < first) logits.at(j, i, 0) = -INFINITY;
-        if (col + 1 < first) logits.at(j, i, 1) = -INFINITY;
-      }
+// The masks of all sequences, as a kernel gets them.
+template <MaskKind kKind, bool kTransposed>
+struct AttentionMask {
+  static constexpr bool kBand = kKind == MaskKind::kBand;
+  static constexpr bool kCausal = kKind == MaskKind::kCausal;
+  static constexpr bool kLower = kBand || (kCausal && kTransposed);
+  static constexpr bool kUpper = kBand || (kCausal && !kTransposed);
+  using Sequence = SequenceMask<kLower, kUpper, kBand, kTransposed>;
+
+  int rows, cols;    // of the arrays
+  int lower, upper;  // at most rows + cols
+  bool bottom_right;
+  const int* row_lengths;   // (B), or null with col_lengths
+  const int* col_lengths;   // (B)
+  const int* row_segments;  // (B, rows), or null with col_segments
+  const int* col_segments;  // (B, cols)
+  const int4* ranges;       // (B, attention_granules(rows)) ColumnRange
+
+  static AttentionMask of(const AttentionShape& shape, const AttentionOptions& o,
+                          const int4* ranges) {
+    const auto pick = [](auto forward, auto backward) { return kTransposed ? backward : forward; };
+    const int T = static_cast<int>(shape.T), S = static_cast<int>(shape.S);
+    return {
+        .rows = pick(T, S),
+        .cols = pick(S, T),
+        .lower = std::min(pick(o.left, o.right), T + S),
+        .upper = std::min(pick(o.right, o.left), T + S),
+        .bottom_right = o.bottom_right,
+        .row_lengths = pick(o.query_lengths, o.key_lengths),
+        .col_lengths = pick(o.key_lengths, o.query_lengths),
+        .row_segments = pick(o.query_segments, o.key_segments),
+        .col_segments = pick(o.key_segments, o.query_segments),
+        .ranges = ranges,
+    };
+  }
+
+  __device__ __forceinline__ Sequence sequence(int batch) const {
+    int own_rows = rows, own_cols = cols;
+    if (kBand && row_lengths != nullptr) {
+      own_rows = row_lengths[batch];
+      own_cols = col_lengths[batch];
     }
+    const int shift = bottom_right ? own_cols - own_rows : 0;
+    Sequence mask = {own_rows, own_cols, shift - lower, shift + upper, nullptr, nullptr};
+    if (kBand && row_segments != nullptr) {
+      mask.row_segments = row_segments + int64_t{batch} * rows;
+      mask.col_segments = col_segments + int64_t{batch} * cols;
+    }
+    return mask;
+  }
+
+  // Of the rows from `row` up to `row_end`, both multiples of kAttentionGranule.
+  __device__ __forceinline__ ColumnRange columns(int batch, int row, int row_end) const {
+    if constexpr (!kBand) return sequence(batch).columns(row, row_end);
+    const int granules = tile::ceil_div(rows, kAttentionGranule);
+    const int4* own = ranges + int64_t{batch} * granules;
+    ColumnRange all = {cols, 0, 0, cols + static_cast<int>(kAttentionPadding)};
+#pragma unroll 1
+    for (int g = row / kAttentionGranule; g < min(row_end / kAttentionGranule, granules); ++g) {
+      const int4 range = own[g];
+      all = all.join({range.x, range.y, range.z, range.w});
+    }
+    return all;
   }
 };
 

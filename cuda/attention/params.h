@@ -12,22 +12,39 @@ struct AttentionShape {
   int64_t B, T, S, N, K, H;
 };
 
+// What becomes of the logits, and which keys a query sees: query t stands at key t + shift, where
+// shift is 0 or, with bottom_right, what aligns the last query with the last key of the sequence;
+// it sees the keys from `left` before that to `right` after it. A mask over segments and lengths
+// comes on top.
+struct AttentionOptions {
+  float scale;      // > 0
+  float soft_cap;   // logits become soft_cap * tanh(logits / soft_cap); 0: they stay
+  int left, right;  // >= 0; kAttentionUnbounded: all keys on that side
+  bool bottom_right;
+  const int* query_lengths = nullptr;   // (B) or null; the output is zero from there on
+  const int* key_lengths = nullptr;     // (B) or null
+  const int* query_segments = nullptr;  // (B, T) or null; a query sees keys of its own segment
+  const int* key_segments = nullptr;    // (B, S) or null
+};
+
+constexpr int kAttentionUnbounded = 0x7fffffff;
+
 struct AttentionFwdParams {
   DType dtype;  // kBFloat16 or kFloat16
   AttentionShape shape;
+  AttentionOptions options;
   const void* query;  // (B, T, N, H)
   const void* key;    // (B, S, K, H)
   const void* value;  // (B, S, K, H)
   void* out;          // (B, T, N, H)
-  float* lse;         // (B, N, T) natural logarithm
-  int* tile_counter;  // (1) workspace
-  float scale;        // > 0
-  bool is_causal;
+  float* lse;         // (B, N, T) natural logarithm; kHiddenLse where a query sees no key
+  int* workspace;     // (attention_fwd_workspace(shape))
 };
 
 struct AttentionBwdParams {
   DType dtype;  // kBFloat16 or kFloat16
   AttentionShape shape;
+  AttentionOptions options;
   const void* query;    // (B, T, N, H)
   const void* key;      // (B, S, K, H)
   const void* value;    // (B, S, K, H)
@@ -41,14 +58,32 @@ struct AttentionBwdParams {
   float* lse_log2;      // (B, N, Tp) workspace, Tp = attention_padded_length(T)
   float* delta;         // (B, N, Tp) workspace
   float* dquery_accum;  // (B, N, Tp, H) workspace
-  float scale;          // > 0
-  bool is_causal;
+  int* workspace;       // (attention_bwd_workspace(shape))
+  bool deterministic;
 };
 
 // Workspaces have whole blocks of queries: no bounds to check, every row 16-byte aligned.
 constexpr int64_t kAttentionPadding = 128;
 constexpr int64_t attention_padded_length(int64_t T) {
   return (T + kAttentionPadding - 1) / kAttentionPadding * kAttentionPadding;
+}
+
+// Rows that the ranges of a segment mask are kept for.
+constexpr int kAttentionGranule = 64;
+constexpr int64_t attention_granules(int64_t rows) {
+  return (rows + kAttentionGranule - 1) / kAttentionGranule;
+}
+
+// Forward: a tile counter in four words, then four for each granule of queries.
+constexpr int64_t attention_fwd_workspace(const AttentionShape& shape) {
+  return 4 + 4 * shape.B * attention_granules(shape.T);
+}
+
+// Backward: four words for each granule of keys, the sum of dout over queries that see no key for
+// each key/value head, and a turn for each granule of padded queries.
+constexpr int64_t attention_bwd_workspace(const AttentionShape& shape) {
+  return 4 * shape.B * attention_granules(shape.S) + shape.B * shape.K * shape.H +
+         shape.B * shape.N * attention_padded_length(shape.T) / kAttentionGranule;
 }
 
 }  // namespace jaxkern

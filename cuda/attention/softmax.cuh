@@ -11,6 +11,23 @@ namespace jaxkern {
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 
+// lse of a query that sees no key, as the reference has it: its hidden logits are 0.7 of the lowest
+// float32, and the logarithm of their number is lost in rounding.
+constexpr float kHiddenLse = -0.7f * 3.40282346638528859812e38f;
+
+// tanh, absolute error below 1e-6: tanh.approx, with 2^-11 relative, would be felt in float16.
+__device__ __forceinline__ float tanh_accurate(float x) {
+  return 1.0f -
+         2.0f * tile::ptx::reciprocal_approx(tile::ptx::exp2_approx(x * (2 * kLog2E)) + 1.0f);
+}
+
+// x = tanh(x * factor), the capped logits in units of the cap.
+template <int kCols>
+__device__ __forceinline__ void cap_logits(tile::RegisterTile<float, 64, kCols>& x, float factor) {
+#pragma unroll
+  for (int i = 0; i < kCols / 2; ++i) x.data[i] = tanh_accurate(x.data[i] * factor);
+}
+
 struct OnlineSoftmax {
   float scale_log2;     // logits are multiplied by it: scale * log2(e), positive
   tile::RowVector max;  // of the unscaled logits so far
@@ -49,14 +66,16 @@ struct OnlineSoftmax {
     return rescale;
   }
 
-  // The factors that normalise the output, and the natural log-sum-exp of the scaled logits.
+  // The factors that normalise the output, 0 for rows that saw no key, and the natural log-sum-exp
+  // of the scaled logits.
   __device__ __forceinline__ tile::RowVector finish(tile::RowVector& lse) {
     tile::RowVector inverse;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       sum[i] = tile::row_sum(sum[i]);
-      inverse[i] = sum[i] > 0.0f ? 1.0f / sum[i] : 0.0f;
-      lse[i] = (max[i] * scale_log2 + log2f(sum[i])) * kLn2;
+      const bool hidden = sum[i] == 0.0f;
+      inverse[i] = hidden ? 0.0f : 1.0f / sum[i];
+      lse[i] = hidden ? kHiddenLse : (max[i] * scale_log2 + log2f(sum[i])) * kLn2;
     }
     return inverse;
   }

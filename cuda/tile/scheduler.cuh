@@ -29,47 +29,62 @@ struct TileOrder {
   }
 };
 
-// In the shared memory of a persistent block: the numbers of its next tiles. One thread draws them,
-// the warps of every other role read them. Blocks draw from one counter in global memory, so a tile
-// goes to whoever is free first: no order that is fixed in advance balances every shape.
-struct TileQueue {
+// Draws the tiles of a persistent block, one thread of it. Blocks draw from one counter in global
+// memory, zero at the start, so a tile goes to whoever is free first: no order that is fixed in
+// advance balances every shape. A block's first tile is its own number.
+struct TileDraw {
+  int* counter;
+  int tile = blockIdx.x;
+
+  __device__ __forceinline__ explicit TileDraw(int* counter) : counter(counter) {}
+
+  // Fetches the next number. It takes a trip to the L2 cache: ask before it is needed.
+  __device__ __forceinline__ void advance() { tile = gridDim.x + atomicAdd(counter, 1); }
+};
+
+// Items of work that one thread works out and every other role reads, in order. They stay in shared
+// memory, where they cost no registers.
+template <class Item>
+struct WorkQueue {
   static constexpr int kStages = 2;
   Ring<kStages> ring;
-  int index[kStages];
+  Item items[kStages];
 
-  __device__ __forceinline__ void init(int reading_warps) { ring.init(1, reading_warps); }
+  // readers: arrivals that release an item, one for each warp or thread that reads by itself.
+  __device__ __forceinline__ void init(int readers) { ring.init(1, readers); }
 };
 
-// Draws and hands out tiles. `counter` starts at zero; a block's first tile is its own number.
-struct TileWriter {
-  int* counter;
-  int next = blockIdx.x;
-  Slot<TileQueue::kStages> slot;
+// The two ends of a queue.
+template <class Item>
+struct WorkWriter {
+  Slot<WorkQueue<Item>::kStages> slot;
 
-  __device__ __forceinline__ explicit TileWriter(int* counter) : counter(counter) {}
-
-  // Hands out the next tile. A number past the last tile tells the readers to stop.
-  __device__ __forceinline__ int put(TileQueue& queue) {
+  __device__ __forceinline__ void put(WorkQueue<Item>& queue, const Item& item) {
     slot.wait_empty(queue.ring);
-    queue.index[slot.stage()] = next;
+    queue.items[slot.stage()] = item;
     queue.ring.full[slot.stage()].arrive();
     slot.advance();
-    return next;
   }
-  // Fetches the number for the next put(). It takes a trip to the L2 cache: ask early.
-  __device__ __forceinline__ void draw() { next = gridDim.x + atomicAdd(counter, 1); }
 };
 
-// Reads tiles in the order in which they were handed out. All lanes of a warp call take().
-struct TileReader {
-  Slot<TileQueue::kStages> slot;
+template <class Item>
+struct WorkReader {
+  Slot<WorkQueue<Item>::kStages> slot;
 
-  __device__ __forceinline__ int take(TileQueue& queue) {
+  // The next item, which stays until it is released.
+  __device__ __forceinline__ const Item& take(WorkQueue<Item>& queue) const {
     slot.wait_full(queue.ring);
-    const int index = queue.index[slot.stage()];
+    return queue.items[slot.stage()];
+  }
+  // By a thread that reads alone.
+  __device__ __forceinline__ void release(WorkQueue<Item>& queue) {
+    queue.ring.empty[slot.stage()].arrive();
+    slot.advance();
+  }
+  // By all lanes of a warp that reads as one.
+  __device__ __forceinline__ void release_warp(WorkQueue<Item>& queue) {
     queue.ring.empty[slot.stage()].arrive_warp();
     slot.advance();
-    return index;
   }
 };
 

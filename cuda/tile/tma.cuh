@@ -55,6 +55,13 @@ __device__ __forceinline__ void wait_stores_read() {
   ptx::bulk_wait_read<0>();
 }
 
+// Waits until this thread's closed groups have reached global memory, and orders what it does next
+// after them.
+__device__ __forceinline__ void wait_stores() {
+  ptx::bulk_wait<0>();
+  ptx::fence_async();
+}
+
 // Orders this thread's writes to shared memory before a TMA store or an mma that another thread
 // issues after the next barrier.
 __device__ __forceinline__ void fence_writes() { ptx::fence_async_shared(); }

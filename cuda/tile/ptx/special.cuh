@@ -1,4 +1,4 @@
-// Instructions with no C++ spelling: register budgets and the fast exponential.
+// Instructions with no C++ spelling: register budgets, fast exponential and reciprocal.
 #pragma once
 
 namespace jaxkern::tile::ptx {
@@ -17,6 +17,13 @@ __device__ __forceinline__ void setmaxnreg_increase() {
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 1 / x, relative error 2^-23; +inf gives 0.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
