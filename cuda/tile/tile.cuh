@@ -8,6 +8,7 @@
 //   pipeline.cuh   mbarriers, rings of stages
 //   cluster.cuh    blocks that share tiles
 //   scheduler.cuh  the order of tiles over a persistent grid
+//   reduce.cuh     sums over the threads of a warp and of a row of threads
 //   ptx/           one instruction a function; the only place with inline assembly
 #pragma once
 
@@ -15,6 +16,7 @@
 #include "cuda/tile/mma.cuh"
 #include "cuda/tile/pipeline.cuh"
 #include "cuda/tile/ptx/special.cuh"
+#include "cuda/tile/reduce.cuh"
 #include "cuda/tile/reg.cuh"
 #include "cuda/tile/scheduler.cuh"
 #include "cuda/tile/smem.cuh"
