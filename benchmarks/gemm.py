@@ -47,10 +47,10 @@ def sizes(case: str) -> tuple[int, int, int]:
 def compile_program(folder: pathlib.Path) -> pathlib.Path:
     """Compiles gemm.cu. Raises CalledProcessError where that fails."""
     program = folder / "gemm"
-    script = [sys.executable, str(ROOT / "tools" / "nvcc.py")]
-    subprocess.run(
-        [*script, str(SOURCE), str(program), "-lcublas"], check=True, stdout=subprocess.DEVNULL
-    )
+    script = [sys.executable, str(ROOT / "tools" / "nvcc.py"), str(SOURCE), str(program)]
+    # The loader need not know where the toolkit keeps its libraries.
+    cublas = ["-lcublas", "-Xlinker", "-rpath=/usr/local/cuda/lib64"]
+    subprocess.run([*script, *cublas], check=True, stdout=subprocess.DEVNULL)
     return program
 
 
