@@ -51,7 +51,7 @@ void test_arrive(int clusters) {
   test::check(launch(arrive_kernel<kBlocks>, blocks, kWarps * tile::kWarpSize, 0, nullptr,
                      out.data(), notes.data()),
               "cluster");
-  test::synchronize("cluster");
+  test::synchronize("clusters of " + std::to_string(kBlocks));
   test::compare("clusters of " + std::to_string(kBlocks), out.host(), wanted, 4);
 }
 
@@ -112,7 +112,7 @@ void test_multicast(int clusters) {
   test::check(launch(multicast_kernel<kBlocks>, clusters * kBlocks, kWarps * tile::kWarpSize,
                      sizeof(Storage), nullptr, map, out.data()),
               "multicast");
-  test::synchronize("multicast");
+  test::synchronize("multicast in clusters of " + std::to_string(kBlocks));
   test::compare("multicast in clusters of " + std::to_string(kBlocks), out.host(), wanted,
                 Tile::kCols);
 }

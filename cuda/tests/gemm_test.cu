@@ -33,9 +33,8 @@ void test_gemm(const std::string& name, int M, int N, int K) {
   const std::string what =
       name + ", M " + std::to_string(M) + ", N " + std::to_string(N) + ", K " + std::to_string(K);
   const test::Array<T> in_a(guarded(a)), in_b(guarded(b)), d(wanted.size());
-  test::check(launch_gemm<Gemm>({in_a.data(), in_b.data(), d.data(), M, N, K}, nullptr),
-              what.c_str());
-  test::synchronize(what.c_str());
+  test::check(launch_gemm<Gemm>({in_a.data(), in_b.data(), d.data(), M, N, K}, nullptr), what);
+  test::synchronize(what);
   test::compare(what, d.host(), wanted, N);
 }
 

@@ -113,8 +113,8 @@ void test_kernel(Kernel<T> kernel, int shared_bytes, int N, Source source_a, Sou
     const auto& d = accumulate ? started : poisoned;
     test::check(launch(kernel, 1, 128, shared_bytes, nullptr, in_a.data(), in_b.data(), d.data(),
                        accumulate),
-                name.c_str());
-    test::synchronize(name.c_str());
+                name);
+    test::synchronize(name);
     test::compare(name + (accumulate ? ", accumulated" : ""), d.host(), wanted, N);
   }
 }

@@ -49,13 +49,14 @@ void test_ring(int items, bool slow_producer) {
   for (int i = 0; i < items * kConsumers * kWarp; ++i) {
     wanted.push_back(1000 * (i / kWarp / kConsumers) + i % kWarp);
   }
+  const std::string what = "ring of " + std::to_string(kStages) + ", " + std::to_string(items) +
+                           " items, slow " + (slow_producer ? "producer" : "consumers");
   const test::Array<int> out(wanted.size());
   test::check(launch(ring_kernel<kStages>, 1, (1 + kConsumers) * kWarp, 0, nullptr, out.data(),
                      items, slow_producer),
-              "ring");
-  test::synchronize("ring");
-  test::compare("ring of " + std::to_string(kStages) + ", " + std::to_string(items) + " items",
-                out.host(), wanted, kWarp);
+              what);
+  test::synchronize(what);
+  test::compare(what, out.host(), wanted, kWarp);
 }
 
 // (stage, parity, stage of the previous slot) after `n` advances.

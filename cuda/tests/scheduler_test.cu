@@ -99,9 +99,9 @@ void test_queue(int blocks, int count) {
   test::check(launch(queue_kernel, blocks, (1 + kReaders) * tile::kWarpSize, 0, nullptr,
                      counter.data(), takes.data(), takers.data(), count),
               "TileQueue");
-  test::synchronize("TileQueue");
   const std::string where = ": " + std::to_string(count) + " tiles, " + std::to_string(blocks) +
                             " blocks, by tile and reader";
+  test::synchronize("TileQueue" + where);
   test::compare("TileQueue, times taken" + where, takes.host(),
                 std::vector<int>(count * kReaders, 1), kReaders);
   std::vector<int> first = takers.host();

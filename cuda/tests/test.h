@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -20,16 +21,26 @@
 namespace jaxkern::test {
 
 // Ends the program: after an error of the CUDA runtime nothing that follows means anything.
-inline void check(cudaError_t error, const char* what) {
+inline void check(cudaError_t error, const std::string& what) {
   if (error == cudaSuccess) return;
-  std::printf("FAILED: %s: %s\n", what, cudaGetErrorString(error));
+  std::printf("FAILED: %s: %s\n", what.c_str(), cudaGetErrorString(error));
   std::exit(1);
 }
 
-// Waits for the kernels launched so far and reports what went wrong in them.
-inline void synchronize(const char* what) {
-  check(cudaGetLastError(), what);
-  check(cudaDeviceSynchronize(), what);
+// Waits for the kernels launched so far and reports what went wrong in them, a hang too: that is
+// how a barrier that misses an arrival shows.
+inline void synchronize(const std::string& what) {
+  constexpr std::chrono::seconds kPatience(20);
+  const auto end = std::chrono::steady_clock::now() + kPatience;
+  cudaError_t status;
+  while ((status = cudaStreamQuery(nullptr)) == cudaErrorNotReady) {
+    if (std::chrono::steady_clock::now() < end) continue;
+    std::printf("FAILED: %s: still running after %lld s\n", what.c_str(),
+                static_cast<long long>(kPatience.count()));
+    std::fflush(stdout);
+    std::_Exit(1);
+  }
+  check(status, what);
 }
 
 inline float to_float(float x) { return x; }
