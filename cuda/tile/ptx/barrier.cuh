@@ -45,9 +45,9 @@ __device__ __forceinline__ uint32_t cluster_address(const void* pointer, int ran
   return address;
 }
 
-// Arrives at a barrier of any block of the cluster. Enough to hand back what asynchronous copies
-// and wgmma have read; NOTE: release.cluster, which ordinary writes would need, is a fence to the
-// whole GPU in machine code.
+// Arrives at a barrier of any block of the cluster, to hand back what wgmma has read. It publishes
+// no ordinary writes to other blocks.
+// NOTE: release.cluster would, but is a fence to the whole GPU in machine code.
 __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t address) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" : : "r"(address) : "memory");
 }
