@@ -219,7 +219,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--step-limit", action="append", default=[], metavar="STEP=SECONDS")
     add("--jobs", type=int, default=4, help="test processes (%(default)s)")
     add("--whole-suite", action="store_true", help="run all tests, not only those for the GPU")
-    for name in ("pytest", "attention", "rms_norm", "train"):
+    for name in ("pytest", "attention", "rms_norm", "gemm", "train"):
         add(f"--{name.replace('_', '-')}", default="", metavar="ARGS", help=f"passed to {name}")
     chosen = parser.parse_args(argv)
     chosen.steps = chosen.steps.split(",")
@@ -252,7 +252,7 @@ def main(argv: Sequence[str]) -> int:
         "install": lambda: install_commands(chosen, site),
         "test": lambda: test_commands(chosen),
         "sanitize": sanitize_commands,
-        "bench": lambda: measure_commands(chosen, ("attention", "rms_norm"), output),
+        "bench": lambda: measure_commands(chosen, ("attention", "rms_norm", "gemm"), output),
         "train": lambda: measure_commands(chosen, ("train",), output),
     }
     ends = time.monotonic() + chosen.limit

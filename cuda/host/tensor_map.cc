@@ -5,6 +5,9 @@
 namespace jaxkern {
 namespace {
 
+constexpr int kPanelCols = 64;
+constexpr uint64_t kElementBytes = 2;
+
 using EncodeTiled = PFN_cuTensorMapEncodeTiled_v12000;
 
 EncodeTiled encode_tiled() {
@@ -37,14 +40,20 @@ cudaError_t encode_map(CUtensorMap* map, CUtensorMapDataType dtype, int rank, co
 cudaError_t make_tensor_map(CUtensorMap* map, CUtensorMapDataType dtype, const void* data,
                             int64_t batch, int64_t rows, int64_t heads, int64_t head_dim,
                             int box_rows) {
-  constexpr int kPanelCols = 64;
-  constexpr uint64_t kElementBytes = 2;
   const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(head_dim), static_cast<cuuint64_t>(heads),
                                static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(batch)};
   const cuuint64_t strides[3] = {sizes[0] * kElementBytes, sizes[0] * sizes[1] * kElementBytes,
                                  sizes[0] * sizes[1] * sizes[2] * kElementBytes};
   const cuuint32_t box[4] = {kPanelCols, 1, static_cast<cuuint32_t>(box_rows), 1};
   return encode_map(map, dtype, 4, data, sizes, strides, box, CU_TENSOR_MAP_SWIZZLE_128B);
+}
+
+cudaError_t make_matrix_map(CUtensorMap* map, CUtensorMapDataType dtype, const void* data,
+                            int64_t rows, int64_t cols, int box_rows) {
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {sizes[0] * kElementBytes};
+  const cuuint32_t box[2] = {kPanelCols, static_cast<cuuint32_t>(box_rows)};
+  return encode_map(map, dtype, 2, data, sizes, strides, box, CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
 cudaError_t make_row_map(CUtensorMap* map, const float* data, int64_t rows, int64_t cols,

@@ -15,6 +15,11 @@ cudaError_t make_tensor_map(CUtensorMap* map, CUtensorMapDataType dtype, const v
                             int64_t batch, int64_t rows, int64_t heads, int64_t head_dim,
                             int box_rows);
 
+// Describes a contiguous (rows, cols) matrix of 16-bit elements and a box of `box_rows` rows, 64
+// columns, 128-byte swizzled. cols is a multiple of 8.
+cudaError_t make_matrix_map(CUtensorMap* map, CUtensorMapDataType dtype, const void* data,
+                            int64_t rows, int64_t cols, int box_rows);
+
 // Describes a contiguous (rows, cols) float32 tensor and a box of `box_cols` of one row. cols is a
 // multiple of 4.
 cudaError_t make_row_map(CUtensorMap* map, const float* data, int64_t rows, int64_t cols,

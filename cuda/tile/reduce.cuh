@@ -1,9 +1,10 @@
 // Sums across threads. The order of additions is fixed, so results are bitwise repeatable.
 #pragma once
 
+#include "cuda/tile/types.cuh"
+
 namespace jaxkern::tile {
 
-inline constexpr int kWarpSize = 32;
 inline constexpr int kMaxWarps = 32;  // per block
 
 // The sum over aligned groups of `width` lanes, in every lane. width: a power of two, at most 32.

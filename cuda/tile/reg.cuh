@@ -76,6 +76,17 @@ __device__ __forceinline__ void convert(RegisterTile<T, 64, kCols>& y,
   for (int i = 0; i < kCols / 4; ++i) y.data[i] = pack<T>(x.data[2 * i], x.data[2 * i + 1]);
 }
 
+// Rounds the columns of x from `col` on, a multiple of 8, as many as y has.
+template <class T, int kCols, int kColsX>
+__device__ __forceinline__ void convert(RegisterTile<T, 64, kCols>& y,
+                                        const RegisterTile<float, 64, kColsX>& x, int col) {
+#pragma unroll
+  for (int i = 0; i < kCols / 4; ++i) {
+    const float* from = x.data + col / 2 + 2 * i;
+    y.data[i] = pack<T>(from[0], from[1]);
+  }
+}
+
 // y(r, c) = x(r, c) * rows(r)
 template <int kCols>
 __device__ __forceinline__ void scale_rows(RegisterTile<float, 64, kCols>& x,

@@ -1,4 +1,4 @@
-// The order in which a grid works through attention tiles, and how its blocks share them out.
+// The order in which a grid works through tiles, and how its blocks share them out.
 #pragma once
 
 #include "cuda/tile/pipeline.cuh"
@@ -26,6 +26,24 @@ struct TileOrder {
     const int width = min(section, heads - first);
     const int rest = index % per_section;
     return {rest / width, first + rest % width};
+  }
+};
+
+// The tiles of a matrix, column by column within groups of `group` rows. What runs at a time then
+// covers about a square, which reads the fewest rows and columns of the operands.
+struct MatrixOrder {
+  int rows, cols;
+  int group;  // at least 1
+
+  struct Tile {
+    int row, col;
+  };
+
+  __host__ __device__ int count() const { return rows * cols; }
+
+  __device__ __forceinline__ Tile at(int index) const {
+    const auto tile = TileOrder{cols, rows, group}.at(index);
+    return {tile.head, tile.block};
   }
 };
 

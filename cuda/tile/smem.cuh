@@ -58,6 +58,19 @@ __device__ __forceinline__ void store(SharedTile<T, kRows, kCols>& y, int row0,
   }
 }
 
+// x(r, c) = y[row0 + r, c], by one warpgroup.
+template <class T, int kRows, int kCols>
+__device__ __forceinline__ void load(RegisterTile<T, 64, kCols>& x, SharedTile<T, kRows, kCols>& y,
+                                     int row0) {
+  const int t = threadIdx.x % kWarpgroupSize, lane = t % kWarpSize;
+  const int row = row0 + 16 * (t / kWarpSize) + lane % 16;
+#pragma unroll
+  for (int j = 0; j < kCols / 16; ++j) {
+    uint32_t* r = x.data + 4 * j;
+    ptx::ldmatrix_x4(y.chunk(row, 16 * j + 8 * (lane / 16)), r[0], r[1], r[2], r[3]);
+  }
+}
+
 // Fragment order: 16 bytes of every thread in turn, so that nobody shares a bank. Meant for data
 // that is read back by load_fragments().
 template <int kCols>

@@ -1,6 +1,7 @@
-// Tile copies by the tensor memory accelerator. A tensor map describes a rank-4 tensor
-// (outermost first: batch, sequence, heads, head dim); a tile is a run of rows along the sequence
-// of one head. Rows outside the tensor read as zero and are never written. One thread calls these.
+// Tile copies by the tensor memory accelerator. A tensor map describes a matrix, or a rank-4 tensor
+// (outermost first: batch, sequence, heads, head dim), of which a tile is a run of rows along the
+// sequence of one head. What lies outside the tensor reads as zero and is never written. One thread
+// calls these.
 #pragma once
 
 #include "cuda/tile/pipeline.cuh"
@@ -13,6 +14,11 @@ struct Coordinate {
   int batch, row, head;
 };
 
+// Where a tile begins in a matrix.
+struct Corner {
+  int row, col;
+};
+
 // Loads the whole tile; `barrier` must expect Tile::kBytes.
 template <class T, int kRows, int kCols>
 __device__ __forceinline__ void load(SharedTile<T, kRows, kCols>& y, const CUtensorMap& x,
@@ -22,6 +28,37 @@ __device__ __forceinline__ void load(SharedTile<T, kRows, kCols>& y, const CUten
   for (int p = 0; p < Tile::kPanels; ++p) {
     ptx::bulk_tensor_load(y.data + p * Tile::kPanelCols * kRows, &x, &barrier.word,
                           p * Tile::kPanelCols, at.head, at.row, at.batch);
+  }
+}
+
+template <class T, int kRows, int kCols>
+__device__ __forceinline__ void load(SharedTile<T, kRows, kCols>& y, const CUtensorMap& x,
+                                     Corner at, Barrier& barrier) {
+  using Tile = SharedTile<T, kRows, kCols>;
+#pragma unroll
+  for (int p = 0; p < Tile::kPanels; ++p) {
+    ptx::bulk_tensor_load(y.data + p * Tile::kPanelCols * kRows, &x, &barrier.word,
+                          at.col + p * Tile::kPanelCols, at.row);
+  }
+}
+
+// Loads one tile into all blocks of a cluster. Each block calls this, brings its share of the
+// panels to everyone, and expects Tile::kBytes at its own barrier.
+template <class Cluster, class T, int kRows, int kCols>
+__device__ __forceinline__ void load_multicast(SharedTile<T, kRows, kCols>& y, const CUtensorMap& x,
+                                               Corner at, Barrier& barrier) {
+  using Tile = SharedTile<T, kRows, kCols>;
+  constexpr int kShare = Tile::kPanels / Cluster::kBlocks;
+  static_assert(kShare * Cluster::kBlocks == Tile::kPanels, "blocks must share the panels evenly");
+  if constexpr (Cluster::kBlocks == 1) {
+    load(y, x, at, barrier);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) {
+      const int p = Cluster::rank() * kShare + i;
+      ptx::bulk_tensor_load_multicast(y.data + p * Tile::kPanelCols * kRows, &x, &barrier.word,
+                                      at.col + p * Tile::kPanelCols, at.row, Cluster::kAll);
+    }
   }
 }
 
@@ -37,6 +74,17 @@ __device__ __forceinline__ void store(const CUtensorMap& y, Coordinate at,
   }
 }
 
+template <class T, int kRows, int kCols>
+__device__ __forceinline__ void store(const CUtensorMap& y, Corner at,
+                                      const SharedTile<T, kRows, kCols>& x) {
+  using Tile = SharedTile<T, kRows, kCols>;
+#pragma unroll
+  for (int p = 0; p < Tile::kPanels; ++p) {
+    ptx::bulk_tensor_store(&y, x.data + p * Tile::kPanelCols * kRows, at.col + p * Tile::kPanelCols,
+                           at.row);
+  }
+}
+
 // Loads a box of a row of a rank-2 float32 tensor, from `col` on; the barrier must expect its
 // bytes.
 __device__ __forceinline__ void load(float* y, const CUtensorMap& x, int row, int col,
@@ -49,10 +97,12 @@ __device__ __forceinline__ void add(float* y, const float* x, int count) {
   ptx::bulk_reduce_add(y, x, count * sizeof(float));
 }
 
-// Closes this thread's group of stores and waits until they no longer read shared memory.
+// Closes this thread's group of stores and waits until at most kPending groups, the latest, still
+// read shared memory.
+template <int kPending = 0>
 __device__ __forceinline__ void wait_stores_read() {
   ptx::bulk_commit();
-  ptx::bulk_wait_read<0>();
+  ptx::bulk_wait_read<kPending>();
 }
 
 // Waits until this thread's closed groups have reached global memory, and orders what it does next

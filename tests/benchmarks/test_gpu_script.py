@@ -68,6 +68,7 @@ class TestRunner:
 def test_tree_has_everything_but_the_package(tmp_path):
     gpu.copy_tree(tmp_path / "tree")
     assert (tmp_path / "tree" / "benchmarks" / "gpu.py").is_file()
+    assert (tmp_path / "tree" / "cuda" / "tests" / "test.h").is_file()
     assert (tmp_path / "tree" / "tests" / "benchmarks" / "test_gpu_script.py").is_file()
     assert not (tmp_path / "tree" / "jaxkern").exists()
     assert not (tmp_path / "tree" / ".git").exists()

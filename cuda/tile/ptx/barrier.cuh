@@ -1,4 +1,4 @@
-// Barriers: shared-memory mbarriers and the sixteen named barriers of a block.
+// Barriers: shared-memory mbarriers, the sixteen named barriers of a block, the one of a cluster.
 #pragma once
 
 #include <cstdint>
@@ -35,6 +35,23 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32
                : "memory");
 }
 
+// The address, for the whole cluster, of what this block has at `pointer` and block `rank` has at
+// the same place.
+__device__ __forceinline__ uint32_t cluster_address(const void* pointer, int rank) {
+  uint32_t address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(address)
+               : "r"(shared_address(pointer)), "r"(rank));
+  return address;
+}
+
+// Arrives at a barrier of any block of the cluster, to hand back what wgmma has read. It publishes
+// no ordinary writes to other blocks.
+// NOTE: release.cluster would, but is a fence to the whole GPU in machine code.
+__device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t address) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" : : "r"(address) : "memory");
+}
+
 __device__ __forceinline__ bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
   uint32_t done;
   asm volatile(
@@ -55,6 +72,14 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
 
 __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" : : "r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 
 }  // namespace jaxkern::tile::ptx

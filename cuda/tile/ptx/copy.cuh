@@ -45,6 +45,29 @@ __device__ __forceinline__ void bulk_tensor_load(void* shared, const CUtensorMap
       : "memory");
 }
 
+// The same into the same place of every block of the cluster whose bit is set in `blocks`; it
+// completes on the barrier that lies at the same place in each of them.
+__device__ __forceinline__ void bulk_tensor_load_multicast(void* shared, const CUtensorMap* map,
+                                                           uint64_t* barrier, int c0, int c1,
+                                                           uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;"
+      :
+      : "r"(shared_address(shared)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1),
+        "h"(blocks)
+      : "memory");
+}
+
+// One box from shared memory into a rank-2 tensor.
+__device__ __forceinline__ void bulk_tensor_store(const CUtensorMap* map, const void* shared,
+                                                  int c0, int c1) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];"
+               :
+               : "l"(map), "r"(shared_address(shared)), "r"(c0), "r"(c1)
+               : "memory");
+}
+
 // global[i] += shared[i] over a flat span of float32, done by the L2 cache.
 __device__ __forceinline__ void bulk_reduce_add(float* global, const float* shared,
                                                 uint32_t bytes) {

@@ -1,0 +1,131 @@
+// tile/cluster.cuh and multicast loads: blocks know their place, reach each other's barriers, and
+// load each other's tiles.
+#include "cuda/tile/cluster.cuh"
+
+#include "cuda/host/launch.h"
+#include "cuda/host/tensor_map.h"
+#include "cuda/tests/test.h"
+#include "cuda/tile/tma.cuh"
+
+namespace jaxkern {
+
+using T = tile::bf16;
+constexpr int kRounds = 5;
+constexpr int kWarps = 2;
+
+// In every round all warps of a cluster meet at the barriers of all its blocks. out: rank, index,
+// count, and what block 0 of the cluster had noted when the last round was over.
+template <int kBlocks>
+__global__ void __cluster_dims__(kBlocks, 1, 1) arrive_kernel(int* out, int* notes) {
+  using Cluster = tile::Cluster<kBlocks>;
+  __shared__ tile::Barrier barrier;
+  if (threadIdx.x == 0) {
+    barrier.init(kWarps * kBlocks);
+    tile::ptx::fence_mbarrier_init();
+  }
+  Cluster::sync();
+  for (int round = 0; round < kRounds; ++round) {
+    if ((Cluster::rank() + round) % kBlocks == 0) __nanosleep(2000);
+    Cluster::arrive_warp(barrier);
+    barrier.wait(round % 2);
+  }
+  if (threadIdx.x == 0) notes[blockIdx.x] = kRounds;
+  Cluster::sync();
+  if (threadIdx.x == 0) {
+    int* mine = out + 4 * blockIdx.x;
+    mine[0] = Cluster::rank();
+    mine[1] = Cluster::index();
+    mine[2] = Cluster::count();
+    mine[3] = *const_cast<volatile int*>(notes + blockIdx.x / kBlocks * kBlocks);
+  }
+}
+
+template <int kBlocks>
+void test_arrive(int clusters) {
+  const int blocks = clusters * kBlocks;
+  std::vector<int> wanted;
+  for (int block = 0; block < blocks; ++block) {
+    wanted.insert(wanted.end(), {block % kBlocks, block / kBlocks, clusters, kRounds});
+  }
+  const test::Array<int> out(wanted.size()), notes(blocks);
+  test::check(launch(arrive_kernel<kBlocks>, blocks, kWarps * tile::kWarpSize, 0, nullptr,
+                     out.data(), notes.data()),
+              "cluster");
+  test::synchronize("clusters of " + std::to_string(kBlocks));
+  test::compare("clusters of " + std::to_string(kBlocks), out.host(), wanted, 4);
+}
+
+using Tile = tile::SharedTile<T, 64, 256>;
+
+struct Storage {
+  Tile tile;
+  tile::Barrier full, empty;
+};
+
+// Cluster i loads rows [64 i, 64 i + 64), twice over, the second time 64 columns further.
+template <int kBlocks>
+__global__ void __cluster_dims__(kBlocks, 1, 1)
+    multicast_kernel(const __grid_constant__ CUtensorMap map, T* out) {
+  using Cluster = tile::Cluster<kBlocks>;
+  auto& shared = tile::shared_storage<Storage>();
+  if (threadIdx.x == 0) {
+    shared.full.init(1);
+    shared.empty.init(kWarps * kBlocks);
+    tile::ptx::fence_mbarrier_init();
+  }
+  Cluster::sync();
+  for (int round = 0; round < 2; ++round) {
+    if (threadIdx.x == 0) {
+      shared.empty.wait(round % 2 ^ 1);
+      shared.full.arrive_expect(Tile::kBytes);
+      const tile::tma::Corner at{64 * Cluster::index(), 64 * round};
+      tile::tma::load_multicast<Cluster>(shared.tile, map, at, shared.full);
+    }
+    __syncwarp();
+    shared.full.wait(round % 2);
+    T* to = out + (blockIdx.x * 2 + round) * Tile::kRows * Tile::kCols;
+    for (int i = threadIdx.x; i < Tile::kRows * Tile::kCols; i += blockDim.x) {
+      const int row = i / Tile::kCols, col = i % Tile::kCols;
+      to[i] = reinterpret_cast<const T*>(shared.tile.chunk(row, col / 8 * 8))[col % 8];
+    }
+    Cluster::arrive_warp(shared.empty);
+  }
+  Cluster::sync();
+}
+
+template <int kBlocks>
+void test_multicast(int clusters) {
+  const int rows = 64 * clusters - 9, cols = 296;
+  const auto x = test::integers<T>(rows * cols, kBlocks, 200);
+  std::vector<T> wanted;
+  for (int block = 0; block < clusters * kBlocks; ++block) {
+    for (int i = 0; i < 2 * Tile::kRows * Tile::kCols; ++i) {
+      const int row = block / kBlocks * 64 + i / Tile::kCols % Tile::kRows;
+      const int col = i / (Tile::kRows * Tile::kCols) * 64 + i % Tile::kCols;
+      wanted.push_back(row < rows && col < cols ? x[row * cols + col] : T(0.0f));
+    }
+  }
+  const test::Array<T> in(x), out(wanted.size());
+  CUtensorMap map;
+  test::check(make_matrix_map(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, in.data(), rows, cols, 64),
+              "map");
+  test::check(launch(multicast_kernel<kBlocks>, clusters * kBlocks, kWarps * tile::kWarpSize,
+                     sizeof(Storage), nullptr, map, out.data()),
+              "multicast");
+  test::synchronize("multicast in clusters of " + std::to_string(kBlocks));
+  test::compare("multicast in clusters of " + std::to_string(kBlocks), out.host(), wanted,
+                Tile::kCols);
+}
+
+}  // namespace jaxkern
+
+int main() {
+  using namespace jaxkern;
+  test_arrive<1>(3);
+  test_arrive<2>(70);
+  test_arrive<4>(5);
+  test_multicast<1>(2);
+  test_multicast<2>(3);
+  test_multicast<4>(2);
+  return test::finish();
+}

@@ -1,0 +1,129 @@
+// tile/smem.cuh: the swizzled layout of shared tiles, and copies between them and registers.
+#include "cuda/tile/smem.cuh"
+
+#include "cuda/host/launch.h"
+#include "cuda/tests/test.h"
+
+namespace jaxkern {
+
+constexpr int kRows = 128;
+
+// The place of an element in a tile's memory, counted in elements of two bytes: the 128-byte
+// swizzle of the PTX ISA, over panels of 64 columns.
+int swizzled(int row, int col) {
+  const int panel = col / 64, chunk = col % 64 / 8;
+  return panel * kRows * 64 + row * 64 + (chunk ^ (row % 8)) * 8 + col % 8;
+}
+
+// Registers -> shared: the tile as it lies in memory.
+template <class T, int kCols>
+__global__ void store_kernel(const T* in, T* raw) {
+  auto& shared = tile::shared_storage<tile::SharedTile<T, kRows, kCols>>();
+  for (int row0 = 0; row0 < kRows; row0 += 64) {
+    tile::RegisterTile<T, 64, kCols> x;
+    for (int k = 0; k < kCols / 4; ++k) {
+      const T* at = in + (row0 + tile::fragment_row(k % 2)) * kCols + tile::fragment_col(k / 2);
+      x.data[k] = tile::pack<T>(at[0], at[1]);
+    }
+    tile::store(shared, row0, x);
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < kRows * kCols; i += blockDim.x) raw[i] = shared.data[i];
+}
+
+// A tile given as it lies in memory -> registers.
+template <class T, int kCols>
+__global__ void load_kernel(const T* raw, float* out) {
+  auto& shared = tile::shared_storage<tile::SharedTile<T, kRows, kCols>>();
+  for (int i = threadIdx.x; i < kRows * kCols; i += blockDim.x) shared.data[i] = raw[i];
+  __syncthreads();
+  for (int row0 = 0; row0 < kRows; row0 += 64) {
+    tile::RegisterTile<T, 64, kCols> x;
+    tile::load(x, shared, row0);
+    for (int k = 0; k < kCols / 4; ++k) {
+      const float2 pair = tile::pair(x, k / 2, k % 2);
+      float* at = out + (row0 + tile::fragment_row(k % 2)) * kCols + tile::fragment_col(k / 2);
+      at[0] = pair.x;
+      at[1] = pair.y;
+    }
+  }
+}
+
+// chunk(): reads a tile that is given as it lies in memory.
+template <class T, int kCols>
+__global__ void chunk_kernel(const T* raw, T* out) {
+  auto& shared = tile::shared_storage<tile::SharedTile<T, kRows, kCols>>();
+  for (int i = threadIdx.x; i < kRows * kCols; i += blockDim.x) shared.data[i] = raw[i];
+  __syncthreads();
+  for (int i = threadIdx.x; i < kRows * kCols; i += blockDim.x) {
+    const int row = i / kCols, col = i % kCols;
+    out[i] = reinterpret_cast<const T*>(shared.chunk(row, col / 8 * 8))[col % 8];
+  }
+}
+
+template <int kCols>
+__global__ void fragments_kernel(const float* in, float* in_shared, float* out) {
+  auto& shared = tile::shared_storage<float[64 * kCols]>();
+  tile::RegisterTile<float, 64, kCols> x, y;
+  for (int k = 0; k < kCols / 2; ++k) x.data[k] = in[threadIdx.x * (kCols / 2) + k];
+  tile::store_fragments(shared, x);
+  __syncthreads();
+  for (int i = threadIdx.x; i < 64 * kCols; i += blockDim.x) in_shared[i] = shared[i];
+  tile::load_fragments(y, shared);
+  for (int k = 0; k < kCols / 2; ++k) out[threadIdx.x * (kCols / 2) + k] = y.data[k];
+}
+
+template <class T, int kCols>
+void test_tile(const std::string& name) {
+  constexpr int kSize = kRows * kCols;
+  constexpr int kBytes = tile::SharedTile<T, kRows, kCols>::kBytes;
+  const auto x = test::integers<T>(kSize, kCols, 200);
+  std::vector<T> raw(kSize);
+  for (int i = 0; i < kSize; ++i) raw[swizzled(i / kCols, i % kCols)] = x[i];
+  const test::Array<T> in(x), in_raw(raw), stored(kSize), chunks(kSize);
+  const test::Array<float> loaded(kSize);
+  test::check(launch(store_kernel<T, kCols>, 1, 128, kBytes, nullptr, in.data(), stored.data()),
+              "store");
+  test::check(launch(load_kernel<T, kCols>, 1, 128, kBytes, nullptr, in_raw.data(), loaded.data()),
+              "load");
+  test::check(launch(chunk_kernel<T, kCols>, 1, 128, kBytes, nullptr, in_raw.data(), chunks.data()),
+              "chunk");
+  test::synchronize("shared tiles");
+  const std::string where = " " + name + ", columns " + std::to_string(kCols);
+  test::compare("store, in memory order" + where, stored.host(), raw, 64);
+  test::compare("load" + where, loaded.host(), x, kCols);
+  test::compare("chunk" + where, chunks.host(), x, kCols);
+}
+
+template <int kCols>
+void test_fragments() {
+  constexpr int kSize = 64 * kCols, kEach = kCols / 2;
+  const auto x = test::integers<float>(kSize, kCols, 1 << 20);
+  std::vector<float> wanted(kSize);
+  for (int i = 0; i < kSize; ++i) {
+    const int thread = i / kEach, k = i % kEach;
+    wanted[k / 4 * 512 + thread * 4 + k % 4] = x[i];  // 16 bytes of every thread in turn
+  }
+  const test::Array<float> in(x), in_shared(kSize), out(kSize);
+  test::check(launch(fragments_kernel<kCols>, 1, 128, kSize * 4, nullptr, in.data(),
+                     in_shared.data(), out.data()),
+              "fragments");
+  test::synchronize("fragments");
+  const std::string where = ", columns " + std::to_string(kCols);
+  test::compare("store_fragments" + where, in_shared.host(), wanted, 4);
+  test::compare("load_fragments" + where, out.host(), x, kEach);
+}
+
+}  // namespace jaxkern
+
+int main() {
+  using namespace jaxkern;
+  test_tile<tile::bf16, 64>("bf16");
+  test_tile<tile::bf16, 128>("bf16");
+  test_tile<tile::bf16, 256>("bf16");
+  test_tile<tile::f16, 128>("f16");
+  test_fragments<16>();
+  test_fragments<64>();
+  test_fragments<128>();
+  return test::finish();
+}

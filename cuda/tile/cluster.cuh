@@ -1,0 +1,44 @@
+// Clusters: blocks that run at the same time and reach each other's shared memory.
+#pragma once
+
+#include "cuda/tile/pipeline.cuh"
+
+namespace jaxkern::tile {
+
+// Runs of kBlocks_ blocks along x. The kernel is declared with __cluster_dims__(kBlocks_, 1, 1).
+template <int kBlocks_>
+struct Cluster {
+  static constexpr int kBlocks = kBlocks_;
+  static_assert(kBlocks >= 1 && kBlocks <= 8, "larger clusters are not portable");
+  static constexpr uint16_t kAll = (1 << kBlocks) - 1;  // one bit a block
+
+  __device__ __forceinline__ static int rank() { return blockIdx.x % kBlocks; }
+  __device__ __forceinline__ static int index() { return blockIdx.x / kBlocks; }
+  __device__ __forceinline__ static int count() { return gridDim.x / kBlocks; }
+
+  // Waits for all threads of the cluster that have not exited. Once before a block reaches into
+  // another, which may not have started yet; once before any exits, as others may still reach it.
+  __device__ __forceinline__ static void sync() {
+    if constexpr (kBlocks == 1) {
+      __syncthreads();
+    } else {
+      ptx::cluster_arrive();
+      ptx::cluster_wait();
+    }
+  }
+
+  // One arrival for the calling warp at this barrier of every block.
+  __device__ __forceinline__ static void arrive_warp(Barrier& barrier) {
+    if constexpr (kBlocks == 1) {
+      barrier.arrive_warp();
+    } else {
+      __syncwarp();
+      const int lane = threadIdx.x % kWarpSize;
+      if (lane < kBlocks) {
+        ptx::mbarrier_arrive_cluster(ptx::cluster_address(&barrier.word, lane));
+      }
+    }
+  }
+};
+
+}  // namespace jaxkern::tile

@@ -1,0 +1,59 @@
+"""The GEMM benchmark with a stand-in for the compiled program."""
+
+import gemm
+import pytest
+
+from jaxkern import benchmarking
+
+STAND_IN = """#!/bin/sh
+[ "$1" = 64 ] && exit 3
+printf 'jaxkern\\t200.0\\ncublas\\t190.0\\n'
+[ "$6" = --variants ] && printf 'n128 stages6\\t250.0\\n'
+exit 0
+"""
+
+
+@pytest.fixture
+def measure(tmp_path, monkeypatch):
+    program = tmp_path / "gemm"
+    program.write_text(STAND_IN)
+    program.chmod(0o755)
+    monkeypatch.setattr(gemm, "compile_program", lambda folder: program)
+    output = tmp_path / "results"
+
+    def measure(*arguments):
+        return gemm.main([*arguments, "--output", str(output), "--commit", "abc"]), output
+
+    return measure
+
+
+def test_rows(measure, capsys):
+    case = "m4096 n4096 k4096 bf16"
+    status, output = measure("--case", case, "--variants")
+    assert status == 0
+    [path] = output.iterdir()
+    rows = benchmarking.read_rows(path)
+    assert [(r.provider, r.metric, r.value) for r in rows] == [
+        ("jaxkern", "us", 200.0),
+        ("jaxkern", "tflops", pytest.approx(2 * 4096**3 / 200 / 1e6, rel=1e-4)),
+        ("cublas", "us", 190.0),
+        ("cublas", "tflops", pytest.approx(2 * 4096**3 / 190 / 1e6, rel=1e-4)),
+        ("jaxkern / cublas", "ratio", 0.95),
+    ]
+    assert {(r.family, r.case) for r in rows} == {("gemm", case)}
+    assert "n128 stages6" in capsys.readouterr().out
+
+
+def test_failure_of_one_case(measure, capsys):
+    status, output = measure("--case", "m64 n64 k64 bf16", "--case", "m128 n128 k128 bf16")
+    assert status == 1
+    assert "FAILED: m64 n64 k64 bf16: exit status 3" in capsys.readouterr().out
+    [path] = output.iterdir()
+    assert {r.case for r in benchmarking.read_rows(path)} == {"m128 n128 k128 bf16"}
+
+
+@pytest.mark.parametrize("case", ["m4096", "m4096 n4096 k4096 f32", "m8 n12 k8 bf16"])
+def test_misspelled_case(measure, capsys, case):
+    with pytest.raises(SystemExit):
+        measure("--case", case)
+    assert "--case: wanted" in capsys.readouterr().err
