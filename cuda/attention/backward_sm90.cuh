@@ -31,7 +31,9 @@ struct AttentionBackward {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kCausal = kCausal_;
   static constexpr int kConsumers = 2;
+  static constexpr int kClusterBlocks = 1;
   static constexpr int kBlockS = 64 * kConsumers;
+  static constexpr int kClusterS = kBlockS;
   static constexpr int kBlockT = kConfig.block_t;
   static constexpr int kStages = 2;
   static constexpr int kThreads = tile::kWarpgroupSize * (1 + kConsumers);
@@ -242,36 +244,6 @@ struct AttentionBackward {
     tile::store(shared.value, 64 * consumer, rounded);
     tile::tma::fence_writes();
     shared.gradients_full.arrive_warp();
-  }
-
-  // x(key, query) = 2^(x * scale_log2 - lse_log2[query])
-  __device__ __forceinline__ static void subtract_and_exponentiate(
-      tile::RegisterTile<float, 64, kBlockT>& x, const float* lse_log2, float scale_log2) {
-#pragma unroll
-    for (int j = 0; j < kBlockT / 8; ++j) {
-      const float2 lse = *reinterpret_cast<const float2*>(lse_log2 + tile::fragment_col(j));
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        x.at(j, i, 0) = tile::ptx::exp2_approx(x.at(j, i, 0) * scale_log2 - lse.x);
-        x.at(j, i, 1) = tile::ptx::exp2_approx(x.at(j, i, 1) * scale_log2 - lse.y);
-      }
-    }
-  }
-
-  // x(key, query) = (x(key, query) - delta[query]) * y(key, query)
-  template <class Weights>
-  __device__ __forceinline__ static void multiply_centered(
-      tile::RegisterTile<float, 64, kBlockT>& x, const Weights& y, const float* delta) {
-#pragma unroll
-    for (int j = 0; j < kBlockT / 8; ++j) {
-      const float2 d = *reinterpret_cast<const float2*>(delta + tile::fragment_col(j));
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float2 w = tile::pair(y, j, i);
-        x.at(j, i, 0) = (x.at(j, i, 0) - d.x) * w.x;
-        x.at(j, i, 1) = (x.at(j, i, 1) - d.y) * w.y;
-      }
-    }
   }
 };
 

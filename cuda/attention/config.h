@@ -33,4 +33,13 @@ constexpr AttentionBwdConfig attention_bwd_config(int head_dim) {
                         : AttentionBwdConfig{64, true, 24, 240};
 }
 
+// Backward at head dim 256: one producer and three consumer warpgroups, each with a product and
+// registers of its own.
+struct AttentionBwdWideConfig {
+  int block_t;
+  int producer_registers, dvalue_registers, dkey_registers, dquery_registers;
+};
+
+constexpr AttentionBwdWideConfig kAttentionBwdWideConfig = {64, 24, 200, 192, 96};
+
 }  // namespace jaxkern

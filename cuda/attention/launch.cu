@@ -18,6 +18,8 @@ cudaError_t select_instance(const Params& params, const Launch& launch) {
         return with_mask(element, std::integral_constant<int, 64>{});
       case 128:
         return with_mask(element, std::integral_constant<int, 128>{});
+      case 256:
+        return with_mask(element, std::integral_constant<int, 256>{});
       default:
         return cudaErrorInvalidValue;
     }
@@ -36,7 +38,11 @@ cudaError_t select_instance(const Params& params, const Launch& launch) {
 
 cudaError_t launch_attention_fwd(const AttentionFwdParams& params, cudaStream_t stream) {
   return select_instance(params, [&](auto element, auto head_dim, auto causal) {
-    return launch_forward<decltype(element), head_dim, causal>(params, stream);
+    if constexpr (head_dim > 128) {
+      return cudaErrorInvalidValue;  // the forward has no such instance
+    } else {
+      return launch_forward<decltype(element), head_dim, causal>(params, stream);
+    }
   });
 }
 

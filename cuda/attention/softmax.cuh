@@ -62,4 +62,37 @@ struct OnlineSoftmax {
   }
 };
 
+// Backward, on tiles whose rows are keys and whose columns are queries.
+
+// x(key, query) = 2^(x * scale_log2 - lse_log2[query])
+template <int kCols>
+__device__ __forceinline__ void subtract_and_exponentiate(tile::RegisterTile<float, 64, kCols>& x,
+                                                          const float* lse_log2, float scale_log2) {
+#pragma unroll
+  for (int j = 0; j < kCols / 8; ++j) {
+    const float2 lse = *reinterpret_cast<const float2*>(lse_log2 + tile::fragment_col(j));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      x.at(j, i, 0) = tile::ptx::exp2_approx(x.at(j, i, 0) * scale_log2 - lse.x);
+      x.at(j, i, 1) = tile::ptx::exp2_approx(x.at(j, i, 1) * scale_log2 - lse.y);
+    }
+  }
+}
+
+// x(key, query) = (x(key, query) - delta[query]) * y(key, query)
+template <int kCols, class Weights>
+__device__ __forceinline__ void multiply_centered(tile::RegisterTile<float, 64, kCols>& x,
+                                                  const Weights& y, const float* delta) {
+#pragma unroll
+  for (int j = 0; j < kCols / 8; ++j) {
+    const float2 d = *reinterpret_cast<const float2*>(delta + tile::fragment_col(j));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float2 w = tile::pair(y, j, i);
+      x.at(j, i, 0) = (x.at(j, i, 0) - d.x) * w.x;
+      x.at(j, i, 1) = (x.at(j, i, 1) - d.y) * w.y;
+    }
+  }
+}
+
 }  // namespace jaxkern

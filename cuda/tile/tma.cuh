@@ -13,15 +13,15 @@ struct Coordinate {
   int batch, row, head;
 };
 
-// Loads the whole tile; `barrier` must expect Tile::kBytes.
+// Loads the whole tile, from column `col` on; `barrier` must expect Tile::kBytes.
 template <class T, int kRows, int kCols>
 __device__ __forceinline__ void load(SharedTile<T, kRows, kCols>& y, const CUtensorMap& x,
-                                     Coordinate at, Barrier& barrier) {
+                                     Coordinate at, Barrier& barrier, int col = 0) {
   using Tile = SharedTile<T, kRows, kCols>;
 #pragma unroll
   for (int p = 0; p < Tile::kPanels; ++p) {
     ptx::bulk_tensor_load(y.data + p * Tile::kPanelCols * kRows, &x, &barrier.word,
-                          p * Tile::kPanelCols, at.head, at.row, at.batch);
+                          col + p * Tile::kPanelCols, at.head, at.row, at.batch);
   }
 }
 

@@ -1,4 +1,4 @@
-// Instructions with no C++ spelling: register budgets and the fast exponential.
+// Instructions with no C++ spelling: register budgets, the fast exponential, wide reductions.
 #pragma once
 
 namespace jaxkern::tile::ptx {
@@ -18,6 +18,14 @@ __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// global[0 .. 4) += x[0 .. 4), in no order with respect to other memory operations.
+__device__ __forceinline__ void reduce_add_v4(float* global, const float* x) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(global), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
+               : "memory");
 }
 
 }  // namespace jaxkern::tile::ptx
