@@ -1,6 +1,10 @@
 // Instances of the attention backward, which is a pre-process, a main and a post-process kernel:
 // JAXKERN_ELEMENT and JAXKERN_HEAD_DIM come from the table in CMakeLists.txt.
+#include <type_traits>
+
 #include "cuda/attention/backward_rows.cuh"
+#include "cuda/attention/backward_sm90.cuh"
+#include "cuda/attention/backward_wide_sm90.cuh"
 #include "cuda/attention/instances.h"
 #include "cuda/attention/order.h"
 #include "cuda/attention/ranges.cuh"
@@ -22,7 +26,9 @@ bool may_hide_queries(const AttentionShape& shape, const AttentionOptions& o) {
 
 template <class T, int kHeadDim, MaskKind kMask, bool kSoftCap>
 cudaError_t launch_backward(const AttentionBwdParams& params, cudaStream_t stream) {
-  using Backward = AttentionBackward<T, kHeadDim, kMask, kSoftCap>;
+  constexpr bool kWide = kHeadDim > 128;
+  using Backward = std::conditional_t<kWide, AttentionBackwardWide<T, kHeadDim, kMask, kSoftCap>,
+                                      AttentionBackward<T, kHeadDim, kMask, kSoftCap>>;
   const AttentionShape& shape = params.shape;
   const AttentionOptions& options = params.options;
   const auto padded_T = static_cast<int>(attention_padded_length(shape.T));
@@ -59,9 +65,9 @@ cudaError_t launch_backward(const AttentionBwdParams& params, cudaStream_t strea
   p.group = static_cast<int>(shape.N / shape.K);
   p.padded_T = padded_T;
   p.order = {
-      .blocks = static_cast<int>(tile::ceil_div(shape.S, Backward::kBlockS)),
+      .blocks = static_cast<int>(tile::ceil_div(shape.S, Backward::kWorkS)),
       .heads = static_cast<int>(shape.B * shape.K),
-      .section = Backward::kLongestFirst ? kv_heads_in_l2(8 * shape.T * shape.H * p.group) : 1,
+      .section = kMask != MaskKind::kFull ? kv_heads_in_l2(8 * shape.T * shape.H * p.group) : 1,
   };
 
   const AttentionRowsParams rows = {
@@ -103,7 +109,14 @@ cudaError_t launch_backward(const AttentionBwdParams& params, cudaStream_t strea
       return error;
     }
   }
-  if (cudaError_t error = launch(attention_bwd_sm90_kernel<Backward>, p.order.count(),
+  const auto kernel = [] {
+    if constexpr (kWide) {
+      return attention_bwd_wide_sm90_kernel<Backward>;
+    } else {
+      return attention_bwd_sm90_kernel<Backward>;
+    }
+  }();
+  if (cudaError_t error = launch(kernel, int64_t{p.order.count()} * Backward::kClusterBlocks,
                                  Backward::kThreads, Backward::kSharedBytes, stream, p)) {
     return error;
   }

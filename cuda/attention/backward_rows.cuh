@@ -7,7 +7,9 @@
 // delta is taken from the rounded output: then rows of dS sum to zero up to rounding of dS itself.
 #pragma once
 
-#include "cuda/attention/backward_sm90.cuh"
+#include "cuda/attention/params.h"
+#include "cuda/attention/softmax.cuh"
+#include "cuda/tile/tile.cuh"
 
 namespace jaxkern {
 
@@ -119,42 +121,45 @@ __global__ void __launch_bounds__(kRowsThreads)
   if (index >= count) return;
   const int blocks = p.padded_T / Backward::kBlockT, block = index % blocks;
   const int batch = index / blocks / heads;
-  int key_block = 0;
-  for (; key_block < p.order.blocks; ++key_block) {
-    const auto visited = Backward::query_blocks(p.mask, batch, key_block);
+  int first = 0;
+  for (; first < p.order.blocks; ++first) {
+    const auto visited = Backward::query_blocks(p.mask, batch, first * Backward::kWorkS);
     if (visited.begin <= block && block < visited.end) break;
   }
-  p.turns[index] = key_block * Backward::kConsumers;
+  p.turns[index] = first * Backward::kParts;
 }
 
-// One block: one query block of one head; a warpgroup to each 64 x 64 part.
+// One block: one query block of one head; a warpgroup to each of the two parts of dQ.
 template <class Backward>
 __global__ void __launch_bounds__(kRowsThreads)
     attention_bwd_postprocess_kernel(const AttentionRowsParams p) {
   using T = typename Backward::T;
   constexpr int kHeadDim = Backward::kHeadDim, kBlockT = Backward::kBlockT;
-  constexpr int kPart = Backward::kPart;
+  constexpr int kPart = Backward::kPart, kCols = kPart / 64;
+  constexpr int kColParts = kHeadDim / kCols;  // 1: parts are query halves; 2: head dim halves
+  static_assert(kRowsThreads / tile::kWarpgroupSize * kPart == kBlockT * kHeadDim, "two parts");
   const RowBlock at_block(p, kBlockT);
   const int head = at_block.head, batch = at_block.batch;
   const int part = threadIdx.x / tile::kWarpgroupSize;
-  __shared__ tile::SharedTile<T, 64, 64> tiles[2];
+  __shared__ tile::SharedTile<T, 64, kCols> tiles[2];
 
-  tile::RegisterTile<float, 64, 64> accum;
+  tile::RegisterTile<float, 64, kCols> accum;
   const int64_t row = (int64_t{batch} * p.N + head) * p.padded_T + at_block.row;
   tile::load_fragments(accum, p.dquery_accum + row * kHeadDim + part * kPart);
   tile::scale(accum, p.scale);
-  tile::RegisterTile<T, 64, 64> rounded;
+  tile::RegisterTile<T, 64, kCols> rounded;
   tile::convert(rounded, accum);
   tile::store(tiles[part], 0, rounded);
   __syncthreads();
 
-  // H 64: parts are query halves; H 128: parts are halves of the head dim.
-  const int t0 = at_block.row + (kHeadDim == 64 ? 64 * part : 0);
-  const int h0 = kHeadDim == 64 ? 0 : 64 * part;
+  const int t0 = at_block.row + 64 * (part / kColParts);
+  const int h0 = kCols * (part % kColParts);
+  constexpr int kLanes = kCols / 8;  // 16 bytes each
+  constexpr int kRows = tile::kWarpgroupSize / kLanes;
   const int thread = threadIdx.x % tile::kWarpgroupSize;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int r = 16 * i + thread / 8, c = 8 * (thread % 8);
+  for (int i = 0; i < 64 / kRows; ++i) {
+    const int r = kRows * i + thread / kLanes, c = 8 * (thread % kLanes);
     const int t = t0 + r;
     if (t >= p.T) continue;
     const int64_t at = ((int64_t{batch} * p.T + t) * p.N + head) * kHeadDim + h0 + c;

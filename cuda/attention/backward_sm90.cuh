@@ -16,94 +16,31 @@
 // The order of products is FlashAttention-3's (Shah et al. 2024). docs/attention.md draws it.
 #pragma once
 
+#include "cuda/attention/backward_work.cuh"
 #include "cuda/attention/config.h"
-#include "cuda/attention/mask.cuh"
-#include "cuda/attention/params.h"
 #include "cuda/attention/softmax.cuh"
-#include "cuda/tile/ptx/atomic.cuh"
-#include "cuda/tile/tile.cuh"
 
 namespace jaxkern {
 
 template <class T_, int kHeadDim_, MaskKind kMask, bool kSoftCap>
-struct AttentionBackward {
+struct AttentionBackward : AttentionBackwardWork<kMask, attention_bwd_config(kHeadDim_).block_t> {
   using T = T_;
-  using Mask = AttentionMask<kMask, true>;
   static constexpr AttentionBwdConfig kConfig = attention_bwd_config(kHeadDim_);
+  using Base = AttentionBackwardWork<kMask, kConfig.block_t>;
+  using typename Base::Params, typename Base::Work;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kLongestFirst = kMask != MaskKind::kFull;
-  static constexpr int kConsumers = 2;
-  static constexpr int kBlockS = 64 * kConsumers;
+  static constexpr int kConsumers = Base::kParts;
+  static constexpr int kClusterBlocks = 1;
+  static constexpr int kBlockS = Base::kWorkS;
   static constexpr int kBlockT = kConfig.block_t;
   static constexpr int kStages = 2;
   static constexpr int kThreads = tile::kWarpgroupSize * (1 + kConsumers);
   static constexpr int kPart = 64 * 64;  // dQ elements a consumer makes per query block
   static_assert(kBlockT * kHeadDim == kConsumers * kPart, "dQ is one 64 x 64 part per consumer");
-  static_assert(kAttentionPadding % kBlockT == 0, "workspaces hold whole query blocks");
 
   using QueryTile = tile::SharedTile<T, kBlockT, kHeadDim>;  // (kBlockT, H)
   using KeyTile = tile::SharedTile<T, kBlockS, kHeadDim>;    // (kBlockS, H)
   using ScoreTile = tile::SharedTile<T, kBlockS, kBlockT>;   // (kBlockS, kBlockT)
-
-  struct Params {
-    CUtensorMap query, dout;               // boxes: one panel of kBlockT queries
-    CUtensorMap key, value, dkey, dvalue;  // boxes: one panel of kBlockS keys
-    CUtensorMap lse_log2, delta;           // boxes: kBlockT values of (B * N, Tp)
-    float* dquery_accum;                   // (B, N, Tp / kBlockT, kConsumers, kPart)
-    const float* hidden_dout;              // (B, K, H) or null
-    int* turns;                            // (B, N, Tp / kBlockT) or null
-    float scale, scale_log2, cap_factor;   // with a soft cap: of the capped logits, scale / cap
-    Mask mask;
-    tile::TileOrder order;
-    int kv_heads, group, padded_T;  // K, N / K, Tp
-  };
-
-  // The query blocks that a block of keys visits, none if begin >= end. Neither end falls from one
-  // block of keys to the next, so a query block is visited by consecutive ones.
-  struct BlockRange {
-    int begin, end;
-  };
-  __device__ __forceinline__ static BlockRange query_blocks(const Mask& mask, int batch,
-                                                            int key_block) {
-    const int key = key_block * kBlockS;
-    const ColumnRange queries = mask.columns(batch, key, key + kBlockS);
-    return {queries.begin / kBlockT, tile::ceil_div(queries.end, kBlockT)};
-  }
-
-  // One block's work. Query blocks run from `first` to `last`, for each head of the group. It is
-  // kept in shared memory, since 24 registers of a producer are too few to work a mask out.
-  struct Work {
-    int block, key, head_of_all;  // head_of_all counts through batch and key/value heads
-    int first, last;
-    BlockRange dense[kConsumers];  // needs no mask for the 64 keys of a consumer
-
-    __device__ __forceinline__ explicit Work(const Params& p) : Work(p, p.order.at(blockIdx.x)) {}
-    // Under a causal mask the first keys have the most queries.
-    __device__ __forceinline__ Work(const Params& p, tile::TileOrder::Tile at)
-        : block(at.block), key(block * kBlockS), head_of_all(at.head) {
-      const BlockRange queries = query_blocks(p.mask, batch(p), block);
-      first = queries.begin;
-      last = queries.end;
-      for (int i = 0; i < kConsumers; ++i) {
-        const int own_key = key + 64 * i;
-        const ColumnRange own = p.mask.columns(batch(p), own_key, own_key + 64);
-        dense[i] = {tile::ceil_div(own.dense_begin, kBlockT), own.dense_end / kBlockT};
-      }
-    }
-    __device__ __forceinline__ int batch(const Params& p) const { return head_of_all / p.kv_heads; }
-    __device__ __forceinline__ tile::tma::Coordinate keys(const Params& p) const {
-      return {batch(p), key, head_of_all % p.kv_heads};
-    }
-    __device__ __forceinline__ tile::tma::Coordinate queries(const Params& p, int member,
-                                                             int block) const {
-      const int kv_head = head_of_all % p.kv_heads;
-      return {batch(p), block * kBlockT, kv_head * p.group + member};
-    }
-    // Counts through batch and query heads.
-    __device__ __forceinline__ int query_head(const Params& p, int member) const {
-      return head_of_all * p.group + member;
-    }
-  };
 
   struct Storage {
     KeyTile key, value;  // take dK and dV at the end
@@ -123,16 +60,14 @@ struct AttentionBackward {
   enum NamedBarrier { kScores = 1 };
 
   __device__ __forceinline__ static void load_keys(const Params& p, Storage& shared) {
-    const Work& work = shared.work;
-    const auto at = work.keys(p);
+    const auto at = shared.work.keys();
     shared.key_value_full.arrive_expect(2 * KeyTile::kBytes);
     tile::tma::load(shared.key, p.key, at, shared.key_value_full);
     tile::tma::load(shared.value, p.value, at, shared.key_value_full);
   }
 
   __device__ __forceinline__ static void store_gradients(const Params& p, Storage& shared) {
-    const Work& work = shared.work;
-    const auto at = work.keys(p);
+    const auto at = shared.work.keys();
     shared.gradients_full.wait(0);
     tile::tma::store(p.dkey, at, shared.key);
     tile::tma::store(p.dvalue, at, shared.value);
@@ -140,54 +75,41 @@ struct AttentionBackward {
   }
 
   // Streams query blocks of one operand (queries or dO) and their row statistics (lse or delta).
-  __device__ __forceinline__ static void load_queries(const Params& p, const CUtensorMap& map,
-                                                      const CUtensorMap& row_map,
-                                                      tile::Ring<kStages>& ring,
-                                                      QueryTile (&tiles)[kStages],
-                                                      float (&rows)[kStages][kBlockT],
-                                                      const Work& work) {
+  __device__ __forceinline__ static void load_queries(
+      const Params& p, const Work& work, const CUtensorMap& map, const CUtensorMap& row_map,
+      tile::Ring<kStages>& ring, QueryTile (&tiles)[kStages], float (&rows)[kStages][kBlockT]) {
     tile::Slot<kStages> slot;
-    for (int member = 0; member < p.group; ++member) {
-      for (int block = work.first; block < work.last; ++block, slot.advance()) {
-        slot.wait_empty(ring);
-        auto& full = ring.full[slot.stage()];
-        full.arrive_expect(QueryTile::kBytes + sizeof(rows[0]));
-        tile::tma::load(tiles[slot.stage()], map, work.queries(p, member, block), full);
-        tile::tma::load(rows[slot.stage()], row_map, work.query_head(p, member), block * kBlockT,
-                        full);
-      }
-    }
+    work.for_each(p, [&](int member, int block) {
+      slot.wait_empty(ring);
+      auto& full = ring.full[slot.stage()];
+      full.arrive_expect(QueryTile::kBytes + sizeof(rows[0]));
+      tile::tma::load(tiles[slot.stage()], map, work.queries(p, member, block), full);
+      tile::tma::load(rows[slot.stage()], row_map, work.query_head(p, member), block * kBlockT,
+                      full);
+      slot.advance();
+    });
   }
 
-  // Adds one consumer's part of dQ, in the order in which parts come or, if there are turns, in
-  // that of the keys.
+  // Adds one consumer's parts of dQ.
   __device__ __forceinline__ static void add_dquery(const Params& p, Storage& shared,
                                                     int consumer) {
     const Work& work = shared.work;
     auto& ring = shared.dquery_ring[consumer];
     tile::Slot<1> slot;
-    for (int member = 0; member < p.group; ++member) {
-      for (int block = work.first; block < work.last; ++block, slot.advance()) {
-        slot.wait_full(ring);
-        const int64_t row = int64_t{work.query_head(p, member)} * p.padded_T + block * kBlockT;
-        float* accum = p.dquery_accum + row * kHeadDim + consumer * kPart;
-        int* turn = p.turns == nullptr ? nullptr : p.turns + row / kBlockT;
-        if (turn != nullptr) wait_turn(turn, work.block);
-        tile::tma::add(accum, shared.dquery[consumer], kPart);
-        tile::tma::wait_stores_read();
-        ring.empty[0].arrive();
-        if (turn != nullptr) {
-          tile::tma::wait_stores();
-          tile::ptx::add_release(turn, 1);
-        }
+    work.for_each(p, [&](int member, int block) {
+      slot.wait_full(ring);
+      const int64_t row = Base::accum_row(p, work, member, block);
+      if (p.turns != nullptr) Base::wait_turn(p, work, row);
+      tile::tma::add(p.dquery_accum + row * kHeadDim + consumer * kPart, shared.dquery[consumer],
+                     kPart);
+      tile::tma::wait_stores_read();
+      ring.empty[0].arrive();
+      if (p.turns != nullptr) {
+        tile::tma::wait_stores();
+        Base::pass_turn(p, row);
       }
-    }
-  }
-
-  // A turn counts kConsumers for each block of keys, from the first that visits its query block on.
-  __device__ __forceinline__ static void wait_turn(const int* turn, int key_block) {
-    while (tile::ptx::load_acquire(turn) / kConsumers != key_block) {
-    }
+      slot.advance();
+    });
   }
 
   __device__ __forceinline__ static void consume(const Params& p, Storage& shared, int consumer) {
@@ -203,7 +125,7 @@ struct AttentionBackward {
     const auto key = tile::k_major<64>(shared.key, 64 * consumer);
     const auto value = tile::k_major<64>(shared.value, 64 * consumer);
     tile::Slot<kStages> slot;
-    const auto step = [&](int block) {
+    work.for_each(p, [&](int, int block) {
       auto& query_tile = shared.query[slot.stage()];
       auto& dout_tile = shared.dout[slot.stage()];
       auto& dscores_tile = shared.dscores[slot.stage()];
@@ -220,11 +142,11 @@ struct AttentionBackward {
       // P^T = 2^(S^T * scale_log2 - lse_log2), while dP^T is multiplied.
       tile::mma_wait<1>(scores);
       if constexpr (kSoftCap) cap_logits(scores, p.cap_factor);
-      const BlockRange dense = work.dense[consumer];
-      if (block < dense.begin || (Mask::kUpper && block >= dense.end)) {
-        p.mask.sequence(work.batch(p)).apply(scores, key0, block * kBlockT);
+      if (work.needs_mask(consumer, block)) {
+        p.mask.apply(scores, work.batch, key0, block * kBlockT);
       }
-      exponentiate(scores, weights, dscores, shared.lse_log2[slot.stage()], p.scale_log2);
+      exponentiate<kSoftCap>(scores, weights, shared.lse_log2[slot.stage()], p.scale_log2);
+      if constexpr (kSoftCap && !kConfig.exact_weights) tile::convert(dscores, scores);
       tile::mma_fence(dvalue);
       tile::mma(dvalue, weights, tile::mn_major<kHeadDim>(dout_tile), true);
       tile::mma_commit();
@@ -270,16 +192,11 @@ struct AttentionBackward {
       tile::mma_wait<0>(dkey);
       shared.query_ring.empty[slot.stage()].arrive_warp();
       slot.advance();
-    };
-
-    const int first = work.first, last = work.last;
-    for (int member = 0; member < p.group; ++member) {
-      for (int block = first; block < last; ++block) step(block);
-    }
+    });
 
     tile::scale(dkey, p.scale);
     if (p.hidden_dout != nullptr) {
-      add_row(dvalue, p.hidden_dout + int64_t{work.head_of_all} * kHeadDim);
+      tile::add_row(dvalue, p.hidden_dout + int64_t{work.key_head(p)} * kHeadDim);
     }
     tile::RegisterTile<T, 64, kHeadDim> rounded;
     tile::ptx::named_barrier_sync(kScores, kConsumers * tile::kWarpgroupSize);  // K, V are read
@@ -289,63 +206,6 @@ struct AttentionBackward {
     tile::store(shared.value, 64 * consumer, rounded);
     tile::tma::fence_writes();
     shared.gradients_full.arrive_warp();
-  }
-
-  // weights(key, query) = 2^(x * scale_log2 - lse_log2[query]), rounded. What dP - delta is to be
-  // multiplied by, these weights times, with a soft cap, its slope 1 - x^2, replaces x if float32
-  // is asked for, and else goes to `rounded` where it differs from `weights`.
-  __device__ __forceinline__ static void exponentiate(tile::RegisterTile<float, 64, kBlockT>& x,
-                                                      tile::RegisterTile<T, 64, kBlockT>& weights,
-                                                      tile::RegisterTile<T, 64, kBlockT>& rounded,
-                                                      const float* lse_log2, float scale_log2) {
-#pragma unroll
-    for (int j = 0; j < kBlockT / 8; ++j) {
-      const float2 lse = *reinterpret_cast<const float2*>(lse_log2 + tile::fragment_col(j));
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float2 logit = tile::pair(x, j, i);
-        float a = tile::ptx::exp2_approx(logit.x * scale_log2 - lse.x);
-        float b = tile::ptx::exp2_approx(logit.y * scale_log2 - lse.y);
-        weights.data[2 * j + i] = tile::pack<T>(a, b);
-        if constexpr (kSoftCap) {  // the slope of a hidden logit is -inf
-          a *= fmaxf(1.0f - logit.x * logit.x, 0.0f);
-          b *= fmaxf(1.0f - logit.y * logit.y, 0.0f);
-          if constexpr (!kConfig.exact_weights) rounded.data[2 * j + i] = tile::pack<T>(a, b);
-        }
-        x.at(j, i, 0) = a;
-        x.at(j, i, 1) = b;
-      }
-    }
-  }
-
-  // x(r, c) += row[c]
-  __device__ __forceinline__ static void add_row(tile::RegisterTile<float, 64, kHeadDim>& x,
-                                                 const float* row) {
-#pragma unroll
-    for (int j = 0; j < kHeadDim / 8; ++j) {
-      const float2 y = *reinterpret_cast<const float2*>(row + tile::fragment_col(j));
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        x.at(j, i, 0) += y.x;
-        x.at(j, i, 1) += y.y;
-      }
-    }
-  }
-
-  // x(key, query) = (x(key, query) - delta[query]) * y(key, query)
-  template <class Weights>
-  __device__ __forceinline__ static void multiply_centered(
-      tile::RegisterTile<float, 64, kBlockT>& x, const Weights& y, const float* delta) {
-#pragma unroll
-    for (int j = 0; j < kBlockT / 8; ++j) {
-      const float2 d = *reinterpret_cast<const float2*>(delta + tile::fragment_col(j));
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float2 w = tile::pair(y, j, i);
-        x.at(j, i, 0) = (x.at(j, i, 0) - d.x) * w.x;
-        x.at(j, i, 1) = (x.at(j, i, 1) - d.y) * w.y;
-      }
-    }
   }
 };
 
@@ -362,7 +222,7 @@ __global__ void __launch_bounds__(Backward::kThreads, 1)
     for (auto& ring : shared.dquery_ring) ring.init(kWarps, 1);
     shared.key_value_full.init(1);
     shared.gradients_full.init(kWarps * Backward::kConsumers);
-    shared.work = typename Backward::Work(p);
+    shared.work = typename Backward::Work(p, p.order.at(blockIdx.x));
     tile::ptx::fence_mbarrier_init();
   }
   __syncthreads();
@@ -371,12 +231,12 @@ __global__ void __launch_bounds__(Backward::kThreads, 1)
     tile::ptx::setmaxnreg_decrease<Backward::kConfig.producer_registers>();
     if (threadIdx.x == 0) {
       Backward::load_keys(p, shared);
-      Backward::load_queries(p, p.query, p.lse_log2, shared.query_ring, shared.query,
-                             shared.lse_log2, shared.work);
+      Backward::load_queries(p, shared.work, p.query, p.lse_log2, shared.query_ring, shared.query,
+                             shared.lse_log2);
       Backward::store_gradients(p, shared);
     } else if (threadIdx.x == tile::kWarpSize) {
-      Backward::load_queries(p, p.dout, p.delta, shared.dout_ring, shared.dout, shared.delta,
-                             shared.work);
+      Backward::load_queries(p, shared.work, p.dout, p.delta, shared.dout_ring, shared.dout,
+                             shared.delta);
     } else if (threadIdx.x % tile::kWarpSize == 0) {
       Backward::add_dquery(p, shared, threadIdx.x / tile::kWarpSize - 2);
     }

@@ -42,4 +42,17 @@ constexpr AttentionBwdConfig attention_bwd_config(int head_dim) {
                         : AttentionBwdConfig{64, true, 24, 240};
 }
 
+// Backward at head dim 256: one producer and three consumer warpgroups, each with a product and
+// registers of its own. dquery_cols: of dQ that are made at a time. With a soft cap, dV needs what
+// the shorter accumulator of dQ leaves.
+struct AttentionBwdWideConfig {
+  int block_t, dquery_cols;
+  int producer_registers, dvalue_registers, dkey_registers, dquery_registers;
+};
+
+constexpr AttentionBwdWideConfig attention_bwd_wide_config(bool soft_cap) {
+  return soft_cap ? AttentionBwdWideConfig{64, 64, 24, 232, 192, 64}
+                  : AttentionBwdWideConfig{64, 128, 24, 200, 192, 96};
+}
+
 }  // namespace jaxkern

@@ -150,7 +150,6 @@ struct AttentionForward {
     tile::RegisterTile<float, 64, kBlockS> logits;  // (64, kBlockS), then exponentials
     tile::RegisterTile<T, 64, kBlockS> weights;     // (64, kBlockS)
 
-    const auto mask = [&](const Work& work) { return p.mask.sequence(work.batch); };
     const auto take_turn = [&] {
       if constexpr (!kConfig.takes_turns) return;
       tile::ptx::named_barrier_sync(kTurn + consumer, 2 * tile::kWarpgroupSize);
@@ -195,7 +194,7 @@ struct AttentionForward {
       release_key();
       key.advance();
       if constexpr (kSoftCap) cap_logits(logits, p.cap_factor);
-      mask(work).apply(logits, row, block * kBlockS);
+      p.mask.apply(logits, work.batch, row, block * kBlockS);
       softmax.template update<true>(logits);
       tile::convert(weights, logits);
 
@@ -208,7 +207,7 @@ struct AttentionForward {
         tile::mma_wait<1>(logits);
         release_key();
         if constexpr (kSoftCap) cap_logits(logits, p.cap_factor);
-        if constexpr (kMasked) mask(work).apply(logits, row, block * kBlockS);
+        if constexpr (kMasked) p.mask.apply(logits, work.batch, row, block * kBlockS);
         const tile::RowVector rescale = softmax.template update<kMasked>(logits);
         tile::mma_wait<0>(out);
         release_value();
@@ -229,7 +228,7 @@ struct AttentionForward {
       issue_out();
       tile::RowVector lse;
       tile::RowVector inverse = softmax.finish(lse);
-      const int length = mask(work).rows;
+      const int length = p.mask.sequence(work.batch).rows;
       float* lse_row = p.lse + (int64_t{work.batch} * p.heads + work.head) * p.mask.rows;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {

@@ -38,15 +38,13 @@ struct ColumnRange {
   }
 };
 
-// The mask of one sequence.
-template <bool kLower, bool kUpper, bool kSegments, bool kTransposed>
+// The mask of one sequence, segments aside.
+template <bool kLower, bool kUpper, bool kTransposed>
 struct SequenceMask {
-  int rows, cols;           // of the sequence
-  int first, last;          // row r sees columns r + first .. r + last
-  const int* row_segments;  // (rows)
-  const int* col_segments;  // (cols) or null: no segments
+  int rows, cols;   // of the sequence
+  int first, last;  // row r sees columns r + first .. r + last
 
-  // Of the rows from `row` up to `row_end`, segments aside.
+  // Of the rows from `row` up to `row_end`.
   __device__ __forceinline__ ColumnRange columns(int row, int row_end) const {
     if (row >= rows) return {cols, 0, cols, 0};
     const int last_row = min(row_end, rows) - 1;
@@ -66,7 +64,6 @@ struct SequenceMask {
     return range;
   }
 
-  // logits: rows from `row0`, columns from `col0`. Hidden ones become -inf.
   template <int kCols>
   __device__ __forceinline__ void apply(tile::RegisterTile<float, 64, kCols>& logits, int row0,
                                         int col0) const {
@@ -85,30 +82,6 @@ struct SequenceMask {
         }
       }
     }
-    if (kSegments && col_segments != nullptr) hide_other_segments(logits, row0, col0);
-  }
-
- private:
-  template <int kCols>
-  __device__ __forceinline__ void hide_other_segments(tile::RegisterTile<float, 64, kCols>& logits,
-                                                      int row0, int col0) const {
-    // Rows and columns outside the sequence are hidden or dropped already: any id will do.
-    const auto id_of = [](const int* segments, int at, int count) {
-      return at < count ? segments[at] : 0;
-    };
-    const int own[2] = {id_of(row_segments, row0 + tile::fragment_row(0), rows),
-                        id_of(row_segments, row0 + tile::fragment_row(1), rows)};
-#pragma unroll
-    for (int j = 0; j < kCols / 8; ++j) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int id = id_of(col_segments, col0 + tile::fragment_col(j) + c, cols);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (id != own[i]) logits.at(j, i, c) = -INFINITY;
-        }
-      }
-    }
   }
 };
 
@@ -119,7 +92,7 @@ struct AttentionMask {
   static constexpr bool kCausal = kKind == MaskKind::kCausal;
   static constexpr bool kLower = kBand || (kCausal && kTransposed);
   static constexpr bool kUpper = kBand || (kCausal && !kTransposed);
-  using Sequence = SequenceMask<kLower, kUpper, kBand, kTransposed>;
+  using Sequence = SequenceMask<kLower, kUpper, kTransposed>;
 
   int rows, cols;    // of the arrays
   int lower, upper;  // at most rows + cols
@@ -155,12 +128,15 @@ struct AttentionMask {
       own_cols = col_lengths[batch];
     }
     const int shift = bottom_right ? own_cols - own_rows : 0;
-    Sequence mask = {own_rows, own_cols, shift - lower, shift + upper, nullptr, nullptr};
-    if (kBand && row_segments != nullptr) {
-      mask.row_segments = row_segments + int64_t{batch} * rows;
-      mask.col_segments = col_segments + int64_t{batch} * cols;
-    }
-    return mask;
+    return {own_rows, own_cols, shift - lower, shift + upper};
+  }
+
+  // logits: rows from `row0`, columns from `col0`. Hidden ones become -inf.
+  template <int kCols>
+  __device__ __forceinline__ void apply(tile::RegisterTile<float, 64, kCols>& logits, int batch,
+                                        int row0, int col0) const {
+    sequence(batch).apply(logits, row0, col0);
+    if (kBand && row_segments != nullptr) hide_other_segments(logits, batch, row0, col0);
   }
 
   // Of the rows from `row` up to `row_end`, both multiples of kAttentionGranule.
@@ -175,6 +151,29 @@ struct AttentionMask {
       all = all.join({range.x, range.y, range.z, range.w});
     }
     return all;
+  }
+
+ private:
+  template <int kCols>
+  __device__ __forceinline__ void hide_other_segments(tile::RegisterTile<float, 64, kCols>& logits,
+                                                      int batch, int row0, int col0) const {
+    // Rows and columns outside the arrays are hidden or dropped already: any id will do.
+    const auto id_of = [&](const int* segments, int at, int count) {
+      return at < count ? segments[int64_t{batch} * count + at] : 0;
+    };
+    const int own[2] = {id_of(row_segments, row0 + tile::fragment_row(0), rows),
+                        id_of(row_segments, row0 + tile::fragment_row(1), rows)};
+#pragma unroll
+    for (int j = 0; j < kCols / 8; ++j) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int id = id_of(col_segments, col0 + tile::fragment_col(j) + c, cols);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if (id != own[i]) logits.at(j, i, c) = -INFINITY;
+        }
+      }
+    }
   }
 };
 

@@ -52,10 +52,11 @@ __global__ void __launch_bounds__(kRangesThreads)
   const int batch = blockIdx.x / granules, row = blockIdx.x % granules * kAttentionGranule;
   const auto sequence = mask.sequence(batch);
   ColumnRange range = sequence.columns(row, row + kAttentionGranule);
-  if (sequence.row_segments != nullptr) {
+  if (mask.row_segments != nullptr) {
+    const int* row_segments = mask.row_segments + int64_t{batch} * mask.rows;
+    const int* col_segments = mask.col_segments + int64_t{batch} * mask.cols;
     const int row_end = min(row + kAttentionGranule, sequence.rows);
-    range = range.meet(
-        segment_columns(sequence.row_segments, sequence.col_segments, row, row_end, sequence.cols));
+    range = range.meet(segment_columns(row_segments, col_segments, row, row_end, sequence.cols));
   }
   if (range.empty()) range = {mask.cols, 0, mask.cols, 0};
   if (threadIdx.x == 0) {

@@ -81,4 +81,48 @@ struct OnlineSoftmax {
   }
 };
 
+// Backward, on tiles whose rows are keys and whose columns are queries.
+
+// x(key, query) = 2^(x * scale_log2 - lse_log2[query]), and the same rounded. With a soft cap,
+// whose logits come in units of the cap, x is multiplied by the cap's slope too: what dP - delta
+// takes.
+template <bool kSoftCap, class T, int kCols>
+__device__ __forceinline__ void exponentiate(tile::RegisterTile<float, 64, kCols>& x,
+                                             tile::RegisterTile<T, 64, kCols>& rounded,
+                                             const float* lse_log2, float scale_log2) {
+#pragma unroll
+  for (int j = 0; j < kCols / 8; ++j) {
+    const float2 lse = *reinterpret_cast<const float2*>(lse_log2 + tile::fragment_col(j));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float2 logit = tile::pair(x, j, i);
+      float a = tile::ptx::exp2_approx(logit.x * scale_log2 - lse.x);
+      float b = tile::ptx::exp2_approx(logit.y * scale_log2 - lse.y);
+      rounded.data[2 * j + i] = tile::pack<T>(a, b);
+      if constexpr (kSoftCap) {  // the slope of a hidden logit would be -inf
+        a *= fmaxf(1.0f - logit.x * logit.x, 0.0f);
+        b *= fmaxf(1.0f - logit.y * logit.y, 0.0f);
+      }
+      x.at(j, i, 0) = a;
+      x.at(j, i, 1) = b;
+    }
+  }
+}
+
+// x(key, query) = (x(key, query) - delta[query]) * y(key, query)
+template <int kCols, class Weights>
+__device__ __forceinline__ void multiply_centered(tile::RegisterTile<float, 64, kCols>& x,
+                                                  const Weights& y, const float* delta) {
+#pragma unroll
+  for (int j = 0; j < kCols / 8; ++j) {
+    const float2 d = *reinterpret_cast<const float2*>(delta + tile::fragment_col(j));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float2 w = tile::pair(y, j, i);
+      x.at(j, i, 0) = (x.at(j, i, 0) - d.x) * w.x;
+      x.at(j, i, 1) = (x.at(j, i, 1) - d.y) * w.y;
+    }
+  }
+}
+
 }  // namespace jaxkern

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/tile/pipeline.cuh"
+#include "cuda/tile/ptx/copy.cuh"
 
 namespace jaxkern::tile {
 
@@ -38,6 +39,14 @@ struct Cluster {
         ptx::mbarrier_arrive_cluster(ptx::cluster_address(&barrier.word, lane));
       }
     }
+  }
+
+  // Copies a span of this block's shared memory to where block `to_rank` has `to`, and completes on
+  // `barrier` there, which must expect the bytes. One thread calls it, after tma::fence_writes().
+  __device__ __forceinline__ static void copy(void* to, const void* from, int bytes,
+                                              Barrier& barrier, int to_rank) {
+    ptx::bulk_copy_cluster(ptx::cluster_address(to, to_rank), from, bytes,
+                           ptx::cluster_address(&barrier.word, to_rank));
   }
 };
 

@@ -101,6 +101,20 @@ __device__ __forceinline__ void scale_rows(RegisterTile<float, 64, kCols>& x,
   }
 }
 
+// x(r, c) += row[c], in memory
+template <int kCols>
+__device__ __forceinline__ void add_row(RegisterTile<float, 64, kCols>& x, const float* row) {
+#pragma unroll
+  for (int j = 0; j < kCols / 8; ++j) {
+    const float2 y = *reinterpret_cast<const float2*>(row + fragment_col(j));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      x.at(j, i, 0) += y.x;
+      x.at(j, i, 1) += y.y;
+    }
+  }
+}
+
 template <int kCols>
 __device__ __forceinline__ void scale(RegisterTile<float, 64, kCols>& x, float factor) {
 #pragma unroll

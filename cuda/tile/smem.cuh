@@ -7,6 +7,7 @@
 
 #include "cuda/tile/ptx/barrier.cuh"
 #include "cuda/tile/ptx/matrix.cuh"
+#include "cuda/tile/ptx/special.cuh"
 #include "cuda/tile/reg.cuh"
 
 namespace jaxkern::tile {
@@ -45,16 +46,16 @@ __device__ __forceinline__ Storage& shared_storage() {
   return *reinterpret_cast<Storage*>(shared_bytes);
 }
 
-// y[row0 + r, c] = x(r, c), by one warpgroup.
-template <class T, int kRows, int kCols>
-__device__ __forceinline__ void store(SharedTile<T, kRows, kCols>& y, int row0,
-                                      const RegisterTile<T, 64, kCols>& x) {
+// y[row0 + r, col0 + c] = x(r, c), by one warpgroup.
+template <class T, int kRows, int kTileCols, int kCols>
+__device__ __forceinline__ void store(SharedTile<T, kRows, kTileCols>& y, int row0,
+                                      const RegisterTile<T, 64, kCols>& x, int col0 = 0) {
   const int t = threadIdx.x % kWarpgroupSize, lane = t % kWarpSize;
   const int row = row0 + 16 * (t / kWarpSize) + lane % 16;  // matrices 0, 2: rows 0-7; 1, 3: 8-15
 #pragma unroll
   for (int j = 0; j < kCols / 16; ++j) {
     const uint32_t* r = x.data + 4 * j;
-    ptx::stmatrix_x4(y.chunk(row, 16 * j + 8 * (lane / 16)), r[0], r[1], r[2], r[3]);
+    ptx::stmatrix_x4(y.chunk(row, col0 + 16 * j + 8 * (lane / 16)), r[0], r[1], r[2], r[3]);
   }
 }
 
@@ -72,7 +73,7 @@ __device__ __forceinline__ void load(RegisterTile<T, 64, kCols>& x, SharedTile<T
 }
 
 // Fragment order: 16 bytes of every thread in turn, so that nobody shares a bank. Meant for data
-// that is read back by load_fragments().
+// that is read back by load_fragments(). In global memory add_fragments() adds to it.
 template <int kCols>
 __device__ __forceinline__ void store_fragments(float* y, const RegisterTile<float, 64, kCols>& x) {
   float4* out = reinterpret_cast<float4*>(y) + threadIdx.x % kWarpgroupSize;
@@ -93,6 +94,40 @@ __device__ __forceinline__ void load_fragments(RegisterTile<float, 64, kCols>& x
     x.data[4 * j + 1] = d.y;
     x.data[4 * j + 2] = d.z;
     x.data[4 * j + 3] = d.w;
+  }
+}
+
+// The same for 16-bit tiles.
+template <class T, int kCols>
+__device__ __forceinline__ void store_fragments(T* y, const RegisterTile<T, 64, kCols>& x) {
+  uint4* out = reinterpret_cast<uint4*>(y) + threadIdx.x % kWarpgroupSize;
+#pragma unroll
+  for (int j = 0; j < kCols / 16; ++j) {
+    const uint32_t* d = x.data + 4 * j;
+    out[j * kWarpgroupSize] = make_uint4(d[0], d[1], d[2], d[3]);
+  }
+}
+
+template <class T, int kCols>
+__device__ __forceinline__ void load_fragments(RegisterTile<T, 64, kCols>& x, const T* y) {
+  const uint4* in = reinterpret_cast<const uint4*>(y) + threadIdx.x % kWarpgroupSize;
+#pragma unroll
+  for (int j = 0; j < kCols / 16; ++j) {
+    const uint4 d = in[j * kWarpgroupSize];
+    x.data[4 * j] = d.x;
+    x.data[4 * j + 1] = d.y;
+    x.data[4 * j + 2] = d.z;
+    x.data[4 * j + 3] = d.w;
+  }
+}
+
+// y += x for y in global memory, done by the L2 cache: a warp's instruction is 512 bytes in a row.
+template <int kCols>
+__device__ __forceinline__ void add_fragments(float* y, const RegisterTile<float, 64, kCols>& x) {
+  float* out = y + 4 * (threadIdx.x % kWarpgroupSize);
+#pragma unroll
+  for (int j = 0; j < kCols / 8; ++j) {
+    ptx::reduce_add_v4(out + 4 * j * kWarpgroupSize, x.data + 4 * j);
   }
 }
 

@@ -4,6 +4,8 @@
 // calls these.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/tile/pipeline.cuh"
 #include "cuda/tile/ptx/copy.cuh"
 #include "cuda/tile/smem.cuh"
@@ -19,15 +21,15 @@ struct Corner {
   int row, col;
 };
 
-// Loads the whole tile; `barrier` must expect Tile::kBytes.
+// Loads the whole tile, from column `col` on; `barrier` must expect Tile::kBytes.
 template <class T, int kRows, int kCols>
 __device__ __forceinline__ void load(SharedTile<T, kRows, kCols>& y, const CUtensorMap& x,
-                                     Coordinate at, Barrier& barrier) {
+                                     Coordinate at, Barrier& barrier, int col = 0) {
   using Tile = SharedTile<T, kRows, kCols>;
 #pragma unroll
   for (int p = 0; p < Tile::kPanels; ++p) {
     ptx::bulk_tensor_load(y.data + p * Tile::kPanelCols * kRows, &x, &barrier.word,
-                          p * Tile::kPanelCols, at.head, at.row, at.batch);
+                          col + p * Tile::kPanelCols, at.head, at.row, at.batch);
   }
 }
 
@@ -44,9 +46,9 @@ __device__ __forceinline__ void load(SharedTile<T, kRows, kCols>& y, const CUten
 
 // Loads one tile into all blocks of a cluster. Each block calls this, brings its share of the
 // panels to everyone, and expects Tile::kBytes at its own barrier.
-template <class Cluster, class T, int kRows, int kCols>
+template <class Cluster, class T, int kRows, int kCols, class At>
 __device__ __forceinline__ void load_multicast(SharedTile<T, kRows, kCols>& y, const CUtensorMap& x,
-                                               Corner at, Barrier& barrier) {
+                                               At at, Barrier& barrier) {
   using Tile = SharedTile<T, kRows, kCols>;
   constexpr int kShare = Tile::kPanels / Cluster::kBlocks;
   static_assert(kShare * Cluster::kBlocks == Tile::kPanels, "blocks must share the panels evenly");
@@ -56,8 +58,15 @@ __device__ __forceinline__ void load_multicast(SharedTile<T, kRows, kCols>& y, c
 #pragma unroll
     for (int i = 0; i < kShare; ++i) {
       const int p = Cluster::rank() * kShare + i;
-      ptx::bulk_tensor_load_multicast(y.data + p * Tile::kPanelCols * kRows, &x, &barrier.word,
-                                      at.col + p * Tile::kPanelCols, at.row, Cluster::kAll);
+      T* panel = y.data + p * Tile::kPanelCols * kRows;
+      const int col = p * Tile::kPanelCols;
+      if constexpr (std::is_same_v<At, Corner>) {
+        ptx::bulk_tensor_load_multicast(panel, &x, &barrier.word, at.col + col, at.row,
+                                        Cluster::kAll);
+      } else {
+        ptx::bulk_tensor_load_multicast(panel, &x, &barrier.word, col, at.head, at.row, at.batch,
+                                        Cluster::kAll);
+      }
     }
   }
 }

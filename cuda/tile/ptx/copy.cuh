@@ -59,6 +59,30 @@ __device__ __forceinline__ void bulk_tensor_load_multicast(void* shared, const C
       : "memory");
 }
 
+// The same of a rank-4 tensor.
+__device__ __forceinline__ void bulk_tensor_load_multicast(void* shared, const CUtensorMap* map,
+                                                           uint64_t* barrier, int c0, int c1,
+                                                           int c2, int c3, uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4, %5, %6}], [%2], %7;"
+      :
+      : "r"(shared_address(shared)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1),
+        "r"(c2), "r"(c3), "h"(blocks)
+      : "memory");
+}
+
+// A flat span of this block's shared memory to another block's; `to` and `barrier`, on which it
+// completes, are cluster addresses.
+__device__ __forceinline__ void bulk_copy_cluster(uint32_t to, const void* from, uint32_t bytes,
+                                                  uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+      :
+      : "r"(to), "r"(shared_address(from)), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
 // One box from shared memory into a rank-2 tensor.
 __device__ __forceinline__ void bulk_tensor_store(const CUtensorMap* map, const void* shared,
                                                   int c0, int c1) {

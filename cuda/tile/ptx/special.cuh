@@ -1,4 +1,5 @@
-// Instructions with no C++ spelling: register budgets, fast exponential and reciprocal.
+// Instructions with no C++ spelling: register budgets, fast exponential and reciprocal,
+// wide reductions.
 #pragma once
 
 namespace jaxkern::tile::ptx {
@@ -25,6 +26,14 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// global[0 .. 4) += x[0 .. 4), in no order with respect to other memory operations.
+__device__ __forceinline__ void reduce_add_v4(float* global, const float* x) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(global), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
+               : "memory");
 }
 
 }  // namespace jaxkern::tile::ptx
