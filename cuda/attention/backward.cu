@@ -67,7 +67,9 @@ cudaError_t launch_backward(const AttentionBwdParams& params, cudaStream_t strea
   p.order = {
       .blocks = static_cast<int>(tile::ceil_div(shape.S, Backward::kWorkS)),
       .heads = static_cast<int>(shape.B * shape.K),
-      .section = kMask != MaskKind::kFull ? kv_heads_in_l2(8 * shape.T * shape.H * p.group) : 1,
+      .section = kMask != MaskKind::kFull
+                     ? kv_heads_in_backward_section(8 * shape.T * shape.H * p.group)
+                     : 1,
   };
 
   const AttentionRowsParams rows = {

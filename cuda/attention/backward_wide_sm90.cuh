@@ -116,7 +116,7 @@ struct AttentionBackwardWide
   }
 
   __device__ __forceinline__ static void load_keys_and_queries(const Params& p, Storage& shared) {
-    const Work& work = shared.work;
+    const Work work = shared.work;
     shared.key_full.arrive_expect(KeyTile::kBytes + KeyPartTile::kBytes);
     tile::tma::load(shared.key, p.key, work.keys(Cluster::rank()), shared.key_full);
     tile::tma::load(shared.peers_key, p.key, work.keys(peer()), shared.key_full,
@@ -136,7 +136,7 @@ struct AttentionBackwardWide
   }
 
   __device__ __forceinline__ static void load_values_and_dout(const Params& p, Storage& shared) {
-    const Work& work = shared.work;
+    const Work work = shared.work;
     shared.value_full.arrive_expect(KeyTile::kBytes);
     tile::tma::load(shared.value, p.value, work.keys(Cluster::rank()), shared.value_full);
     tile::Slot<1> slot;
@@ -150,7 +150,7 @@ struct AttentionBackwardWide
   }
 
   __device__ __forceinline__ static void store_gradients(const Params& p, Storage& shared) {
-    const Work& work = shared.work;
+    const Work work = shared.work;
     shared.gradients_full.wait(0);
     tile::tma::store(p.dkey, work.keys(Cluster::rank()), shared.key);
     tile::tma::store(p.dvalue, work.keys(Cluster::rank()), shared.value);
@@ -211,7 +211,7 @@ struct AttentionBackwardWide
   }
 
   __device__ __forceinline__ static void make_dkey(const Params& p, Storage& shared) {
-    const Work& work = shared.work;
+    const Work work = shared.work;
     Gradient dkey;                                        // (64, H)
     tile::RegisterTile<float, 64, kBlockT> dweights;      // (64, kBlockT): dP^T
     tile::RegisterTile<T, 64, kBlockT> weights, dscores;  // (64, kBlockT): P^T, dS^T
@@ -269,7 +269,7 @@ struct AttentionBackwardWide
   }
 
   __device__ __forceinline__ static void make_dquery(const Params& p, Storage& shared) {
-    const Work& work = shared.work;
+    const Work work = shared.work;
     constexpr int kCols = kConfig.dquery_cols;
     tile::RegisterTile<float, 64, kCols> dquery;  // (kBlockT, kCols), kPartH / kCols times
     const bool leader = threadIdx.x % tile::kWarpgroupSize == 0;

@@ -39,10 +39,11 @@ cudaError_t launch_forward(const AttentionFwdParams& params, cudaStream_t stream
   p.mask = Forward::Mask::of(shape, options, ranges);
   p.heads = static_cast<int>(shape.N);
   p.group = static_cast<int>(shape.N / shape.K);
+  const int section = heads_in_forward_section(4 * shape.S * shape.H);
   p.order = {
       .blocks = static_cast<int>(tile::ceil_div(shape.T, Forward::kBlockT)),
       .heads = static_cast<int>(shape.B * shape.N),
-      .section = Forward::kLongestFirst ? p.group * kv_heads_in_l2(4 * shape.S * shape.H) : 1,
+      .section = Forward::kLongestFirst ? tile::ceil_div(section, p.group) * p.group : 1,
   };
   p.tile_counter = params.workspace;
   if (cudaError_t error = cudaMemsetAsync(p.tile_counter, 0, sizeof(int), stream)) return error;
