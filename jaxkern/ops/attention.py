@@ -177,10 +177,14 @@ class _Config(NamedTuple):
         }
 
     def axes_of_masks(self, rank):
-        """Names of the axes of the operands that follow the floating-point ones."""
+        """Names of the axes of the operands that follow the floating-point ones.
+
+        Segment ids name their lengths differently, so that how they are sharded along them is not
+        taken over for the results.
+        """
         lead = _lead(rank)
         lengths = (lead, lead) if self.has_lengths else ()
-        return (*lengths, (*lead, "t"), (*lead, "s")) if self.has_segments else lengths
+        return (*lengths, (*lead, "tids"), (*lead, "sids")) if self.has_segments else lengths
 
 
 _UNBOUNDED = np.iinfo(np.int32).max
