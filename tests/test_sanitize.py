@@ -82,6 +82,9 @@ def check(fn, operands, cotangents):
         run = jax.jit(lambda o, c, i=implementation: outputs_and_gradients(fn(i), o, c))
         results.append([np.asarray(x, np.float32) for x in jax.tree.leaves(run(*arrays))])
     for got, wanted in zip(*results, strict=True):
+        huge = np.abs(wanted) > 1e30  # the log-sum-exp of a query without a key
+        np.testing.assert_array_equal(got[huge], wanted[huge])
+        got, wanted = got[~huge], wanted[~huge]
         assert np.linalg.norm(got - wanted) <= 2e-2 * np.linalg.norm(wanted) + 1e-3
 
 
