@@ -168,7 +168,9 @@ def _attend(
     peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf))
     weights = jnp.exp(logits - peak)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    lse = (jnp.log(total) + peak)[..., 0].swapaxes(1, 2).astype(jnp.float32)
+    # NOTE: XLA may reorder this sum, and for a query that sees no key a part of it overflows.
+    lse = jnp.where(peak == jnp.asarray(_MASKED, dtype), peak, jnp.log(total) + peak)
+    lse = lse[..., 0].swapaxes(1, 2).astype(jnp.float32)
 
     weights = (weights / total).reshape(batch, key_heads, groups, rows, length)
     out = jnp.einsum("bkgts,bskh->btkgh", weights, value.astype(dtype), precision=precision)
