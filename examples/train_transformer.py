@@ -1,10 +1,12 @@
 """Trains a decoder-only transformer on the source files of Python's standard library.
 
-The text is what every Python installation already has, read as bytes. The model is Flax nnx on
-jaxkern's attention and RMSNorm, the optimiser optax, the input grain, the checkpoints orbax.
+The text is what every Python installation already has, read as bytes: files packed one after the
+other, each a document that attention does not leave. The model is Flax nnx on jaxkern's attention
+and RMSNorm, the optimiser optax, the input grain, the checkpoints orbax.
 
-    python examples/train_transformer.py                # a small float32 model, minutes on a CPU
-    python examples/train_transformer.py --preset gpu   # about 100M parameters, bf16, on one GPU
+    python examples/train_transformer.py                  # a small float32 model, minutes on a CPU
+    python examples/train_transformer.py --preset gpu     # about 100M parameters, bf16, on one GPU
+    python examples/train_transformer.py --preset gpu-1b  # about 1B parameters
 
 A run leaves `losses.csv`, `loss.png`, `sample.txt` and `checkpoints/` in `--output`. The same
 command goes on from the last checkpoint, with the same data in the same order; `--restart` begins
@@ -64,8 +66,13 @@ class Config:
 
 
 GPU_SIZE = {"layers": 12, "width": 768, "heads": 6, "hidden": 2560, "context": 2048, "batch": 64}
-GPU_RUN = {"steps": 600, "learning_rate": 1e-3, "dtype": "bfloat16", "eval_every": 100}
-PRESETS = {"cpu": Config(), "gpu": Config(**GPU_SIZE, **GPU_RUN)}
+BIG_SIZE = {"layers": 20, "width": 2048, "heads": 16, "hidden": 5632, "context": 4096, "batch": 4}
+GPU_RUN = {"steps": 600, "dtype": "bfloat16", "eval_every": 100}
+PRESETS = {
+    "cpu": Config(),
+    "gpu": Config(**GPU_SIZE, **GPU_RUN, learning_rate=1e-3),
+    "gpu-1b": Config(**BIG_SIZE, **GPU_RUN, learning_rate=3e-4),
+}
 
 
 # Data
@@ -121,11 +128,19 @@ def held_out_batches(text: np.ndarray, config: Config) -> np.ndarray:
 # Model
 
 
-def attend(query, key, value, implementation: str | None):
-    """Causal attention over [B, T, N, H]."""
-    ours = implementation != "cudnn"
-    function = jaxkern.dot_product_attention if ours else jax.nn.dot_product_attention
-    return function(query, key, value, is_causal=True, implementation=implementation)
+def documents(tokens: jax.Array) -> jax.Array:
+    """Which document each of the bytes [B, T] is of; a zero byte is the last one of its own."""
+    ends = (tokens == 0).astype(jnp.int32)
+    return jnp.cumsum(ends, axis=1) - ends
+
+
+def attend(query, key, value, ids, implementation: str | None):
+    """Causal attention over [B, T, N, H] within the documents `ids` [B, T]."""
+    options = {"is_causal": True, "implementation": implementation}
+    if implementation != "cudnn":
+        return jaxkern.dot_product_attention(query, key, value, segment_ids=ids, **options)
+    mask = ids[:, None, :, None] == ids[:, None, None, :]  # What jax.nn has for it: B x 1 x T x T.
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, **options)
 
 
 def rotate(x: jax.Array) -> jax.Array:
@@ -156,16 +171,16 @@ class Block(nnx.Module):
         self.down = linear(c.hidden, c.width, kernel_init=small)
         self.implementation = implementation
 
-    def __call__(self, x):
+    def __call__(self, x, ids):
         query, key, value = jnp.unstack(self.qkv(self.attention_norm(x)), axis=2)
         query, key = rotate(query), rotate(key)
-        x = x + self.out(attend(query, key, value, self.implementation))
+        x = x + self.out(attend(query, key, value, ids, self.implementation))
         gate, up = jnp.unstack(self.up(self.mlp_norm(x)), axis=2)
         return x + self.down(jax.nn.silu(gate) * up)
 
 
 class Transformer(nnx.Module):
-    """Bytes [B, T] to float32 logits [B, T, 256] of the byte that follows each."""
+    """Bytes [B, T] of documents to float32 logits [B, T, 256] of the byte that follows each."""
 
     def __init__(self, config: Config, implementation: str | None, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.dtype)
@@ -178,14 +193,16 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens):
         x = self.embed(jax.nn.one_hot(tokens, VOCABULARY, dtype=self.embed.dtype))
+        ids = documents(tokens)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, ids)
         return self.head(self.norm(x)).astype(jnp.float32)
 
     def loss(self, windows):
-        """Mean cross-entropy in nats per byte over windows [B, T + 1]."""
-        logits, labels = self(windows[:, :-1]), windows[:, 1:].astype(jnp.int32)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        """Mean cross-entropy in nats per byte of windows [B, T + 1], but documents' first bytes."""
+        tokens, labels = windows[:, :-1], windows[:, 1:].astype(jnp.int32)
+        losses = optax.softmax_cross_entropy_with_integer_labels(self(tokens), labels)
+        return losses.mean(where=tokens != 0)
 
 
 # Training
@@ -193,22 +210,14 @@ class Transformer(nnx.Module):
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """AdamW under a warmup and a cosine, with clipped gradients; only matrices decay."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0,
-        config.learning_rate,
-        warmup_steps=min(config.warmup, config.steps // 2),
-        decay_steps=config.steps,
-        end_value=0.1 * config.learning_rate,
-    )
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(
-            schedule,
-            b2=0.95,
-            weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
-        ),
-    )
+    peak, warmup = config.learning_rate, min(config.warmup, config.steps // 2)
+    rate = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, config.steps, end_value=0.1 * peak)
+
+    def is_matrix(params):
+        return jax.tree.map(lambda p: p.ndim > 1, params)
+
+    adamw = optax.adamw(rate, b2=0.95, weight_decay=config.weight_decay, mask=is_matrix)
+    return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
 
 class Trainer:
@@ -343,7 +352,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     if c.eval_every % c.log_every:
         parser.error(f"--eval-every {c.eval_every} must be a multiple of --log-every {c.log_every}")
     for name, value in (("preset", args.preset), ("implementation", args.implementation)):
-        if value in ("gpu", "cuda", "cudnn") and platform != "gpu":
+        if value in ("gpu", "gpu-1b", "cuda", "cudnn") and platform != "gpu":
             parser.error(f"--{name} {value} needs a GPU; JAX has {platform} only")
     return args, config
 
@@ -430,15 +439,9 @@ def main(argv: list[str] | None = None) -> None:
     (output / "sample.txt").write_text(sample)
     held_out_loss = float(log.rows[-1]["held_out"])
     print(f"--- sample\n{sample}\n--- held-out loss {held_out_loss:.4f} nats/byte; see {output}")
-    result = {
-        "held_out_loss": held_out_loss,
-        "tokens_per_s": rate,
-        "steps": config.steps,
-        "parameters": trainer.parameters,
-        "implementation": args.implementation,
-        "devices": args.devices,
-        "device": jax.devices()[0].device_kind,
-    }
+    result = {"held_out_loss": held_out_loss, "tokens_per_s": rate, "steps": config.steps}
+    result |= {"parameters": trainer.parameters, "implementation": args.implementation}
+    result |= {"devices": args.devices, "device": jax.devices()[0].device_kind}
     print(json.dumps(result))
 
 

@@ -1,8 +1,11 @@
 """What the nnx and the linen layers share. Imports no Flax."""
 
+import contextlib
+import contextvars
 import functools
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,14 +14,22 @@ import jax.numpy as jnp
 from jaxkern import dot_product_attention, rms_norm
 
 Implementation = str | Sequence[str] | None
+Window = int | tuple[int, int] | None
+SegmentIds = jax.Array | tuple[jax.Array, jax.Array] | None
+
+_of_this_call = contextvars.ContextVar[Mapping[str, Any]]("of_this_call")
 
 
 class Hook(functools.partial):
     """A function with its options fixed, for a module to hold.
 
     Two hooks are equal when functions and options are: jit and nnx compare modules by their
-    attributes, and `functools.partial` alone compares by identity.
+    attributes, and `functools.partial` alone compares by identity. Within `call_options` it takes
+    those too: what a layer's call is given, and flax does not hand on.
     """
+
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs, **_of_this_call.get({}))
 
     def __eq__(self, other):
         return isinstance(other, Hook) and (self.func, self.keywords) == (
@@ -30,11 +41,31 @@ class Hook(functools.partial):
         return hash((self.func, *self.keywords.items()))
 
 
-def as_static(implementation: Implementation) -> str | tuple[str, ...] | None:
-    """`implementation` as a hashable value."""
-    if implementation is None or isinstance(implementation, str):
-        return implementation
-    return tuple(implementation)
+@contextlib.contextmanager
+def call_options(function: Callable, segment_ids: SegmentIds, cache_index: Any) -> Iterator[None]:
+    """Hands a layer's segment ids and, when decoding, its place in the cache to its `function`.
+
+    Raises ValueError for segment ids next to a function of the caller, which would not see them.
+    """
+    options = {}
+    if segment_ids is not None:
+        if not isinstance(function, Hook):
+            raise ValueError(f"attention_fn={function!r} does not see segment_ids; wanted None")
+        options["segment_ids"] = segment_ids
+    if cache_index is not None and isinstance(function, Hook):
+        # The one query is the last of the keys so far, and its window is around that place.
+        options |= {"key_value_seq_lengths": cache_index + 1, "alignment": "bottom_right"}
+    token = _of_this_call.set(options)
+    try:
+        yield
+    finally:
+        _of_this_call.reset(token)
+
+
+def as_static(option: Any) -> Any:
+    """`option` as a hashable value: a sequence as a tuple."""
+    is_sequence = isinstance(option, Sequence) and not isinstance(option, str)
+    return tuple(option) if is_sequence else option
 
 
 def allows_reference(implementation: Implementation) -> bool:
@@ -52,12 +83,25 @@ def reject_dropout(ours: str, theirs: str, dropout_rate: float, deterministic: b
         )
 
 
-def reject_sowing(ours: str, implementation: Implementation) -> None:
-    """Raises NotImplementedError where Flax's own function may not stand in for the kernel."""
+def reject_sowing(ours: str, implementation: Implementation, options: Mapping[str, Any]) -> None:
+    """Raises NotImplementedError where Flax's own function may not stand in for the kernel.
+
+    `options` are those that it lacks.
+    """
     if not allows_reference(implementation):
         raise NotImplementedError(
             f"{ours}.attention_fn with implementation={implementation!r} never has the attention "
             "weights in memory, got sow_weights=True; wanted implementation=None"
+        )
+    given = [
+        name
+        for name, x in options.items()
+        if x is not None and not (isinstance(x, str) and x == "top_left")
+    ]
+    if given:
+        raise NotImplementedError(
+            f"{ours}.attention_fn records weights by Flax's own function, which has no "
+            f"{', '.join(given)}; wanted sow_weights=False"
         )
 
 
@@ -69,12 +113,14 @@ def attend(
     mask: jax.Array | None,
     *,
     dtype: jax.typing.DTypeLike | None,
-    is_causal: bool,
-    implementation: Implementation,
+    segment_ids: SegmentIds = None,
+    key_value_seq_lengths: jax.typing.ArrayLike | None = None,
+    **options: Any,
 ) -> jax.Array:
     """`jaxkern.dot_product_attention` with the shapes and dtypes that Flax's layers pass.
 
-    Any number of batch axes, operands of different dtypes, masks of any dtype.
+    Any number of batch axes, operands of different dtypes, masks of any dtype, lengths that
+    broadcast.
     """
     batches = {(x.ndim, x.shape[:-3]) for x in (query, key, value)}
     if len(batches) > 1 or query.ndim < 3:
@@ -96,14 +142,30 @@ def attend(
             x = jnp.broadcast_to(x, (*query.shape[:-3], *x.shape[-3:]))
         return x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
 
+    def ids(x):
+        x = jnp.asarray(x)
+        if x.shape[:-1] != query.shape[:-3]:
+            raise ValueError(
+                f"segment_ids has shape {x.shape}, wanted [..., length] with query's batch axes "
+                f"{query.shape[:-3]}"
+            )
+        return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+    if segment_ids is not None:
+        is_pair = isinstance(segment_ids, tuple)
+        segment_ids = tuple(map(ids, segment_ids)) if is_pair else ids(segment_ids)
+    if key_value_seq_lengths is not None:
+        lengths = jnp.broadcast_to(key_value_seq_lengths, query.shape[:-3])
+        key_value_seq_lengths = lengths.reshape(math.prod(lengths.shape))
     out = dot_product_attention(
         operand(query),
         operand(key),
         operand(value),
         None if bias is None else weights(bias),
         None if mask is None else weights(mask).astype(bool),
-        is_causal=is_causal,
-        implementation=implementation,
+        segment_ids=segment_ids,
+        key_value_seq_lengths=key_value_seq_lengths,
+        **options,
     )
     return out.reshape(query.shape)
 
@@ -151,12 +213,19 @@ def bind(function: Callable, given: Callable | None, **options: object) -> Calla
     A hook of `function`, which is what a clone of a layer is given, takes the options anew.
     Raises ValueError for options next to a function that would not see them.
     """
+    options = {name: as_static(value) for name, value in options.items()}
     ours = given is None or given is function
     if ours or (isinstance(given, Hook) and given.func is function):
         return Hook(function, **options)
-    unused = {name: value for name, value in options.items() if value}
+    defaults = inspect.signature(function).parameters
+    unused = {name: x for name, x in options.items() if x != defaults[name].default}
     if unused:
         raise ValueError(
             f"attention_fn={given!r} does not see {unused}; wanted these options or attention_fn"
         )
     return given
+
+
+def window_of(function: Callable) -> Window:
+    """The local_window_size that `function` was bound with."""
+    return function.keywords["local_window_size"] if isinstance(function, Hook) else None

@@ -93,6 +93,68 @@ WRONG_ARGUMENTS = {
     ),
     "window of float": (attention(local_window_size=(2.0, 0)), r"local_window_size is \(2.0, 0\)"),
     "window is a string": (attention(local_window_size="all"), "local_window_size is 'all'"),
+    "segment ids of another length": (
+        attention(q=(2, 5, 4, 64), segment_ids=zeros(2, 6, dtype="int32")),
+        r"segment_ids has shape \(2, 6\), wanted \(2, 5\)",
+    ),
+    "segment ids without the batch": (
+        attention(q=(2, 5, 4, 64), segment_ids=zeros(5, dtype="int32")),
+        r"segment_ids has shape \(5,\), wanted \(2, 5\)",
+    ),
+    "segment ids with a batch that query has not": (
+        attention(q=(5, 4, 64), k=(5, 2, 64), segment_ids=zeros(1, 5, dtype="int32")),
+        r"segment_ids has shape \(1, 5\), wanted \(5,\)",
+    ),
+    "one array of segment ids for two lengths": (
+        attention(segment_ids=zeros(2, 6, dtype="int32")),
+        "segment_ids is one array, and query length 6 is not key length 5; wanted a pair",
+    ),
+    "three arrays of segment ids": (
+        attention(segment_ids=(zeros(2, 6, dtype="int32"),) * 3),
+        "segment_ids is a tuple of 3, wanted an array or a pair",
+    ),
+    "segment ids of the key with the query's length": (
+        attention(segment_ids=(zeros(2, 6, dtype="int32"),) * 2),
+        r"segment_ids\[1\] has shape \(2, 6\), wanted \(2, 5\)",
+    ),
+    "segment ids of float": (
+        attention(q=(2, 5, 4, 64), segment_ids=zeros(2, 5)),
+        "segment_ids has dtype float32, wanted an integer dtype",
+    ),
+    "segment ids of bool": (
+        attention(segment_ids=(zeros(2, 6, dtype="int8"), zeros(2, 5, dtype=bool))),
+        r"segment_ids\[1\] has dtype bool, wanted an integer dtype",
+    ),
+    "segment ids of two dtypes": (
+        attention(segment_ids=(zeros(2, 6, dtype="int32"), zeros(2, 5, dtype="uint32"))),
+        "segment_ids has dtypes int32 and uint32, wanted one",
+    ),
+    "segment ids are None in a pair": (
+        attention(segment_ids=(zeros(2, 6, dtype="int32"), None)),
+        r"segment_ids\[1\] is a NoneType, wanted an array",
+    ),
+    "soft cap of zero": (
+        attention(logits_soft_cap=0),
+        "logits_soft_cap is 0, wanted a positive Python number",
+    ),
+    "negative soft cap": (attention(logits_soft_cap=-5.0), "logits_soft_cap is -5.0, wanted a pos"),
+    "infinite soft cap": (attention(logits_soft_cap=float("inf")), "logits_soft_cap is inf, want"),
+    "nan soft cap": (attention(logits_soft_cap=float("nan")), "logits_soft_cap is nan, wanted a"),
+    "soft cap is a string": (attention(logits_soft_cap="5"), "logits_soft_cap is '5', wanted a"),
+    "soft cap is a bool": (attention(logits_soft_cap=True), "logits_soft_cap is True, wanted a"),
+    "soft cap is an array": (
+        attention(logits_soft_cap=jnp.float32(5)),
+        "logits_soft_cap is .*5.*, wanted a positive Python number",
+    ),
+    "unknown alignment": (
+        attention(alignment="bottom_left"),
+        "alignment is 'bottom_left', wanted 'top_left' or 'bottom_right'",
+    ),
+    "alignment is a bool": (attention(alignment=True), "alignment is True, wanted 'top_left' or"),
+    "deterministic is a string": (
+        attention(deterministic="yes"),
+        "deterministic is 'yes', wanted True or False",
+    ),
     "is_causal is a string": (attention(is_causal="yes"), "is_causal is 'yes', wanted True or"),
     "return_residual is an int": (
         attention(return_residual=2),
@@ -174,20 +236,13 @@ cuda_norm = functools.partial(norm, implementation="cuda")
 UNSUPPORTED = {
     "bias": (cuda_attention(bias=zeros(1, 1, 6, 5)), "got bias, which only implementation 'xla'"),
     "mask": (cuda_attention(mask=zeros(1, 1, 6, 5, dtype=bool)), "got mask, which only"),
-    "window": (cuda_attention(local_window_size=4), "got local_window_size, which only"),
-    "lengths": (
-        cuda_attention(
-            query_seq_lengths=jnp.array([1, 2]), key_value_seq_lengths=jnp.array([1, 2])
-        ),
-        "got query_seq_lengths, key_value_seq_lengths, which only",
-    ),
     "float32": (
         cuda_attention(dtype="float32"),
         "query has dtype float32, wanted one of bfloat16, float16",
     ),
     "head dim": (
         cuda_attention(q=(2, 6, 4, 80), k=(2, 5, 2, 80)),
-        "query has head dim 80, wanted 64 or 128",
+        r"query has head dim 80, wanted one of \(64, 128, 256\)",
     ),
     "scale is an array": (
         cuda_attention(scale=jnp.float32(0.1)),
@@ -222,6 +277,24 @@ def test_unsupported_by_the_kernel(case):
 def test_float64_norm():
     with jax.enable_x64(), pytest.raises(NotImplementedError, match="x has dtype float64, wanted"):
         norm(dtype="float64", implementation="cuda")()
+
+
+@pytest.mark.usefixtures("kernels")
+def test_segment_ids_of_64_bits():
+    """Cut to 32 bits, different ids may become the same."""
+    with jax.enable_x64():
+        ids = jnp.array([[0, 1 << 32]])
+        call = cuda_attention(q=(1, 2, 1, 64), k=(1, 2, 1, 64), segment_ids=ids)
+        message = "segment_ids has dtype int64, wanted at most 32 bits"
+        with pytest.raises(NotImplementedError, match=message):
+            call()
+        assert (call(implementation=None, return_residual=True)[1] == 8).all()  # of one key
+
+
+@pytest.mark.usefixtures("kernels")
+def test_traced_soft_cap():
+    with pytest.raises(ValueError, match="logits_soft_cap is .*, wanted a positive Python number"):
+        jax.jit(lambda cap: attention(logits_soft_cap=cap)())(5.0)
 
 
 @pytest.mark.usefixtures("kernels")

@@ -23,11 +23,31 @@ def attention(query, key, value, implementation=None):
     )
 
 
+def masked_attention(query, key, value, implementation=None):
+    """With masks that no transform sees."""
+    *lead, t, _, _ = query.shape
+    s = key.shape[-3]
+    return jaxkern.dot_product_attention(
+        query,
+        key,
+        value,
+        local_window_size=(3, 1),
+        alignment="bottom_right",
+        key_value_seq_lengths=np.full(np.prod(lead, dtype=int), s - 1),
+        segment_ids=tuple(np.broadcast_to(np.arange(n) // 3, (*lead, n)) for n in (t, s)),
+        logits_soft_cap=3.0,
+        deterministic=True,
+        implementation=implementation,
+        return_residual=True,
+    )
+
+
 def norm(x, scale, implementation=None):
     return (jaxkern.rms_norm(x, scale, implementation=implementation),)
 
 
-OPS = {"attention": attention, "norm": norm}
+OPS = {"attention": attention, "masked": masked_attention, "norm": norm}
+STEMS = {"attention": "attention", "masked": "attention", "norm": "rms_norm"}
 
 
 def operands(op, *lead, lengths=(T, S)):
@@ -71,16 +91,15 @@ def test_value_and_gradient_are_the_reference_s(op, lead):
 
 @each_op
 def test_path_of_the_kernel_is_the_one_tested(op):
-    names = {"attention": "attention", "norm": "rms_norm"}
     assert custom_calls(gradient(op), *operands(op, 2)) == {
-        f"{names[op]}_fwd": 1,
-        f"{names[op]}_bwd": 1,
+        f"{STEMS[op]}_fwd": 1,
+        f"{STEMS[op]}_bwd": 1,
     }
 
 
 AXES = [
     (op, axes)
-    for op, count in (("attention", 3), ("norm", 2))
+    for op, count in (("attention", 3), ("masked", 3), ("norm", 2))
     for axes in itertools.product([None, 0], repeat=count)
     if axes != (None,) * count
 ]
@@ -188,7 +207,7 @@ def test_scan_while_and_cond(op):
 
 NAMES = {
     "attention": ("jaxkern_attention_out", "jaxkern_attention_lse"),
-    "norm": ("jaxkern_rms_norm_rstd",),
+    "rms_norm": ("jaxkern_rms_norm_rstd",),
 }
 
 
@@ -199,7 +218,7 @@ NAMES = {
 )
 def test_remat_by_name_does_not_run_the_kernel_again(op, policy, forward_calls):
     policies = jax.checkpoint_policies
-    names = policies.save_only_these_names(*NAMES[op])
+    names = policies.save_only_these_names(*NAMES[STEMS[op]])
     policy = {
         None: None,
         "dots": policies.dots_saveable,
@@ -215,7 +234,7 @@ def test_remat_by_name_does_not_run_the_kernel_again(op, policy, forward_calls):
         return jax.value_and_grad(function, tuple(range(len(args))))
 
     function = value_and_grad(jax.checkpoint(linear_loss, policy=policy))
-    stem = "rms_norm" if op == "norm" else op
+    stem = STEMS[op]
     assert custom_calls(function, *args) == {f"{stem}_fwd": forward_calls, f"{stem}_bwd": 1}
     assert_equal(function(*args), value_and_grad(linear_loss)(*args))
 

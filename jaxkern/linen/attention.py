@@ -27,6 +27,12 @@ def attention_fn(
     qk_attn_weights_einsum: Callable[..., jax.Array] | None = None,
     attn_weights_value_einsum: Callable[..., jax.Array] | None = None,
     is_causal: bool = False,
+    segment_ids: _flax.SegmentIds = None,
+    key_value_seq_lengths: jax.typing.ArrayLike | None = None,
+    local_window_size: _flax.Window = None,
+    logits_soft_cap: float | None = None,
+    alignment: str = "top_left",
+    deterministic_backward: bool = False,
     implementation: _flax.Implementation = None,
 ) -> jax.Array:
     """`jaxkern.dot_product_attention` as the `attention_fn` of linen's attention layers.
@@ -53,6 +59,14 @@ def attention_fn(
         qk_attn_weights_einsum: must be None.
         attn_weights_value_einsum: must be None.
         is_causal: query t sees keys 0 to t only.
+        segment_ids: [..., T], or a pair [..., T] and [..., S], as in
+            `jaxkern.dot_product_attention`: packed sequences do not see each other.
+        key_value_seq_lengths: keys from there on are left out; broadcasts to [...].
+        local_window_size: (left, right) or one int for both: how far a query sees.
+        logits_soft_cap: as in `jaxkern.dot_product_attention`.
+        alignment: as in `jaxkern.dot_product_attention`.
+        deterministic_backward: `deterministic` of `jaxkern.dot_product_attention`; flax's argument
+            of that name is about dropout.
         implementation: as in `jaxkern.dot_product_attention`.
 
     Returns:
@@ -60,7 +74,7 @@ def attention_fn(
 
     Raises:
         NotImplementedError: dropout; an einsum; an `implementation` by name that cannot answer
-            the call.
+            the call; `module` next to what flax's function lacks.
         ValueError: ranks or shapes that do not fit.
     """
     _flax.reject_dropout("jaxkern.linen", "flax.linen", dropout_rate, deterministic)
@@ -71,8 +85,15 @@ def attention_fn(
             f"{attn_weights_value_einsum!r}; wanted None, or "
             "attention_fn=flax.linen.dot_product_attention"
         )
+    beyond_flax = {
+        "segment_ids": segment_ids,
+        "key_value_seq_lengths": key_value_seq_lengths,
+        "local_window_size": local_window_size,
+        "logits_soft_cap": logits_soft_cap,
+        "alignment": alignment,
+    }
     if module is not None:
-        _flax.reject_sowing("jaxkern.linen", implementation)
+        _flax.reject_sowing("jaxkern.linen", implementation, beyond_flax)
         if is_causal:
             causal = jnp.tri(query.shape[-3], key.shape[-3], dtype=bool)
             mask = causal if mask is None else jnp.logical_and(mask, causal)
@@ -87,6 +108,8 @@ def attention_fn(
         mask,
         dtype=dtype,
         is_causal=is_causal,
+        **beyond_flax,
+        deterministic=deterministic_backward,
         implementation=implementation,
     )
 
@@ -97,15 +120,36 @@ class _KernelAttention(nn.Module):
     attention_fn: Callable[..., jax.Array] | None = None
     implementation: _flax.Implementation = None
     is_causal: bool = False
+    local_window_size: _flax.Window = None
+    logits_soft_cap: float | None = None
+    alignment: str = "top_left"
+    deterministic_backward: bool = False
 
     def __post_init__(self):
         self.attention_fn = _flax.bind(
             attention_fn,
             self.attention_fn,
-            implementation=_flax.as_static(self.implementation),
+            implementation=self.implementation,
             is_causal=self.is_causal and not self.decode,
+            local_window_size=self.local_window_size,
+            logits_soft_cap=self.logits_soft_cap,
+            alignment=self.alignment,
+            deterministic_backward=self.deterministic_backward,
         )
         super().__post_init__()
+
+    def __call__(self, *args, segment_ids: _flax.SegmentIds = None, **kwargs) -> jax.Array:
+        """Attention as flax's layer, which has all arguments but `segment_ids`.
+
+        Args:
+            segment_ids: [..., T] where T == S, or a pair [..., T] and [..., S]: packed sequences do
+                not see each other. S is the length of the cache when decoding.
+        """
+        windowed = self.decode and _flax.window_of(self.attention_fn) is not None
+        cached = windowed and self.has_variable("cache", "cache_index")
+        index = self.get_variable("cache", "cache_index") if cached else None
+        with _flax.call_options(self.attention_fn, segment_ids, index):
+            return super().__call__(*args, **kwargs)
 
 
 class MultiHeadDotProductAttention(_KernelAttention, nn.MultiHeadDotProductAttention):
@@ -113,8 +157,8 @@ class MultiHeadDotProductAttention(_KernelAttention, nn.MultiHeadDotProductAtten
 
     Attributes, parameters, decode cache and results are flax's, so its checkpoints load. The
     kernel runs where the caller gives no mask; for a causal layer set `is_causal` and give no
-    mask. Decoding installs a mask of its own and runs on the reference. Active dropout raises
-    NotImplementedError.
+    mask. Decoding installs a mask of its own and runs on the reference; a window is then around
+    the place in the cache. Active dropout raises NotImplementedError.
 
     Attributes:
         attention_fn: a function to use in place of jaxkern's.
@@ -122,6 +166,10 @@ class MultiHeadDotProductAttention(_KernelAttention, nn.MultiHeadDotProductAtten
             supports the call, else pure JAX.
         is_causal: query t sees keys 0 to t only. Ignored when decoding, where the one query sees
             every key of the cache.
+        local_window_size: (left, right) or one int for both: how far a query sees.
+        logits_soft_cap: as in `jaxkern.dot_product_attention`.
+        alignment: as in `jaxkern.dot_product_attention`.
+        deterministic_backward: whether gradients repeat bitwise; `deterministic` is about dropout.
     """
 
 

@@ -21,6 +21,12 @@ def attention_fn(
     precision: jax.lax.PrecisionLike = None,
     module: nnx.Module | None = None,
     is_causal: bool = False,
+    segment_ids: _flax.SegmentIds = None,
+    key_value_seq_lengths: jax.typing.ArrayLike | None = None,
+    local_window_size: _flax.Window = None,
+    logits_soft_cap: float | None = None,
+    alignment: str = "top_left",
+    deterministic_backward: bool = False,
     implementation: _flax.Implementation = None,
 ) -> jax.Array:
     """`jaxkern.dot_product_attention` as the `attention_fn` of `flax.nnx.MultiHeadAttention`.
@@ -44,18 +50,34 @@ def attention_fn(
         module: the module that records the attention weights (`sow_weights=True`). Weights exist
             only in flax's own function, which then answers the call.
         is_causal: query t sees keys 0 to t only.
+        segment_ids: [..., T], or a pair [..., T] and [..., S], as in
+            `jaxkern.dot_product_attention`: packed sequences do not see each other.
+        key_value_seq_lengths: keys from there on are left out; broadcasts to [...].
+        local_window_size: (left, right) or one int for both: how far a query sees.
+        logits_soft_cap: as in `jaxkern.dot_product_attention`.
+        alignment: as in `jaxkern.dot_product_attention`.
+        deterministic_backward: `deterministic` of `jaxkern.dot_product_attention`; flax's argument
+            of that name is about dropout.
         implementation: as in `jaxkern.dot_product_attention`.
 
     Returns:
         [..., T, N, H] in `dtype`.
 
     Raises:
-        NotImplementedError: dropout; an `implementation` by name that cannot answer the call.
+        NotImplementedError: dropout; an `implementation` by name that cannot answer the call;
+            `module` next to what flax's function lacks.
         ValueError: ranks or shapes that do not fit.
     """
     _flax.reject_dropout("jaxkern.nnx", "flax.nnx", dropout_rate, deterministic)
+    beyond_flax = {
+        "segment_ids": segment_ids,
+        "key_value_seq_lengths": key_value_seq_lengths,
+        "local_window_size": local_window_size,
+        "logits_soft_cap": logits_soft_cap,
+        "alignment": alignment,
+    }
     if module is not None:
-        _flax.reject_sowing("jaxkern.nnx", implementation)
+        _flax.reject_sowing("jaxkern.nnx", implementation, beyond_flax)
         return nnx.dot_product_attention(
             query, key, value, bias, mask, dtype=dtype, module=module, is_causal=is_causal
         )
@@ -67,6 +89,8 @@ def attention_fn(
         mask,
         dtype=dtype,
         is_causal=is_causal,
+        **beyond_flax,
+        deterministic=deterministic_backward,
         implementation=implementation,
     )
 
@@ -76,29 +100,44 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
 
     Constructor, parameters, decode cache and results are flax's, so its checkpoints load. The
     kernel runs where the caller gives no mask; for a causal layer call it with `is_causal=True`
-    and no mask. Decoding installs a mask of its own and runs on the reference.
+    and no mask. Decoding installs a mask of its own and runs on the reference; a window is then
+    around the place in the cache.
 
     Args:
         *args: as for flax: num_heads, in_features, qkv_features, out_features, num_kv_heads,
             in_kv_features.
+        local_window_size: (left, right) or one int for both: how far a query sees.
+        logits_soft_cap: as in `jaxkern.dot_product_attention`.
+        alignment: as in `jaxkern.dot_product_attention`.
+        deterministic_backward: whether gradients repeat bitwise; `deterministic` is about dropout.
         implementation: as in `jaxkern.dot_product_attention`; default: the kernel where it
             supports the call, else pure JAX.
         **kwargs: as for flax. An `attention_fn` takes the place of jaxkern's.
 
     Raises:
-        ValueError: `implementation` together with `attention_fn`; what flax rejects.
+        ValueError: one of these together with an `attention_fn`; what flax rejects.
         NotImplementedError: in the call, for active dropout.
     """
 
     def __init__(
         self,
         *args,
+        local_window_size: _flax.Window = None,
+        logits_soft_cap: float | None = None,
+        alignment: str = "top_left",
+        deterministic_backward: bool = False,
         implementation: _flax.Implementation = None,
         **kwargs,
     ):
-        given = kwargs.pop("attention_fn", None)
-        implementation = _flax.as_static(implementation)
-        function = _flax.bind(attention_fn, given, implementation=implementation)
+        function = _flax.bind(
+            attention_fn,
+            kwargs.pop("attention_fn", None),
+            local_window_size=local_window_size,
+            logits_soft_cap=logits_soft_cap,
+            alignment=alignment,
+            deterministic_backward=deterministic_backward,
+            implementation=implementation,
+        )
         super().__init__(*args, attention_fn=function, **kwargs)
 
     def __call__(
@@ -109,6 +148,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         *,
         decode: bool | None = None,
         is_causal: bool = False,
+        segment_ids: _flax.SegmentIds = None,
         **kwargs,
     ) -> jax.Array:
         """Attention of `inputs_q` [..., T, in_features] over `inputs_k` and `inputs_v`.
@@ -121,17 +161,22 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
                 the constructor's.
             is_causal: query t sees keys 0 to t only. Ignored when decoding, where the one query
                 sees every key of the cache.
+            segment_ids: [..., T] where T == S, or a pair [..., T] and [..., S]: packed sequences do
+                not see each other. S is the length of the cache when decoding.
             **kwargs: as for flax: mask, deterministic, rngs, sow_weights, out_sharding, ...
 
         Returns:
             [..., T, out_features].
         """
         decoding = self.decode if decode is None else decode
-        return super().__call__(
-            inputs_q,
-            inputs_k,
-            inputs_v,
-            decode=decode,
-            is_causal=is_causal and not decoding,
-            **kwargs,
-        )
+        windowed = decoding and _flax.window_of(self.attention_fn) is not None
+        index = self.cache_index[...] if windowed and self.cache_index is not None else None
+        with _flax.call_options(self.attention_fn, segment_ids, index):
+            return super().__call__(
+                inputs_q,
+                inputs_k,
+                inputs_v,
+                decode=decode,
+                is_causal=is_causal and not decoding,
+                **kwargs,
+            )

@@ -2,22 +2,19 @@
 
 import functools
 import math
-import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from jaxkern import _checks, _dispatch, _ffi, _partitioning, _stack
+from jaxkern.ops import attention_arguments as arguments
 from jaxkern.reference import attention as reference
 
 _OP = "dot_product_attention"
-_KERNEL_DTYPES = ("bfloat16", "float16")
-_KERNEL_HEAD_DIMS = (64, 128)
 
 
 def dot_product_attention(
@@ -32,33 +29,50 @@ def dot_product_attention(
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
+    segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
+    logits_soft_cap: float | None = None,
+    alignment: str = "top_left",
+    deterministic: bool = False,
     implementation: str | Sequence[str] | None = None,
     return_residual: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """softmax(scale * query key^T + bias) value for each head, as jax.nn.dot_product_attention.
 
     Names, order and meaning are jax.nn's, except that the residual is float32 and differentiable.
-    B is batch, T query length, S key length, N query heads, K key heads, H head dim.
+    segment_ids, logits_soft_cap, alignment and deterministic are additions. B is batch, T query
+    length, S key length, N query heads, K key heads, H head dim.
 
     Args:
       query: [B, T, N, H] or [T, N, H], floating point.
       key, value: [B, S, K, H] or [S, K, H], of the query's dtype. K divides N: query head n reads
         key head n // (N / K).
-      bias: added to the scaled logits; broadcastable to [B, N, T, S].
-      mask: bool, broadcastable to [B, N, T, S]; False leaves a key out. A query with no key left
-        gets the mean of the values.
+      bias: added to the scaled and capped logits; broadcastable to [B, N, T, S].
+      mask: bool, broadcastable to [B, N, T, S]; False leaves a key out. A query with no key left,
+        whatever leaves them out, gets the mean of the values and, as its log-sum-exp, -0.7 times
+        the largest float32.
       scale: a scalar; 1 / sqrt(H) when None.
-      is_causal: query i sees keys 0..i, also when T != S.
-      query_seq_lengths: integers [B]; the output is zero from there on.
-      key_value_seq_lengths: integers [B]; keys from there on are left out.
-      local_window_size: (left, right), or one int for both: query i sees keys i - left to
-        i + right.
+      is_causal: query i sees keys up to its own, also next to local_window_size.
+      query_seq_lengths: integers [B], clipped to 0..T; the output is zero from there on, the
+        log-sum-exp that of a query with no key left, and there is no gradient.
+      key_value_seq_lengths: integers [B], clipped to 0..S; keys from there on are left out.
+      local_window_size: (left, right), or one int for both: query i sees the keys from `left`
+        before its own to `right` after it.
+      segment_ids: integers in any order, which keep sequences packed into one row apart (Krell et
+        al. 2021, arXiv:2107.02027): a query sees the keys with its own id. [B, T], or [T] without
+        a batch, where T == S; or a pair (query ids [B, T], key ids [B, S]).
+      logits_soft_cap: a positive Python number: a scaled logit x becomes cap * tanh(x / cap), as in
+        Gemma 2 (arXiv:2408.00118).
+      alignment: which key is a query's own, for is_causal and local_window_size: "top_left", query
+        i's is key i, also when T != S; "bottom_right", the last query's is the last key, by the
+        lengths of the sequence where they are given.
+      deterministic: whether the gradients of the kernel repeat bitwise. The output always does, and
+        so does all of "xla".
       implementation: "cuda", "xla", or a sequence of them to take the first that supports the
         call. None is ("cuda", "xla"). "cuda" is a FlashAttention kernel (Dao 2023,
-        arXiv:2307.08691) for compute capability 9.0: bfloat16 or float16, H of 64 or 128, scale a
-        positive Python number, no bias, mask, lengths or window. It is used where the
-        computation is lowered for CUDA, and differentiable once, in reverse mode. "xla" is plain
-        jax.numpy in float32, with memory linear in T and S.
+        arXiv:2307.08691) for compute capability 9.0: bfloat16 or float16, H of 64, 128 or 256,
+        scale a positive Python number, no bias, no mask, ids of at most 32 bits. It is used where
+        the computation is lowered for CUDA, and differentiable once, in reverse mode. "xla" is
+        plain jax.numpy in float32, with memory linear in T and S.
       return_residual: return the log-sum-exp of the logits too.
 
     Returns:
@@ -71,155 +85,54 @@ def dot_product_attention(
         such a call is lowered for another platform.
       ExceptionGroup: no implementation of a sequence can.
     """
-    query, key, value = (
-        _operand(name, x) for name, x in (("query", query), ("key", key), ("value", value))
+    query, key, value, lead = arguments.operands(query, key, value)
+    batch, t, heads, width = query.shape
+    s = key.shape[1]
+    bias = arguments.broadcastable("bias", bias, (batch, heads, t, s))
+    mask = arguments.broadcastable("mask", mask, (batch, heads, t, s))
+    scale = arguments.scale(scale, width)
+    masks = arguments.Masks(
+        arguments.lengths("query_seq_lengths", query_seq_lengths, batch),
+        arguments.lengths("key_value_seq_lengths", key_value_seq_lengths, batch),
+        arguments.segments(segment_ids, lead, t, s),
     )
-    shape = query.shape
-    query, key, value = (x if x.ndim == 4 else x[None] for x in (query, key, value))
-    _check_operands(query, key, value)
-    logits_shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
-    bias = _broadcastable("bias", bias, logits_shape)
-    mask = _broadcastable("mask", mask, logits_shape)
-    scale = _check_scale(scale, query.shape[-1])
-    is_causal = _checks.flag("is_causal", is_causal)
+    pattern = arguments.pattern(
+        t,
+        s,
+        masks,
+        is_causal=is_causal,
+        window=local_window_size,
+        alignment=alignment,
+        soft_cap=logits_soft_cap,
+    )
+    deterministic = _checks.flag("deterministic", deterministic)
     return_residual = _checks.flag("return_residual", return_residual)
-    query_seq_lengths = _lengths("query_seq_lengths", query_seq_lengths, query.shape[0])
-    key_value_seq_lengths = _lengths("key_value_seq_lengths", key_value_seq_lengths, query.shape[0])
-    window = _window(local_window_size)
 
-    options = {
-        "bias": bias,
-        "mask": mask,
-        "query_seq_lengths": query_seq_lengths,
-        "key_value_seq_lengths": key_value_seq_lengths,
-        "local_window_size": window,
-    }
-    choice = _dispatch.choose(_OP, implementation, _unsupported(query, scale, options))
+    unsupported = arguments.unsupported(query, scale, bias, mask, masks)
+    choice = _dispatch.choose(_OP, implementation, unsupported)
     if choice.kernel:
-        config = _Config(float(scale), is_causal, choice.fallback)
-        out, lse = _kernel_attention(config, query, key, value)
+        config = _Config(
+            float(scale),
+            pattern,
+            has_lengths=masks.query_lengths is not None or masks.key_lengths is not None,
+            has_segments=masks.segments is not None,
+            deterministic=deterministic,
+            fallback=choice.fallback,
+        )
+        out, lse = _kernel_attention(config, query, key, value, masks)
     else:
-        out, lse = _reference_attention(
-            query,
-            key,
-            value,
-            bias,
-            mask,
-            scale,
-            query_seq_lengths,
-            key_value_seq_lengths,
-            is_causal=is_causal,
-            window=window,
-        )
-    out = out.reshape(shape)
-    return (out, lse.reshape(shape[:-1])) if return_residual else out
-
-
-# --- Arguments ------------------------------------------------------------------------------------
-
-
-def _operand(name, x):
-    x = _checks.float_array(name, x)
-    if x.ndim not in (3, 4):
-        raise ValueError(
-            f"{name} has shape {x.shape}, wanted rank 4 [batch, length, heads, head dim] or rank 3 "
-            "without the batch"
-        )
-    return x
-
-
-def _check_operands(query, key, value):
-    if not query.dtype == key.dtype == value.dtype:
-        raise ValueError(
-            f"query, key and value have dtypes {query.dtype}, {key.dtype} and {value.dtype}, "
-            "wanted one"
-        )
-    if value.shape != key.shape:
-        raise ValueError(f"value has shape {value.shape}, wanted key's {key.shape}")
-    if query.shape[0] != key.shape[0]:
-        raise ValueError(f"key has batch size {key.shape[0]}, wanted query's {query.shape[0]}")
-    if query.shape[3] != key.shape[3]:
-        raise ValueError(f"key has head dim {key.shape[3]}, wanted query's {query.shape[3]}")
-    heads, key_heads = query.shape[2], key.shape[2]
-    if heads and (not key_heads or heads % key_heads):
-        raise ValueError(f"query has {heads} heads, which key's {key_heads} do not divide")
-
-
-def _broadcastable(name, x, logits_shape):
-    if x is None:
-        return None
-    x = _checks.array(name, x) if name == "mask" else _checks.float_array(name, x)
-    if name == "mask" and x.dtype != bool:
-        raise ValueError(f"mask has dtype {x.dtype}, wanted bool; an additive mask is a bias")
-    padded = (1,) * (4 - x.ndim) + x.shape
-    if len(padded) != 4 or any(
-        got != 1 and got != wanted for got, wanted in zip(padded, logits_shape, strict=True)
-    ):
-        raise ValueError(
-            f"{name} has shape {x.shape}, which does not broadcast to [batch, query heads, query "
-            f"length, key length] = {logits_shape}"
-        )
-    return x.reshape(padded)
-
-
-def _check_scale(scale, head_dim):
-    if scale is None:
-        return 1.0 / math.sqrt(max(head_dim, 1))
-    if np.ndim(scale) != 0:
-        raise ValueError(f"scale has shape {np.shape(scale)}, wanted a scalar")
-    if not isinstance(scale, numbers.Real | jax.Array | np.ndarray):
-        raise ValueError(f"scale is {scale!r}, wanted a real number")
-    return scale
-
-
-def _lengths(name, lengths, batch):
-    if lengths is None:
-        return None
-    lengths = _checks.array(name, lengths)
-    if lengths.shape != (batch,):
-        raise ValueError(f"{name} has shape {lengths.shape}, wanted ({batch},), one per sequence")
-    if not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise ValueError(f"{name} has dtype {lengths.dtype}, wanted an integer dtype")
-    return lengths
-
-
-def _window(window):
-    if window is None:
-        return None
-    pair = window if isinstance(window, tuple | list) else (window, window)
-    if len(pair) != 2 or not all(isinstance(w, int | np.integer) and w >= 0 for w in pair):
-        raise ValueError(
-            f"local_window_size is {window!r}, wanted a non-negative int or a pair (left, right) "
-            "of them"
-        )
-    return int(pair[0]), int(pair[1])
-
-
-def _unsupported(query, scale, options):
-    """Why the kernel cannot take this call, or None."""
-    given = [name for name, option in options.items() if option is not None]
-    if given:
-        return f"got {', '.join(given)}, which only implementation 'xla' supports"
-    if query.dtype.name not in _KERNEL_DTYPES:
-        return f"query has dtype {query.dtype}, wanted one of {', '.join(_KERNEL_DTYPES)}"
-    if query.shape[-1] not in _KERNEL_HEAD_DIMS:
-        wanted = " or ".join(map(str, _KERNEL_HEAD_DIMS))
-        return f"query has head dim {query.shape[-1]}, wanted {wanted}"
-    if not isinstance(scale, numbers.Real):
-        return "scale is an array, wanted a Python number"
-    if not _checks.FLOAT32.tiny <= scale <= _checks.FLOAT32.max:
-        return f"scale is {scale}, wanted a positive float32"
-    return None
+        out, lse = _reference_attention(pattern, query, key, value, bias, mask, scale, masks)
+    out, lse = (x.reshape(*lead, *x.shape[1:]) for x in (out, lse))
+    return (out, lse) if return_residual else out
 
 
 # --- Reference ------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("is_causal", "window"))
-def _reference_attention(
-    query, key, value, bias, mask, scale, query_lengths, key_lengths, *, is_causal, window
-):
-    def plain(query, key, value, bias, mask, scale, query_lengths, key_lengths):
+@functools.partial(jax.jit, static_argnums=0)
+def _reference_attention(pattern, query, key, value, bias, mask, scale, masks):
+    def plain(query, key, value, bias, mask, scale, masks):
+        query_lengths, key_lengths = masks.clipped_lengths(query.shape[1], key.shape[1])
         return reference.attention(
             query,
             key,
@@ -227,16 +140,16 @@ def _reference_attention(
             bias,
             mask,
             scale=scale,
-            is_causal=is_causal,
-            query_seq_lengths=query_lengths,
-            key_value_seq_lengths=key_lengths,
-            window=window,
+            **pattern._asdict(),
+            query_lengths=query_lengths,
+            key_lengths=key_lengths,
+            segments=masks.segments,
         )
 
-    axes = _axes(4)
-    out_axes = (axes[0], ("b0", "t", "n"))
-    return _partitioning.on_auto_mesh(plain, axes[:3], out_axes)(
-        query, key, value, bias, mask, scale, query_lengths, key_lengths
+    query_axes, key_axes, _ = _axes(4)
+    operand_axes, result_axes = (query_axes, key_axes, key_axes), (query_axes, ("b0", "t", "n"))
+    return _partitioning.on_auto_mesh(plain, operand_axes, result_axes)(
+        query, key, value, bias, mask, scale, masks
     )
 
 
@@ -245,34 +158,65 @@ def _reference_attention(
 
 class _Config(NamedTuple):
     scale: float
-    is_causal: bool
+    pattern: arguments.Pattern
+    has_lengths: bool
+    has_segments: bool
+    deterministic: bool
     fallback: bool  # to the reference, where the lowering is not for CUDA
 
     def attributes(self):
-        return {"scale": np.float32(self.scale), "is_causal": np.bool_(self.is_causal)}
+        left, right = (_UNBOUNDED if x is None else x for x in self.pattern.window)
+        return {
+            "scale": np.float32(self.scale),
+            "soft_cap": np.float32(self.pattern.soft_cap or 0),
+            "left": np.int32(left),
+            "right": np.int32(right),
+            "bottom_right": np.bool_(self.pattern.bottom_right),
+            "has_lengths": np.bool_(self.has_lengths),
+            "has_segments": np.bool_(self.has_segments),
+            "deterministic": np.bool_(self.deterministic),
+        }
+
+    def axes_of_masks(self, rank):
+        """Names of the axes of the operands that follow the floating-point ones.
+
+        Segment ids name their lengths differently, so that how they are sharded along them is not
+        taken over for the results.
+        """
+        lead = _lead(rank)
+        lengths = (lead, lead) if self.has_lengths else ()
+        return (*lengths, (*lead, "tids"), (*lead, "sids")) if self.has_segments else lengths
+
+
+_UNBOUNDED = np.iinfo(np.int32).max
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _kernel_attention(config, query, key, value):
-    out, lse = _attention(config, *_partitioning.alike((query, key, value), _axes(4)[:3]))
+def _kernel_attention(config, query, key, value, masks):
+    query_axes, key_axes, _ = _axes(4)
+    operands = query, key, value, *masks.kernel_operands(query.shape[:2], key.shape[:2])
+    axes = query_axes, key_axes, key_axes, *config.axes_of_masks(4)
+    out, lse = _attention(config, *_partitioning.alike(operands, axes))
     return out, lse.swapaxes(1, 2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(config, query, key, value):
+def _attention(config, query, key, value, *masks):
     """out [B, T, N, H] and lse [B, N, T]."""
-    return _forward_op(config)(query, key, value)
+    return _forward_op(config)(query, key, value, *masks)
 
 
-def _attention_fwd(config, query, key, value):
-    out, lse = _attention(config, query, key, value)
+def _attention_fwd(config, query, key, value, *masks):
+    out, lse = _attention(config, query, key, value, *masks)
     out = checkpoint_name(out, "jaxkern_attention_out")
     lse = checkpoint_name(lse, "jaxkern_attention_lse")
-    return (out, lse), (query, key, value, out, lse)
+    return (out, lse), (query, key, value, out, lse, masks)
 
 
 def _attention_bwd(config, residuals, cotangents):
-    return _backward_op(config)(*residuals, *cotangents)
+    *residuals, masks = residuals
+    gradients = _backward_op(config)(*residuals, *cotangents, *masks)
+    return *gradients, *(None for _ in masks)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -280,21 +224,21 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 
 @functools.cache
 def _forward_op(config):
-    def kernel(query, key, value):
-        query, key, value, unfold = _fold(query, key, value)
-        batch, length, heads, _ = query.shape
-        lse, counter = ((batch, heads, length), np.dtype(np.float32)), ((1,), np.dtype(np.int32))
-        results = _ffi.call(
-            "jaxkern.attention_fwd",
-            [(query.shape, query.dtype), lse, counter],
-            *(query, key, value),
-            **config.attributes(),
-        )
+    def kernel(*operands):
+        *operands, unfold = _fold(*operands)
+        query, key, *_ = operands
+        batch, t, heads, _ = query.shape
+        results = [
+            (query.shape, query.dtype),
+            ((batch, heads, t), np.dtype(np.float32)),
+            ((4 + 4 * batch * -(-t // 64),), np.dtype(np.int32)),
+        ]
+        results = _ffi.call("jaxkern.attention_fwd", results, *operands, **config.attributes())
         return unfold(results[:2])
 
     def axes(rank, *_):
-        query, key, value, lse = _axes(rank)
-        return (query, key, value), (query, lse)
+        query, key, lse = _axes(rank)
+        return (query, key, key, *config.axes_of_masks(rank)), (query, lse)
 
     return _stack.kernel_op(_OP, kernel, _plain(config), axes, fallback=config.fallback)
 
@@ -304,24 +248,32 @@ def _backward_op(config):
     def kernel(*operands):
         *operands, unfold = _fold(*operands)
         query, key, value, *_ = operands
-        batch, length, heads, width = query.shape
-        padded = (batch, heads, -(-length // 128) * 128)
+        batch, t, heads, width = query.shape
+        s, key_heads = key.shape[1:3]
+        tiles = -(-t // 128)
+        padded = (batch, heads, 128 * tiles)
+        counters = batch * key_heads * width + 4 * batch * -(-s // 64) + 2 * batch * heads * tiles
         single = np.dtype(np.float32)
-        gradients = [(x.shape, x.dtype) for x in (query, key, value)]
-        workspaces = [(padded, single), (padded, single), ((*padded, width), single)]
-        results = _ffi.call(
-            "jaxkern.attention_bwd", gradients + workspaces, *operands, **config.attributes()
-        )
+        results = [
+            *((x.shape, x.dtype) for x in (query, key, value)),
+            (padded, single),
+            (padded, single),
+            ((*padded, width), single),
+            ((counters,), np.dtype(np.int32)),
+        ]
+        results = _ffi.call("jaxkern.attention_bwd", results, *operands, **config.attributes())
         return unfold(results[:3])
 
-    def plain(query, key, value, out, lse, dout, dlse):
+    def plain(query, key, value, out, lse, dout, dlse, *masks):
         del out, lse
-        _, pullback = jax.vjp(_plain(config), query, key, value)
+        attend = _plain(config)
+        _, pullback = jax.vjp(lambda *operands: attend(*operands, *masks), query, key, value)
         return pullback((dout, dlse))
 
     def axes(rank, *_):
-        query, key, value, lse = _axes(rank)
-        return (query, key, value, query, lse, query, lse), (query, key, value)
+        query, key, lse = _axes(rank)
+        operands = query, key, key, query, lse, query, lse, *config.axes_of_masks(rank)
+        return operands, (query, key, key)
 
     return _stack.kernel_op(_OP, kernel, plain, axes, fallback=config.fallback)
 
@@ -329,21 +281,34 @@ def _backward_op(config):
 def _plain(config):
     """The reference, with the kernel's operands and results."""
 
-    def plain(query, key, value):
-        query, key, value, unfold = _fold(query, key, value)
+    def plain(*operands):
+        query, key, value, *masks, unfold = _fold(*operands)
+        segments = tuple(masks[-2:]) if config.has_segments else None
+        query_lengths, key_lengths = masks[:2] if config.has_lengths else (None, None)
         out, lse = reference.attention(
-            query, key, value, scale=config.scale, is_causal=config.is_causal
+            query,
+            key,
+            value,
+            scale=config.scale,
+            **config.pattern._asdict(),
+            query_lengths=query_lengths,
+            key_lengths=key_lengths,
+            segments=segments,
         )
         return unfold((out, lse.swapaxes(1, 2)))
 
     return plain
 
 
+def _lead(rank):
+    """Names of the batch axes, for the rank of the query."""
+    return tuple(f"b{i}" for i in range(rank - 3))
+
+
 def _axes(rank):
-    """Names of the axes of query, key, value and lse, for the rank of the query."""
-    lead = tuple(f"b{i}" for i in range(rank - 3))
-    key = (*lead, "s", "k", "h")
-    return (*lead, "t", "n", "h"), key, key, (*lead, "n", "t")
+    """Names of the axes of query, key (and value), and lse, for the rank of the query."""
+    lead = _lead(rank)
+    return (*lead, "t", "n", "h"), (*lead, "s", "k", "h"), (*lead, "n", "t")
 
 
 def _fold(query, *others):

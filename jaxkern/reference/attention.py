@@ -7,6 +7,7 @@ gradients of the logits to more bits than the operands have. Shape letters are t
 B batch, T query length, S key length, N query heads, K key heads, G = N / K, H head dim.
 """
 
+import functools
 import math
 
 import jax
@@ -27,23 +28,27 @@ def attention(
     mask=None,
     *,
     scale,
-    is_causal=False,
-    query_seq_lengths=None,
-    key_value_seq_lengths=None,
-    window=None,
+    soft_cap=None,
+    window=(None, None),
+    bottom_right=False,
+    query_lengths=None,
+    key_lengths=None,
+    segments=None,
 ):
-    """Softmax attention with jax.nn.dot_product_attention's semantics.
+    """Softmax attention with jaxkern.dot_product_attention's semantics.
 
     Args:
       query: [B, T, N, H], any floating-point dtype.
       key, value: [B, S, K, H]; N is a multiple of K.
-      bias: added to the scaled logits, rank 4, broadcastable to [B, N, T, S].
+      bias: added to the scaled and capped logits, rank 4, broadcastable to [B, N, T, S].
       mask: bool, rank 4, broadcastable to [B, N, T, S]; False leaves a key out.
       scale: factor of the logits.
-      is_causal: query i sees keys 0..i, also when T != S.
-      query_seq_lengths: int [B]; rows from there on are zero.
-      key_value_seq_lengths: int [B]; keys from there on are left out.
-      window: (left, right); query i sees keys i - left .. i + right.
+      soft_cap: a scaled logit x becomes soft_cap * tanh(x / soft_cap).
+      window: (left, right); query i sees keys i - left .. i + right. None is without a bound.
+      bottom_right: the window of query i is around key i + S - T, with a sequence's own lengths.
+      query_lengths: int [B], 0 to T; rows from there on are zero.
+      key_lengths: int [B], 0 to S; keys from there on are left out.
+      segments: integers [B, T] and [B, S]; a query sees the keys of its own number.
 
     Returns:
       The output [B, T, N, H] in the query's dtype, and the natural-log log-sum-exp of the masked
@@ -51,24 +56,21 @@ def attention(
     """
     batch, length, heads, _ = query.shape
     rows = _rows_per_block(length, batch, key.shape[1], heads)
-
-    def attend(positions, query, bias, mask):
-        return _attend(
-            positions,
-            query,
-            key,
-            value,
-            bias,
-            mask,
-            scale=scale,
-            is_causal=is_causal,
-            query_seq_lengths=query_seq_lengths,
-            key_value_seq_lengths=key_value_seq_lengths,
-            window=window,
-        )
-
+    query_segments, key_segments = (None, None) if segments is None else segments
+    attend = functools.partial(
+        _attend,
+        key=key,
+        value=value,
+        scale=scale,
+        soft_cap=soft_cap,
+        window=window,
+        shift=_shift(bottom_right, length, key.shape[1], query_lengths, key_lengths),
+        query_lengths=query_lengths,
+        key_lengths=key_lengths,
+        key_segments=key_segments,
+    )
     if rows is None:
-        return attend(jnp.arange(length), query, bias, mask)
+        return attend(jnp.arange(length), query, query_segments, bias, mask)
 
     count = -(-length // rows)
     pad = count * rows - length
@@ -81,16 +83,16 @@ def attention(
 
     @jax.checkpoint
     def block(xs):
-        positions, query, bias_rows, mask_rows = xs
+        *own, bias_rows, mask_rows = xs
         return attend(
-            positions,
-            query,
+            *own,
             bias if bias_rows is None else bias_rows,
             mask if mask_rows is None else mask_rows,
         )
 
     positions = jnp.arange(count * rows).reshape(count, rows)
-    blocks = jax.lax.map(block, (positions, split(query, 1), split(bias, 2), split(mask, 2)))
+    by_rows = split(query, 1), split(query_segments, 1), split(bias, 2), split(mask, 2)
+    blocks = jax.lax.map(block, (positions, *by_rows))
 
     def join(x):  # [count, B, rows, ..] -> [B, T, ..]
         x = jnp.moveaxis(x, 0, 1)
@@ -109,19 +111,31 @@ def _rows_per_block(length, *others):
     return -(-length // -(-length // rows))
 
 
+def _shift(bottom_right, query_length, key_length, query_lengths, key_lengths):
+    """How far a query's key is from its own position: 0 or, by sequence, [B, 1, 1, 1]."""
+    if not bottom_right:
+        return 0
+    queries = query_length if query_lengths is None else query_lengths
+    keys = key_length if key_lengths is None else key_lengths
+    return jnp.reshape(jnp.asarray(keys) - jnp.asarray(queries), (-1, 1, 1, 1))
+
+
 def _attend(
     positions,
     query,
-    key,
-    value,
+    query_segments,
     bias,
     mask,
     *,
+    key,
+    value,
     scale,
-    is_causal,
-    query_seq_lengths,
-    key_value_seq_lengths,
+    soft_cap,
     window,
+    shift,
+    query_lengths,
+    key_lengths,
+    key_segments,
 ):
     """Attention of the queries [B, t, N, H] at `positions` [t] to all keys."""
     batch, rows, heads, width = query.shape
@@ -133,47 +147,42 @@ def _attend(
     grouped = query.reshape(batch, rows, key_heads, groups, width).astype(dtype)
     logits = jnp.einsum("btkgh,bskh->bkgts", grouped, key.astype(dtype), precision=precision)
     logits = logits.reshape(batch, heads, rows, length) * jnp.asarray(scale, dtype)
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
     if bias is not None:
         logits = logits + bias.astype(dtype)
-    seen = _visible(
-        positions,
-        jnp.arange(length),
-        mask,
-        is_causal,
-        query_seq_lengths,
-        key_value_seq_lengths,
-        window,
-    )
-    if seen is not None:
+
+    columns = jnp.arange(length)
+    allowed = [] if mask is None else [mask]
+    allowed += _in_window(positions[:, None] + shift, columns, window)
+    if query_lengths is not None:
+        allowed.append(positions[:, None] < query_lengths[:, None, None, None])
+    if key_lengths is not None:
+        allowed.append(columns < key_lengths[:, None, None, None])
+    if key_segments is not None:
+        allowed.append(query_segments[:, None, :, None] == key_segments[:, None, None, :])
+    if allowed:
+        seen = functools.reduce(jnp.logical_and, allowed)
         logits = jnp.where(seen, logits, jnp.asarray(_MASKED, dtype))
 
     peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf))
     weights = jnp.exp(logits - peak)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    lse = (jnp.log(total) + peak)[..., 0].swapaxes(1, 2).astype(jnp.float32)
+    # NOTE: XLA may reorder this sum, and for a query that sees no key a part of it overflows.
+    lse = jnp.where(peak == jnp.asarray(_MASKED, dtype), peak, jnp.log(total) + peak)
+    lse = lse[..., 0].swapaxes(1, 2).astype(jnp.float32)
 
     weights = (weights / total).reshape(batch, key_heads, groups, rows, length)
     out = jnp.einsum("bkgts,bskh->btkgh", weights, value.astype(dtype), precision=precision)
     out = out.reshape(batch, rows, heads, width).astype(query.dtype)
-    if query_seq_lengths is not None:
-        live = positions < query_seq_lengths[:, None]
+    if query_lengths is not None:
+        live = positions < query_lengths[:, None]
         out = jnp.where(live[:, :, None, None], out, jnp.zeros((), out.dtype))
     return out, lse
 
 
-def _visible(rows, columns, mask, is_causal, query_seq_lengths, key_value_seq_lengths, window):
-    """Which keys a query sees: bool, broadcastable to [B, N, t, S], or None for all."""
-    parts = [] if mask is None else [mask]
-    if is_causal:
-        parts.append(columns <= rows[:, None])
-    if window is not None:
-        left, right = window
-        parts.append((rows[:, None] - left <= columns) & (columns <= rows[:, None] + right))
-    if query_seq_lengths is not None:
-        parts.append(rows[:, None] < query_seq_lengths[:, None, None, None])
-    if key_value_seq_lengths is not None:
-        parts.append(columns < key_value_seq_lengths[:, None, None, None])
-    seen = None
-    for part in parts:
-        seen = part if seen is None else seen & part
-    return seen
+def _in_window(places, columns, window):
+    """For each bound of the window, which columns are within it of the queries' places."""
+    left, right = window
+    within = [] if left is None else [places - left <= columns]
+    return within if right is None else [*within, columns <= places + right]

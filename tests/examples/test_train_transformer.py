@@ -189,18 +189,61 @@ def model(example):
 
 
 def test_the_model_sees_the_past_only(model):
-    tokens = np.random.default_rng(0).integers(0, 256, (2, 32))
+    tokens = np.random.default_rng(0).integers(1, 255, (2, 32))
     changed = tokens.copy()
     changed[:, 20] += 1
-    one, other = model(tokens), model(changed % 256)
+    one, other = model(tokens), model(changed)
     np.testing.assert_allclose(one[:, :20], other[:, :20], atol=1e-5)
     assert (np.abs(one - other).max(-1) > 1e-3)[:, 20:].all()
 
 
-def test_the_loss_is_of_the_byte_that_follows(model):
-    windows = np.random.default_rng(0).integers(0, 256, (2, 33))
+def test_a_zero_byte_ends_a_document(example):
+    tokens = np.array([[7, 0, 5, 5, 0, 0, 9], [0, 1, 1, 1, 1, 1, 0]], np.uint8)
+    wanted = [[0, 0, 1, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1, 1]]
+    np.testing.assert_array_equal(example.documents(tokens), wanted)
+
+
+def test_the_model_does_not_see_other_documents(model):
+    tokens = np.random.default_rng(0).integers(1, 255, (2, 32))
+    tokens[:, 14] = 0
+    before, after = tokens.copy(), tokens.copy()
+    before[:, :14] += 1
+    after[:, 15:] += 1
+    one = model(tokens)
+    np.testing.assert_array_equal(model(before)[:, 15:], one[:, 15:])
+    np.testing.assert_array_equal(model(after)[:, :15], one[:, :15])
+    assert (np.abs(model(before) - one).max(-1) > 1e-3)[:, :15].all()
+
+
+def test_cudnn_s_mask_keeps_the_same_documents_apart(example, monkeypatch):
+    """Values and gradients, with jax.nn's plain JAX in the place of cuDNN."""
+    plain = jax.nn.dot_product_attention
+
+    def attention(*operands, implementation, **options):
+        assert implementation == "cudnn"
+        return plain(*operands, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+    tokens = np.random.default_rng(0).integers(0, 4, (2, 24))
+    arrays = jax.random.normal(jax.random.key(0), (3, 2, 24, 2, 8))
+
+    def results(implementation):
+        def attend(*operands):
+            return example.attend(*operands, example.documents(tokens), implementation)
+
+        out, pullback = jax.vjp(attend, *arrays)
+        return out, *pullback(jnp.cos(out))
+
+    for got, wanted in zip(results("cudnn"), results("xla"), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+def test_the_loss_is_of_the_byte_that_follows_in_the_document(model):
+    windows = np.random.default_rng(0).integers(0, 8, (2, 33))
     logits = jax.nn.log_softmax(model(windows[:, :-1]))
-    want = -np.mean([logits[b, t, windows[b, t + 1]] for b in range(2) for t in range(32)])
+    inside = [(b, t) for b in range(2) for t in range(32) if windows[b, t] != 0]
+    assert 0 < len(inside) < 64
+    want = -np.mean([logits[b, t, windows[b, t + 1]] for b, t in inside])
     assert float(model.loss(windows)) == pytest.approx(want, rel=1e-5)
 
 
@@ -224,11 +267,11 @@ def test_the_sample_is_the_model_s(example):
 
 def test_eight_devices_share_a_batch(example):
     trainer = example.Trainer(example.Config(**TINY), None, 8)
-    windows = jax.device_put(np.zeros((8, 33), np.uint8), trainer.split_batch)
+    windows = jax.device_put(np.ones((8, 33), np.uint8), trainer.split_batch)
     assert {shard.data.shape for shard in windows.addressable_shards} == {(1, 33)}
     compiled = trainer._step.lower(trainer.state, windows).compile()
     assert "all-reduce" in compiled.as_text() and "all-gather" not in compiled.as_text()
-    trainer.train(np.zeros((8, 33), np.uint8))
+    trainer.train(np.ones((8, 33), np.uint8))
     leaves = jax.tree.leaves(trainer.state)
     assert all(x.sharding.is_fully_replicated and len(x.devices()) == 8 for x in leaves)
 
@@ -242,11 +285,12 @@ def test_bfloat16_keeps_float32_weights_and_learns(example):
     assert {x.dtype for x in jax.tree.leaves(trainer.state["params"])} == {jnp.dtype("float32")}
 
 
-def test_the_gpu_preset_has_100m_parameters_and_reaches_the_kernel(example, kernels):
-    config = example.PRESETS["gpu"]
+@pytest.mark.parametrize(("preset", "parameters"), [("gpu", 1e8), ("gpu-1b", 1e9)])
+def test_gpu_presets_have_their_size_and_reach_the_kernel(example, kernels, preset, parameters):
+    config = example.PRESETS[preset]
     model = nnx.eval_shape(lambda: example.Transformer(config, "cuda", nnx.Rngs(0)))
     graph, params = nnx.split(model)
-    assert 95e6 < sum(x.size for x in jax.tree.leaves(params)) < 105e6
+    assert sum(x.size for x in jax.tree.leaves(params)) == pytest.approx(parameters, rel=0.05)
     windows = jax.ShapeDtypeStruct((config.batch, config.context + 1), jnp.uint8)
 
     def loss(params, windows):
@@ -256,6 +300,8 @@ def test_the_gpu_preset_has_100m_parameters_and_reaches_the_kernel(example, kern
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     for name in ("attention_fwd", "attention_bwd", "rms_norm_fwd", "rms_norm_bwd"):
         assert f"jaxkern.{name}" in text
+    assert "has_segments = true" in text
+    assert f"{config.context}x{config.context}x" not in text
 
 
 @pytest.mark.parametrize(
@@ -274,6 +320,7 @@ def test_the_gpu_preset_has_100m_parameters_and_reaches_the_kernel(example, kern
         (["--heads=3"], "--width 32 must be a multiple of twice --heads 3"),
         (["--log-every=3"], "--eval-every 4 must be a multiple of --log-every 3"),
         (["--preset=gpu"], "--preset gpu needs a GPU; JAX has cpu only"),
+        (["--preset=gpu-1b"], "--preset gpu-1b needs a GPU; JAX has cpu only"),
         (["--implementation=cuda"], "--implementation cuda needs a GPU; JAX has cpu only"),
         (["--implementation=cudnn"], "--implementation cudnn needs a GPU; JAX has cpu only"),
     ],

@@ -196,9 +196,10 @@ def test_equal_layers_compare_equal():
 def test_a_clone_takes_its_own_options():
     _, layer = layers(implementation="xla", is_causal=True)
     assert layer.clone() == layer
-    assert layer.clone(is_causal=False).attention_fn.keywords == {
-        "implementation": "xla",
+    clone = layer.clone(is_causal=False, local_window_size=3)
+    assert clone.attention_fn.keywords == layer.attention_fn.keywords | {
         "is_causal": False,
+        "local_window_size": 3,
     }
 
 
