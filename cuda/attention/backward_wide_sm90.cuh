@@ -58,7 +58,7 @@ struct AttentionBackwardWide
     alignas(128) T weights[kStages][kBlockS * kBlockT];  // P^T in fragment order
     alignas(128) float lse_log2[kStages][kBlockT];
     alignas(128) float delta[kStages][kBlockT];
-    tile::Ring<kStages> query_ring, weights_ring, dscores_ring;
+    tile::Ring<kStages> query_ring, dscores_ring;
     tile::Ring<1> dout_ring;
     tile::Barrier key_full, value_full, gradients_full;
     Work work;  // the same for the blocks of a cluster
@@ -97,8 +97,14 @@ struct AttentionBackwardWide
     }
   };
 
-  enum NamedBarrier { kOperandsRead = 1, kTurn };
+  enum NamedBarrier {
+    kOperandsRead = 1,
+    kTurn,
+    kWeightsFull,
+    kWeightsEmpty = kWeightsFull + kStages
+  };
   static constexpr int kConsumerThreads = kConsumers * tile::kWarpgroupSize;
+  static constexpr int kPairThreads = 2 * tile::kWarpgroupSize;
 
   __device__ __forceinline__ static int peer() { return Cluster::rank() ^ 1; }
 
@@ -107,7 +113,6 @@ struct AttentionBackwardWide
     constexpr int kReaders = 2 * kWarps * kClusterBlocks;
     shared.query_ring.init(1, kReaders);
     shared.dout_ring.init(1, kReaders);
-    shared.weights_ring.init(kWarps, kWarps);
     shared.dscores_ring.init(kWarps, kWarps * kClusterBlocks);
     shared.key_full.init(1);
     shared.value_full.init(1);
@@ -182,7 +187,7 @@ struct AttentionBackwardWide
       }
       exponentiate<kSoftCap>(scores, weights, shared.lse_log2[stage], p.scale_log2);
       Cluster::arrive_warp(shared.query_ring.empty[stage]);
-      slot.wait_empty(shared.weights_ring);
+      tile::ptx::named_barrier_sync(kWeightsEmpty + stage, kPairThreads);
       if constexpr (kSoftCap) {  // dS takes the slope of the cap too
         tile::RegisterTile<T, 64, kBlockT> factors;
         tile::convert(factors, scores);
@@ -190,7 +195,7 @@ struct AttentionBackwardWide
       } else {
         tile::store_fragments(shared.weights[stage], weights);
       }
-      shared.weights_ring.full[stage].arrive_warp();
+      tile::ptx::named_barrier_arrive(kWeightsFull + stage, kPairThreads);
 
       tile::Slot<1>{slot.count}.wait_full(shared.dout_ring);
       dvalue.add_product(weights, shared.dout);
@@ -205,6 +210,7 @@ struct AttentionBackwardWide
 #pragma unroll
       for (int i = 0; i < 2; ++i) tile::add_row(dvalue.half[i], row + i * kHeadDim / 2);
     }
+    __syncwarp();  // lanes that arrived somewhere by themselves
     tile::ptx::named_barrier_sync(kOperandsRead, kConsumerThreads);
     dvalue.store(shared.value);
     shared.gradients_full.arrive_warp();
@@ -220,6 +226,9 @@ struct AttentionBackwardWide
     const int warp = threadIdx.x % tile::kWarpgroupSize / tile::kWarpSize;
     const bool leader = threadIdx.x % tile::kWarpSize == 0;
 
+    for (int stage = 0; stage < kStages; ++stage) {
+      tile::ptx::named_barrier_arrive(kWeightsEmpty + stage, kPairThreads);
+    }
     tile::Slot<kStages> slot;
     shared.value_full.wait(0);
     work.for_each(p, [&](int, int) {
@@ -231,9 +240,9 @@ struct AttentionBackwardWide
       tile::mma_wait<0>(dweights);
       Cluster::arrive_warp(shared.dout_ring.empty[0]);
 
-      slot.wait_full(shared.weights_ring);
+      tile::ptx::named_barrier_sync(kWeightsFull + stage, kPairThreads);
       tile::load_fragments(weights, shared.weights[stage]);
-      shared.weights_ring.empty[stage].arrive_warp();
+      tile::ptx::named_barrier_arrive(kWeightsEmpty + stage, kPairThreads);
       slot.wait_full(shared.query_ring);
       multiply_centered(dweights, weights, shared.delta[stage]);
       tile::convert(dscores, dweights);
@@ -263,6 +272,7 @@ struct AttentionBackwardWide
 
 #pragma unroll
     for (auto& half : dkey.half) tile::scale(half, p.scale);
+    __syncwarp();  // lanes that arrived somewhere by themselves
     tile::ptx::named_barrier_sync(kOperandsRead, kConsumerThreads);
     dkey.store(shared.key);
     shared.gradients_full.arrive_warp();
