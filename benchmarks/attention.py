@@ -5,7 +5,8 @@
     python benchmarks/attention.py --filter '^bwd.*h128'    some cases
     python benchmarks/attention.py --case 'fwd b1 n8/2 t4096 s4096 h128 causal bf16'
 
-FLOPs: 4*B*N*T*S*H forward, half if causal, 2.5 times that backward.
+FLOPs: 4*B*N*T*S*H forward, half if causal, 2.5 times that backward; with a window or documents, for
+the queries and keys that see each other.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Mapping
 
 import common
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch_attention
 
@@ -39,9 +41,12 @@ class Shape:
     head_dim: int
     causal: bool
     dtype: str
+    window: int = 0  # keys before a query's own that it sees; 0: all
+    documents: int = 0  # packed into each sequence, of uneven lengths; 0: the sequence is one
 
     _PATTERN = re.compile(
-        r"(fwd|bwd) b(\d+) n(\d+)/(\d+) t(\d+) s(\d+) h(\d+)( causal)? (bf16|f16)"
+        r"(fwd|bwd) b(\d+) n(\d+)/(\d+) t(\d+) s(\d+) h(\d+)( causal)?"
+        r"(?: window(\d+))?(?: documents(\d+))? (bf16|f16)"
     )
 
     @classmethod
@@ -52,18 +57,38 @@ class Shape:
             raise ValueError(
                 f"wanted the form 'fwd b8 n16/16 t2048 s2048 h128 causal bf16', got {case!r}"
             )
-        direction, *sizes, causal, dtype = found.groups()
-        return direction, cls(*map(int, sizes), bool(causal), dtype)
+        direction, *sizes, causal, window, documents, dtype = found.groups()
+        masks = int(window or 0), int(documents or 0)
+        return direction, cls(*map(int, sizes), bool(causal), dtype, *masks)
 
     def case(self, direction: str) -> str:
+        causal = " causal" if self.causal else ""
+        window = f" window{self.window}" if self.window else ""
+        documents = f" documents{self.documents}" if self.documents else ""
         return (
             f"{direction} b{self.batch} n{self.heads}/{self.kv_heads} t{self.query_length} "
-            f"s{self.key_length} h{self.head_dim}{' causal' if self.causal else ''} {self.dtype}"
+            f"s{self.key_length} h{self.head_dim}{causal}{window}{documents} {self.dtype}"
         )
 
     def work(self, direction: str) -> float:
-        flops = 4 * self.batch * self.heads * self.query_length * self.key_length * self.head_dim
-        return flops * (0.5 if self.causal else 1.0) * (2.5 if direction == "bwd" else 1.0)
+        lengths = np.diff(self.boundaries).astype(float)
+        pairs = (lengths**2).sum() if self.documents else self.query_length * self.key_length
+        pairs *= 0.5 if self.causal else 1.0
+        if self.window:
+            pairs = self.query_length * (self.window + 1) - self.window * (self.window + 1) / 2
+        flops = 4 * self.batch * self.heads * pairs * self.head_dim
+        return flops * (2.5 if direction == "bwd" else 1.0)
+
+    @property
+    def boundaries(self) -> np.ndarray:
+        """Where documents begin, and the end of the last."""
+        lengths = np.resize(_LENGTHS, max(self.documents, 1)).cumsum()
+        return np.rint(np.r_[0, lengths] / lengths[-1] * self.query_length).astype(int)
+
+    @property
+    def document_of(self) -> np.ndarray:
+        """[T] the number of a token's document."""
+        return np.repeat(np.arange(max(self.documents, 1)), np.diff(self.boundaries))
 
     @property
     def query_shape(self) -> tuple[int, int, int, int]:
@@ -73,6 +98,9 @@ class Shape:
     def key_shape(self) -> tuple[int, int, int, int]:
         return self.batch, self.key_length, self.kv_heads, self.head_dim
 
+
+# Relative lengths of packed documents.
+_LENGTHS = (700, 2300, 900, 3877, 1223, 3345, 2655, 1384)
 
 # (batch, heads, kv heads, length, head dim), each with and without a causal mask
 _SIZES = (
@@ -94,6 +122,11 @@ SHAPES = tuple(
     for batch, heads, kv_heads, length, head_dim in _SIZES
     for causal in (False, True)
 )
+MASKED = tuple(
+    Shape(1, 2048 // h, 2048 // h, 16384, 16384, h, True, "bf16", window, documents)
+    for h in (64, 128)
+    for window, documents in ((1024, 0), (2048, 0), (4096, 0), (0, 8))
+)
 QUICK = tuple(s for s in SHAPES if s.query_length == 2048 and s.head_dim <= 128)
 
 
@@ -106,13 +139,29 @@ def inputs(shape: Shape) -> common.Inputs:
     )
 
 
-def _jaxkern(implementation: str):
+def _jaxkern(implementation: str, **options):
     def make(shape: Shape):
-        return lambda query, key, value: jaxkern.dot_product_attention(
-            query, key, value, is_causal=shape.causal, implementation=implementation
+        segments = shape.document_of if shape.documents else None
+        return functools.partial(
+            _attend_segments,
+            segments=segments,
+            is_causal=shape.causal,
+            local_window_size=_window(shape),
+            implementation=implementation,
+            **options,
         )
 
     return make
+
+
+def _attend_segments(query, key, value, segments, **options):
+    if segments is not None:
+        options["segment_ids"] = jnp.broadcast_to(segments, query.shape[:2])
+    return jaxkern.dot_product_attention(query, key, value, **options)
+
+
+def _window(shape: Shape) -> tuple[int, int] | None:
+    return (shape.window, 0) if shape.window else None
 
 
 def _jax_nn(implementation: str):
@@ -120,11 +169,69 @@ def _jax_nn(implementation: str):
         logits = shape.batch * shape.heads * shape.query_length * shape.key_length
         if implementation == "xla" and logits > 2**30:
             raise NotImplementedError("it would keep more than 2^30 logits")
-        return lambda query, key, value: jax.nn.dot_product_attention(
-            query, key, value, is_causal=shape.causal, implementation=implementation
-        )
+
+        def attend(query, key, value):
+            mask = None
+            if shape.documents:  # jax.nn has nothing better than a T x S mask
+                ids = jnp.asarray(shape.document_of)
+                mask = (ids[:, None] == ids)[None, None]
+            return jax.nn.dot_product_attention(
+                query,
+                key,
+                value,
+                mask=mask,
+                is_causal=shape.causal,
+                local_window_size=_window(shape),
+                implementation=implementation,
+            )
+
+        return attend
 
     return make
+
+
+def _deterministic(seconds: float) -> common.Provider:
+    """The backward alone: the forward always is."""
+    both = common.jax_provider(_jaxkern("cuda", deterministic=True), seconds)
+
+    def prepare(shape, directions, inputs, expected):
+        if "bwd" not in directions:
+            raise NotImplementedError("the forward is the same")
+        return both(shape, ["bwd"], inputs, expected and {"bwd": expected["bwd"]})
+
+    return prepare
+
+
+def _separate(seconds: float) -> common.Provider:
+    """A call for each document, of arrays that are cut before."""
+
+    def make(shape: Shape):
+        attend = functools.partial(
+            jaxkern.dot_product_attention, is_causal=shape.causal, implementation="cuda"
+        )
+        return lambda query, key, value: tuple(map(attend, query, key, value))
+
+    def prepare(shape, directions, inputs, expected):
+        if not shape.documents:
+            raise NotImplementedError("there is one document")
+
+        def cut(x):
+            return tuple(jnp.split(x, shape.boundaries[1:-1], axis=1))
+
+        parts = common.Inputs(
+            [tuple(map(cut, arrays)) for arrays in inputs.arguments],
+            [cut(x) for x in inputs.cotangents],
+        )
+        prepared = common.jax_provider(make, seconds)(shape, directions, parts, None)
+        join = functools.partial(jnp.concatenate, axis=1)
+        results = {
+            direction: join(x) if direction == "fwd" else tuple(map(join, x))
+            for direction, x in prepared.results.items()
+        }
+        error = common.relative_error(results, expected or results)
+        return common.Prepared(prepared.samplers, error, results)
+
+    return prepare
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -153,6 +260,8 @@ class TorchWorker:
             self._started.result()
             if expected is None:
                 raise NotImplementedError("there is no JAX provider to compare with")
+            if shape.window or shape.documents:
+                raise NotImplementedError("windows and documents are not compared")
             arrays = dict(zip(("query", "key", "value"), inputs.arguments[0], strict=True))
             arrays["dout"] = inputs.cotangents[0]
             if "fwd" in expected:
@@ -190,17 +299,20 @@ def jax_providers(seconds: float) -> dict[str, common.Provider]:
         "jax.nn xla": _jax_nn("xla"),
         "jaxkern xla": _jaxkern("xla"),
     }
-    return {name: common.jax_provider(make, seconds) for name, make in makers.items()}
+    providers = {name: common.jax_provider(make, seconds) for name, make in makers.items()}
+    extra = {"jaxkern deterministic": _deterministic, "jaxkern separate": _separate}
+    return providers | {name: make(seconds) for name, make in extra.items()}
 
 
 TORCH_PROVIDERS = ("torch cudnn", "torch flash2")
-DEFAULT_PROVIDERS = ("jaxkern", "jax.nn cudnn", "jax.nn xla", *TORCH_PROVIDERS)
+OWN_PROVIDERS = ("jaxkern deterministic", "jaxkern separate")
+DEFAULT_PROVIDERS = ("jaxkern", "jax.nn cudnn", "jax.nn xla", *OWN_PROVIDERS, *TORCH_PROVIDERS)
 
 
 def main(argv: list[str]) -> int:
     parser = common.options("Attention, forward and backward, side by side.")
     chosen = parser.parse_args(argv)
-    selected = common.select(parser, chosen, SHAPES, QUICK)
+    selected = common.select(parser, chosen, SHAPES + MASKED, QUICK)
     known: Mapping[str, common.Provider] = jax_providers(chosen.seconds)
     torch = importlib.util.find_spec("torch") is not None
     default = [name for name in DEFAULT_PROVIDERS if torch or name not in TORCH_PROVIDERS]

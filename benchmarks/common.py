@@ -240,7 +240,11 @@ class Comparison:
     def _measure_shape(self, shape: Shape, directions: Sequence[str]) -> None:
         prepared = self._prepare(shape, directions)
         for direction in directions:
-            samplers = {name: ready.samplers[direction] for name, ready in prepared.items()}
+            samplers = {
+                name: ready.samplers[direction]
+                for name, ready in prepared.items()
+                if direction in ready.samplers
+            }
             if not samplers:
                 continue
             try:

@@ -58,7 +58,7 @@ struct AttentionBackwardWide
     alignas(128) T weights[kStages][kBlockS * kBlockT];  // P^T in fragment order
     alignas(128) float lse_log2[kStages][kBlockT];
     alignas(128) float delta[kStages][kBlockT];
-    tile::Ring<kStages> query_ring, dscores_ring;
+    tile::Ring<kStages> query_ring, weights_ring, dscores_ring;
     tile::Ring<1> dout_ring;
     tile::Barrier key_full, value_full, gradients_full;
     Work work;  // the same for the blocks of a cluster
@@ -97,22 +97,18 @@ struct AttentionBackwardWide
     }
   };
 
-  enum NamedBarrier {
-    kOperandsRead = 1,
-    kTurn,
-    kWeightsFull,
-    kWeightsEmpty = kWeightsFull + kStages
-  };
+  enum NamedBarrier { kOperandsRead = 1, kTurn };
   static constexpr int kConsumerThreads = kConsumers * tile::kWarpgroupSize;
-  static constexpr int kPairThreads = 2 * tile::kWarpgroupSize;
 
   __device__ __forceinline__ static int peer() { return Cluster::rank() ^ 1; }
 
   // Both blocks fill a stage of queries or dO, and all who read it, in both, must have left it.
+  // P^T goes from thread to thread, each of which arrives for itself.
   __device__ __forceinline__ static void init(Storage& shared) {
     constexpr int kReaders = 2 * kWarps * kClusterBlocks;
     shared.query_ring.init(1, kReaders);
     shared.dout_ring.init(1, kReaders);
+    shared.weights_ring.init(tile::kWarpgroupSize, tile::kWarpgroupSize);
     shared.dscores_ring.init(kWarps, kWarps * kClusterBlocks);
     shared.key_full.init(1);
     shared.value_full.init(1);
@@ -187,7 +183,7 @@ struct AttentionBackwardWide
       }
       exponentiate<kSoftCap>(scores, weights, shared.lse_log2[stage], p.scale_log2);
       Cluster::arrive_warp(shared.query_ring.empty[stage]);
-      tile::ptx::named_barrier_sync(kWeightsEmpty + stage, kPairThreads);
+      slot.wait_empty(shared.weights_ring);
       if constexpr (kSoftCap) {  // dS takes the slope of the cap too
         tile::RegisterTile<T, 64, kBlockT> factors;
         tile::convert(factors, scores);
@@ -195,7 +191,7 @@ struct AttentionBackwardWide
       } else {
         tile::store_fragments(shared.weights[stage], weights);
       }
-      tile::ptx::named_barrier_arrive(kWeightsFull + stage, kPairThreads);
+      shared.weights_ring.full[stage].arrive();
 
       tile::Slot<1>{slot.count}.wait_full(shared.dout_ring);
       dvalue.add_product(weights, shared.dout);
@@ -226,9 +222,6 @@ struct AttentionBackwardWide
     const int warp = threadIdx.x % tile::kWarpgroupSize / tile::kWarpSize;
     const bool leader = threadIdx.x % tile::kWarpSize == 0;
 
-    for (int stage = 0; stage < kStages; ++stage) {
-      tile::ptx::named_barrier_arrive(kWeightsEmpty + stage, kPairThreads);
-    }
     tile::Slot<kStages> slot;
     shared.value_full.wait(0);
     work.for_each(p, [&](int, int) {
@@ -240,9 +233,9 @@ struct AttentionBackwardWide
       tile::mma_wait<0>(dweights);
       Cluster::arrive_warp(shared.dout_ring.empty[0]);
 
-      tile::ptx::named_barrier_sync(kWeightsFull + stage, kPairThreads);
+      slot.wait_full(shared.weights_ring);
       tile::load_fragments(weights, shared.weights[stage]);
-      tile::ptx::named_barrier_arrive(kWeightsEmpty + stage, kPairThreads);
+      shared.weights_ring.empty[stage].arrive();
       slot.wait_full(shared.query_ring);
       multiply_centered(dweights, weights, shared.delta[stage]);
       tile::convert(dscores, dweights);
