@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kRowsThreads)
     const auto visited = Backward::query_blocks(p.mask, batch, first * Backward::kWorkS);
     if (visited.begin <= block && block < visited.end) break;
   }
-  p.turns[index] = first * Backward::kParts;
+  p.turns[index] = first * Backward::kTurnArrivals;
 }
 
 // One block: one query block of one head; a warpgroup to each of the two parts of dQ.

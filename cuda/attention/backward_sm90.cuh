@@ -30,6 +30,7 @@ struct AttentionBackward : AttentionBackwardWork<kMask, attention_bwd_config(kHe
   using typename Base::Params, typename Base::Work;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kConsumers = Base::kParts;
+  static constexpr int kTurnArrivals = kConsumers;
   static constexpr int kClusterBlocks = 1;
   static constexpr int kBlockS = Base::kWorkS;
   static constexpr int kBlockT = kConfig.block_t;
@@ -99,7 +100,7 @@ struct AttentionBackward : AttentionBackwardWork<kMask, attention_bwd_config(kHe
     work.for_each(p, [&](int member, int block) {
       slot.wait_full(ring);
       const int64_t row = Base::accum_row(p, work, member, block);
-      if (p.turns != nullptr) Base::wait_turn(p, work, row);
+      if (p.turns != nullptr) Base::template wait_turn<kTurnArrivals>(p, work, row);
       tile::tma::add(p.dquery_accum + row * kHeadDim + consumer * kPart, shared.dquery[consumer],
                      kPart);
       tile::tma::wait_stores_read();

@@ -39,6 +39,7 @@ struct AttentionBackwardWide
   static constexpr int kStages = 2;
   static constexpr int kConsumers = 3;
   static constexpr int kWarps = tile::kWarpgroupSize / tile::kWarpSize;
+  static constexpr int kTurnArrivals = kClusterBlocks * kWarps;
   static constexpr int kThreads = tile::kWarpgroupSize * (1 + kConsumers);
   static_assert(kBlockT == 64, "dQ has the 64 rows of a warpgroup");
 
@@ -60,7 +61,7 @@ struct AttentionBackwardWide
     alignas(128) float delta[kStages][kBlockT];
     tile::Ring<kStages> query_ring, weights_ring, dscores_ring;
     tile::Ring<1> dout_ring;
-    tile::Barrier key_full, value_full, gradients_full;
+    tile::Barrier key_full, value_full, operands_read, gradients_full;
     Work work;  // the same for the blocks of a cluster
   };
   static constexpr int kSharedBytes = sizeof(Storage);
@@ -97,9 +98,6 @@ struct AttentionBackwardWide
     }
   };
 
-  enum NamedBarrier { kOperandsRead = 1, kTurn };
-  static constexpr int kConsumerThreads = kConsumers * tile::kWarpgroupSize;
-
   __device__ __forceinline__ static int peer() { return Cluster::rank() ^ 1; }
 
   // Both blocks fill a stage of queries or dO, and all who read it, in both, must have left it.
@@ -112,6 +110,7 @@ struct AttentionBackwardWide
     shared.dscores_ring.init(kWarps, kWarps * kClusterBlocks);
     shared.key_full.init(1);
     shared.value_full.init(1);
+    shared.operands_read.init(kConsumers * kWarps);
     shared.gradients_full.init(2 * kWarps);
     tile::ptx::fence_mbarrier_init();
   }
@@ -206,8 +205,8 @@ struct AttentionBackwardWide
 #pragma unroll
       for (int i = 0; i < 2; ++i) tile::add_row(dvalue.half[i], row + i * kHeadDim / 2);
     }
-    __syncwarp();  // lanes that arrived somewhere by themselves
-    tile::ptx::named_barrier_sync(kOperandsRead, kConsumerThreads);
+    shared.operands_read.arrive_warp();
+    shared.operands_read.wait(0);
     dvalue.store(shared.value);
     shared.gradients_full.arrive_warp();
   }
@@ -265,8 +264,8 @@ struct AttentionBackwardWide
 
 #pragma unroll
     for (auto& half : dkey.half) tile::scale(half, p.scale);
-    __syncwarp();  // lanes that arrived somewhere by themselves
-    tile::ptx::named_barrier_sync(kOperandsRead, kConsumerThreads);
+    shared.operands_read.arrive_warp();
+    shared.operands_read.wait(0);
     dkey.store(shared.key);
     shared.gradients_full.arrive_warp();
   }
@@ -275,7 +274,7 @@ struct AttentionBackwardWide
     const Work work = shared.work;
     constexpr int kCols = kConfig.dquery_cols;
     tile::RegisterTile<float, 64, kCols> dquery;  // (kBlockT, kCols), kPartH / kCols times
-    const bool leader = threadIdx.x % tile::kWarpgroupSize == 0;
+    const bool leader = threadIdx.x % tile::kWarpSize == 0;
 
     tile::Slot<kStages> slot;
     shared.key_full.wait(0);
@@ -295,8 +294,8 @@ struct AttentionBackwardWide
         tile::mma_commit();
         tile::mma_wait<0>(dquery);
         if (col == 0 && p.turns != nullptr) {
-          if (leader) Base::wait_turn(p, work, row);
-          tile::ptx::named_barrier_sync(kTurn, tile::kWarpgroupSize);
+          if (leader) Base::template wait_turn<kTurnArrivals>(p, work, row);
+          __syncwarp();
         }
         if (col + kCols == kPartH) {
           Cluster::arrive_warp(shared.dscores_ring.empty[slot.stage()]);
@@ -305,12 +304,12 @@ struct AttentionBackwardWide
       }
       if (p.turns != nullptr) {
         __threadfence();
-        tile::ptx::named_barrier_sync(kTurn, tile::kWarpgroupSize);
+        __syncwarp();
         if (leader) Base::pass_turn(p, row);
       }
       slot.advance();
     });
-    tile::ptx::named_barrier_arrive(kOperandsRead, kConsumerThreads);
+    shared.operands_read.arrive_warp();
   }
 };
 

@@ -92,10 +92,11 @@ struct AttentionBackwardWork {
   }
 
   // If there are turns, dQ is added in the order of the keys. A turn belongs to a block of queries
-  // and counts kParts for each run of keys, from the first that visits the block on.
+  // and counts kArrivals for each run of keys, from the first that visits the block on.
+  template <int kArrivals>
   __device__ __forceinline__ static void wait_turn(const Params& p, const Work& work, int64_t row) {
     const int* turn = p.turns + row / kBlockT;
-    while (tile::ptx::load_acquire(turn) / kParts != work.index) {
+    while (tile::ptx::load_acquire(turn) / kArrivals != work.index) {
     }
   }
   __device__ __forceinline__ static void pass_turn(const Params& p, int64_t row) {
