@@ -57,6 +57,7 @@ cudaError_t launch_backward(const AttentionBwdParams& params, cudaStream_t strea
   p.dquery_accum = params.dquery_accum;
   p.hidden_dout = may_hide_queries(shape, options) ? hidden_dout : nullptr;
   p.turns = params.deterministic ? turns : nullptr;
+  p.last_keys_first = false;
   p.scale = options.scale;
   p.scale_log2 = (kSoftCap ? options.soft_cap : options.scale) * kLog2E;
   p.cap_factor = kSoftCap ? options.scale / options.soft_cap : 0.0f;
@@ -67,10 +68,17 @@ cudaError_t launch_backward(const AttentionBwdParams& params, cudaStream_t strea
   p.order = {
       .blocks = static_cast<int>(tile::ceil_div(shape.S, Backward::kWorkS)),
       .heads = static_cast<int>(shape.B * shape.K),
-      .section = kMask != MaskKind::kFull
-                     ? kv_heads_in_backward_section(8 * shape.T * shape.H * p.group)
-                     : 1,
+      .section = 1,
   };
+  // Under a mask a block of keys begins with the queries that see its last key. If it adds to dQ
+  // after the keys that follow it, those are a step ahead already; without a mask all begin with
+  // the same queries, and few should be in line for the same head.
+  if (kMask != MaskKind::kFull) {
+    p.order.section = kv_heads_in_backward_section(8 * shape.T * shape.H * p.group);
+    p.last_keys_first = params.deterministic;
+  } else if (params.deterministic) {
+    p.order.section = kHeadsInLine;
+  }
 
   const AttentionRowsParams rows = {
       .out = params.out,

@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kHeadDim)
   hidden_dout[int64_t{blockIdx.x} * kHeadDim + threadIdx.x] = sum / S;
 }
 
-// One thread: one query block of one head. Its turn goes first to the first block of keys.
+// One thread: one query block of one head. Its turn goes to the first work that visits it.
 template <class Backward>
 __global__ void __launch_bounds__(kRowsThreads)
     attention_bwd_turns_kernel(const typename Backward::Params p, int64_t count, int heads) {
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kRowsThreads)
   const int batch = index / blocks / heads;
   int first = 0;
   for (; first < p.order.blocks; ++first) {
-    const auto visited = Backward::query_blocks(p.mask, batch, first * Backward::kWorkS);
+    const auto visited = Backward::query_blocks(p.mask, batch, Backward::first_key(p, first));
     if (visited.begin <= block && block < visited.end) break;
   }
   p.turns[index] = first * Backward::kTurnArrivals;

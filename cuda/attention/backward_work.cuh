@@ -25,6 +25,7 @@ struct AttentionBackwardWork {
     float scale, scale_log2, cap_factor;   // with a soft cap: of the capped logits, scale / cap
     Mask mask;
     tile::TileOrder order;
+    bool last_keys_first;
     int kv_heads, group, padded_T;  // K, N / K, Tp
   };
 
@@ -40,18 +41,22 @@ struct AttentionBackwardWork {
     return {queries.begin / kBlockT, tile::ceil_div(queries.end, kBlockT)};
   }
 
+  // Under a causal mask the first keys have the most queries, and so come first.
+  __device__ __forceinline__ static int first_key(const Params& p, int index) {
+    return (p.last_keys_first ? p.order.blocks - 1 - index : index) * kWorkS;
+  }
+
   // It is kept in shared memory, since 24 registers of a producer are too few to work a mask out.
   struct Work {
-    int batch, kv_head, index, key;  // index: of kWorkS keys, of which `key` is the first
+    int batch, kv_head, index, key;  // of kWorkS keys from `key` on, the index-th of its head
     BlockRange blocks;               // visited, for each head of the group
     BlockRange dense[kParts];        // need no mask for 64 of the keys
 
-    // Under a causal mask the first keys have the most queries.
     __device__ __forceinline__ Work(const Params& p, tile::TileOrder::Tile at)
         : batch(at.head / p.kv_heads),
           kv_head(at.head % p.kv_heads),
           index(at.block),
-          key(at.block * kWorkS),
+          key(first_key(p, index)),
           blocks(query_blocks(p.mask, batch, key)) {
       for (int i = 0; i < kParts; ++i) {
         const ColumnRange own = p.mask.columns(batch, key + 64 * i, key + 64 * (i + 1));
@@ -91,8 +96,9 @@ struct AttentionBackwardWork {
     return int64_t{work.query_head(p, member)} * p.padded_T + block * kBlockT;
   }
 
-  // If there are turns, dQ is added in the order of the keys. A turn belongs to a block of queries
-  // and counts kArrivals for each run of keys, from the first that visits the block on.
+  // If there are turns, dQ is added in the order of works, which is that of the grid: a block only
+  // ever waits for one that has started. A turn belongs to a block of queries and counts kArrivals
+  // for each work, from the first that visits the block on.
   template <int kArrivals>
   __device__ __forceinline__ static void wait_turn(const Params& p, const Work& work, int64_t row) {
     const int* turn = p.turns + row / kBlockT;

@@ -30,7 +30,7 @@ constexpr AttentionFwdConfig attention_fwd_config(int head_dim, MaskKind mask) {
 
 // Backward: two consumer warpgroups own 64 keys each and walk over blocks of `block_t` queries.
 // exact_weights: dS takes P in float32. At head dim 64 there are no registers left to keep it
-// beside the rounded P that dV takes, so both take the rounded one.
+// beside the rounded P that dV takes, so both take that; with a soft cap dS takes its own, rounded.
 struct AttentionBwdConfig {
   int block_t;
   bool exact_weights;

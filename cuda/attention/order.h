@@ -22,4 +22,7 @@ inline int kv_heads_in_backward_section(int64_t head_bytes) {
   return static_cast<int>(std::max<int64_t>((16 << 20) / head_bytes, 1));
 }
 
+// Backward, repeatable, without a mask: key/value heads that take turns side by side.
+constexpr int kHeadsInLine = 16;
+
 }  // namespace jaxkern
