@@ -34,6 +34,9 @@ SANITIZERS = ("memcheck", "racecheck", "synccheck")
 SANITIZER_FOUND = 99
 
 # A test for the GPU must not pass by finding none.
+# pytest-benchmark, where it is installed, warns under xdist; our warnings are errors.
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+
 GPU_ENVIRONMENT = {"JAX_PLATFORMS": "cuda,cpu", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 # One cudaMalloc per buffer, so that a stray access meets no neighbour; launches outside graphs.
@@ -150,20 +153,22 @@ def install_commands(chosen: argparse.Namespace, site: pathlib.Path) -> list[Com
 
 
 def test_commands(chosen: argparse.Namespace) -> list[Command]:
-    # pytest-benchmark, where it is installed, warns under xdist; our warnings are errors.
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+    pytest = PYTEST
     if importlib.util.find_spec("xdist"):
-        pytest += ["-n", str(chosen.jobs)]
+        pytest = [*PYTEST, "-n", str(chosen.jobs)]
     arguments = shlex.split(chosen.pytest)
     if chosen.whole_suite:
         return [Command("test", [*pytest, *arguments])]
-    return [Command("test", [*pytest, "-m", "gpu", *arguments], GPU_ENVIRONMENT)]
+    alone = [*PYTEST, "-p", "no:xdist", "-m", "gpu", "tests/test_large_attention.py"]
+    return [
+        Command("test", [*pytest, "-m", "gpu", *arguments], GPU_ENVIRONMENT),
+        Command("large", alone, GPU_ENVIRONMENT),
+    ]
 
 
 def sanitize_commands() -> list[Command]:
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    pytest += ["-p", "no:benchmark", "-p", "no:xdist"]
+    pytest = [*PYTEST, "-p", "no:xdist"]
     options = ["--target-processes", "application-only", "--report-api-errors", "no"]
     options += ["--print-limit", "20", "--error-exitcode", str(SANITIZER_FOUND)]
     return [

@@ -135,8 +135,9 @@ def test_commands_of_the_steps(tmp_path):
     arguments = ["--output", str(tmp_path), "--steps", "test,bench", "--commit", "abc"]
     arguments += ["--attention=--filter '^fwd .*h64' --quick", "--pytest", "-k 'rms or norm'"]
     chosen = gpu.parse(arguments)
-    [test] = gpu.test_commands(chosen)
+    test, large = gpu.test_commands(chosen)
     assert ["-m", "gpu"] == test.argv[-4:-2] and ["-k", "rms or norm"] == test.argv[-2:]
+    assert ["no:xdist", "-m", "gpu", "tests/test_large_attention.py"] == large.argv[-4:]
     attention, norm = gpu.measure_commands(chosen, ("attention", "rms_norm"), tmp_path)
     destination = ["--output", str(tmp_path), "--commit", "abc"]
     wanted = ["benchmarks/attention.py", *destination, "--filter", "^fwd .*h64", "--quick"]
