@@ -119,8 +119,8 @@ def check_calls(arrays, name, options, changes, masks):
     lse = f"{B}x{N}x{T}xf32"
     workspace = f"{4 + 4 * B * 3}xi32"  # T is 3 tiles of 64
     assert types(lines["attention_fwd"]) == ([query, key, key, *masks], [query, lse, workspace])
-    padded = f"{B}x{N}x256"  # T in whole tiles of 128
-    workspace = f"{B * K * width + 4 * B * 2 + B * N * 4}xi32"  # S is 2 tiles of 64
+    padded = f"{B}x{N}x256"  # T in whole tiles of 128 or 80
+    workspace = f"{B * K * width + 4 * B * 2 + B * N * 32}xi32"  # S is 2 tiles of 64
     assert types(lines["attention_bwd"]) == (
         [query, key, key, query, lse, query, lse, *masks],
         [query, key, key, *[f"{padded}xf32"] * 2, f"{padded}x{width}xf32", workspace],

@@ -22,16 +22,15 @@ bool may_hide_queries(const AttentionShape& shape, const AttentionOptions& o) {
   return shift + o.right < 0 || shape.T - 1 + shift - o.left >= shape.S;
 }
 
-}  // namespace
-
-template <class T, int kHeadDim, MaskKind kMask, bool kSoftCap>
-cudaError_t launch_backward(const AttentionBwdParams& params, cudaStream_t stream) {
-  constexpr bool kWide = kHeadDim > 128;
-  using Backward = std::conditional_t<kWide, AttentionBackwardWide<T, kHeadDim, kMask, kSoftCap>,
-                                      AttentionBackward<T, kHeadDim, kMask, kSoftCap>>;
+template <class Backward>
+cudaError_t run_backward(void (*kernel)(typename Backward::Params),
+                         const AttentionBwdParams& params, cudaStream_t stream) {
+  using T = typename Backward::T;
+  constexpr int kHeadDim = Backward::kHeadDim;
   const AttentionShape& shape = params.shape;
   const AttentionOptions& options = params.options;
-  const auto padded_T = static_cast<int>(attention_padded_length(shape.T));
+  const auto padded_T =
+      static_cast<int>(tile::ceil_div(shape.T, Backward::kBlockT)) * Backward::kBlockT;
   auto* ranges = reinterpret_cast<int4*>(params.workspace);
   auto* hidden_dout = reinterpret_cast<float*>(ranges + shape.B * attention_granules(shape.S));
   auto* turns = reinterpret_cast<int*>(hidden_dout + shape.B * shape.K * shape.H);
@@ -59,8 +58,8 @@ cudaError_t launch_backward(const AttentionBwdParams& params, cudaStream_t strea
   p.turns = params.deterministic ? turns : nullptr;
   p.last_keys_first = false;
   p.scale = options.scale;
-  p.scale_log2 = (kSoftCap ? options.soft_cap : options.scale) * kLog2E;
-  p.cap_factor = kSoftCap ? options.scale / options.soft_cap : 0.0f;
+  p.scale_log2 = (Backward::kSoftCap ? options.soft_cap : options.scale) * kLog2E;
+  p.cap_factor = Backward::kSoftCap ? options.scale / options.soft_cap : 0.0f;
   p.mask = Backward::Mask::of(shape, options, ranges);
   p.kv_heads = static_cast<int>(shape.K);
   p.group = static_cast<int>(shape.N / shape.K);
@@ -73,7 +72,7 @@ cudaError_t launch_backward(const AttentionBwdParams& params, cudaStream_t strea
   // Under a mask a block of keys begins with the queries that see its last key. If it adds to dQ
   // after the keys that follow it, those are a step ahead already; without a mask all begin with
   // the same queries, and few should be in line for the same head.
-  if (kMask != MaskKind::kFull) {
+  if (Backward::kMask != MaskKind::kFull) {
     p.order.section = kv_heads_in_backward_section(8 * shape.T * shape.H * p.group);
     p.last_keys_first = params.deterministic;
   } else if (params.deterministic) {
@@ -119,19 +118,31 @@ cudaError_t launch_backward(const AttentionBwdParams& params, cudaStream_t strea
       return error;
     }
   }
-  const auto kernel = [] {
-    if constexpr (kWide) {
-      return attention_bwd_wide_sm90_kernel<Backward>;
-    } else {
-      return attention_bwd_sm90_kernel<Backward>;
-    }
-  }();
   if (cudaError_t error = launch(kernel, int64_t{p.order.count()} * Backward::kClusterBlocks,
                                  Backward::kThreads, Backward::kSharedBytes, stream, p)) {
     return error;
   }
   return launch(attention_bwd_postprocess_kernel<Backward>, blocks(Backward::kBlockT), kRowsThreads,
                 0, stream, rows);
+}
+
+}  // namespace
+
+template <class T, int kHeadDim, MaskKind kMask, bool kSoftCap>
+cudaError_t launch_backward(const AttentionBwdParams& params, cudaStream_t stream) {
+  if constexpr (kHeadDim > 128) {
+    using Wide = AttentionBackwardWide<T, kHeadDim, kMask, kSoftCap>;
+    return run_backward<Wide>(attention_bwd_wide_sm90_kernel<Wide>, params, stream);
+  } else {
+    if constexpr (kHeadDim == 128 && kMask != MaskKind::kBand) {
+      using Tall = AttentionBackward<T, kHeadDim, kMask, kSoftCap, true>;
+      if (params.shape.T >= attention_bwd_tall_from(kMask)) {
+        return run_backward<Tall>(attention_bwd_sm90_kernel<Tall>, params, stream);
+      }
+    }
+    using Low = AttentionBackward<T, kHeadDim, kMask, kSoftCap, false>;
+    return run_backward<Low>(attention_bwd_sm90_kernel<Low>, params, stream);
+  }
 }
 
 #define JAXKERN_INSTANCE(kMask, kSoftCap)                                                        \

@@ -46,7 +46,6 @@ __global__ void __launch_bounds__(kRowsThreads)
     attention_bwd_preprocess_kernel(const AttentionRowsParams p) {
   constexpr int kLanes = kHeadDim / 8;  // 16 bytes each
   constexpr int kRows = kRowsThreads / kLanes;
-  static_assert(kAttentionPadding % kRows == 0, "a block must not pass the padded length");
   const int lane = threadIdx.x % kLanes;
   const RowBlock at_block(p, kRows);
   const int head = at_block.head, batch = at_block.batch;
@@ -113,7 +112,7 @@ __global__ void __launch_bounds__(kHeadDim)
   hidden_dout[int64_t{blockIdx.x} * kHeadDim + threadIdx.x] = sum / S;
 }
 
-// One thread: one query block of one head. Its turn goes to the first work that visits it.
+// One thread: one query block of one head. Its turns go to the first work that visits it.
 template <class Backward>
 __global__ void __launch_bounds__(kRowsThreads)
     attention_bwd_turns_kernel(const typename Backward::Params p, int64_t count, int heads) {
@@ -126,7 +125,9 @@ __global__ void __launch_bounds__(kRowsThreads)
     const auto visited = Backward::query_blocks(p.mask, batch, Backward::first_key(p, first));
     if (visited.begin <= block && block < visited.end) break;
   }
-  p.turns[index] = first * Backward::kTurnArrivals;
+  for (int part = 0; part < Backward::kTurnParts; ++part) {
+    *Backward::turn(p, index * Backward::kBlockT, part) = first;
+  }
 }
 
 // One block: one query block of one head; a warpgroup to each of the two parts of dQ.
@@ -135,13 +136,15 @@ __global__ void __launch_bounds__(kRowsThreads)
     attention_bwd_postprocess_kernel(const AttentionRowsParams p) {
   using T = typename Backward::T;
   constexpr int kHeadDim = Backward::kHeadDim, kBlockT = Backward::kBlockT;
+  constexpr bool kTransposed = Backward::kTransposed;  // rows of a part are columns of dQ
   constexpr int kPart = Backward::kPart, kCols = kPart / 64;
-  constexpr int kColParts = kHeadDim / kCols;  // 1: parts are query halves; 2: head dim halves
+  constexpr int kPartT = kTransposed ? kCols : 64, kPartH = kTransposed ? 64 : kCols;
+  constexpr int kColParts = kHeadDim / kPartH;  // 1: parts are query halves; 2: head dim halves
   static_assert(kRowsThreads / tile::kWarpgroupSize * kPart == kBlockT * kHeadDim, "two parts");
   const RowBlock at_block(p, kBlockT);
   const int head = at_block.head, batch = at_block.batch;
   const int part = threadIdx.x / tile::kWarpgroupSize;
-  __shared__ tile::SharedTile<T, 64, kCols> tiles[2];
+  __shared__ tile::SharedTile<T, kPartT, kPartH> tiles[2];
 
   tile::RegisterTile<float, 64, kCols> accum;
   const int64_t row = (int64_t{batch} * p.N + head) * p.padded_T + at_block.row;
@@ -149,16 +152,21 @@ __global__ void __launch_bounds__(kRowsThreads)
   tile::scale(accum, p.scale);
   tile::RegisterTile<T, 64, kCols> rounded;
   tile::convert(rounded, accum);
-  tile::store(tiles[part], 0, rounded);
+  if constexpr (kTransposed) {
+    tile::store_transposed(tiles[part], rounded);
+  } else {
+    tile::store(tiles[part], 0, rounded);
+  }
   __syncthreads();
 
-  const int t0 = at_block.row + 64 * (part / kColParts);
-  const int h0 = kCols * (part % kColParts);
-  constexpr int kLanes = kCols / 8;  // 16 bytes each
+  const int t0 = at_block.row + kPartT * (part / kColParts);
+  const int h0 = kPartH * (part % kColParts);
+  constexpr int kLanes = kPartH / 8;  // 16 bytes each
   constexpr int kRows = tile::kWarpgroupSize / kLanes;
+  static_assert(kPartT % kRows == 0, "threads go over a part in whole rounds");
   const int thread = threadIdx.x % tile::kWarpgroupSize;
 #pragma unroll
-  for (int i = 0; i < 64 / kRows; ++i) {
+  for (int i = 0; i < kPartT / kRows; ++i) {
     const int r = kRows * i + thread / kLanes, c = 8 * (thread % kLanes);
     const int t = t0 + r;
     if (t >= p.T) continue;

@@ -7,13 +7,16 @@
 //   dV += P^T dO,  dK += dS^T Q                                 P^T, dS^T straight from registers
 //   dQ  = dS K                                                  dS of both consumers, from shared
 // With keys as rows, P^T and dS^T are wgmma's A operand where they stand; only dS takes the way
-// through shared memory, because dQ sums over all 128 keys. Each consumer makes the 64 x 64 part of
-// dQ that panel `consumer` of dS (H 64) or of K (H 128) gives, and TMA adds it to a float32
+// through shared memory, because dQ sums over all 128 keys. Each consumer makes the part of dQ that
+// half of the queries (H 64) or of the head dim (H 128) gives, and TMA adds it to a float32
 // accumulator in global memory, in fragment order: nothing but the post-process kernel reads it.
+// Instructions have 64 rows, so 80 queries can only be columns: then it makes dQ^T = K^T dS^T.
 //   producer    warp 0 loads keys and values, streams queries with their lse, and stores dK and dV;
 //               warp 1 streams dO with delta; warps 2 and 3 add the two consumers' dQ.
 // The order of products is FlashAttention-3's (Shah et al. 2024). docs/attention.md draws it.
 #pragma once
+
+#include <type_traits>
 
 #include "cuda/attention/backward_work.cuh"
 #include "cuda/attention/config.h"
@@ -21,34 +24,42 @@
 
 namespace jaxkern {
 
-template <class T_, int kHeadDim_, MaskKind kMask, bool kSoftCap>
-struct AttentionBackward : AttentionBackwardWork<kMask, attention_bwd_config(kHeadDim_).block_t> {
+template <class T_, int kHeadDim_, MaskKind kMask_, bool kSoftCap_, bool kTall>
+struct AttentionBackward
+    : AttentionBackwardWork<kMask_, attention_bwd_config(kHeadDim_, kTall).block_t, 2> {
   using T = T_;
-  static constexpr AttentionBwdConfig kConfig = attention_bwd_config(kHeadDim_);
-  using Base = AttentionBackwardWork<kMask, kConfig.block_t>;
+  static constexpr AttentionBwdConfig kConfig = attention_bwd_config(kHeadDim_, kTall);
+  static constexpr int kTurnParts = 2;
+  using Base = AttentionBackwardWork<kMask_, kConfig.block_t, kTurnParts>;
   using typename Base::Params, typename Base::Work;
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr MaskKind kMask = kMask_;
+  static constexpr bool kSoftCap = kSoftCap_;
   static constexpr int kConsumers = Base::kParts;
-  static constexpr int kTurnArrivals = kConsumers;
+  static constexpr bool kTransposed = kConfig.transposed;
   static constexpr int kClusterBlocks = 1;
   static constexpr int kBlockS = Base::kWorkS;
   static constexpr int kBlockT = kConfig.block_t;
   static constexpr int kStages = 2;
   static constexpr int kThreads = tile::kWarpgroupSize * (1 + kConsumers);
-  static constexpr int kPart = 64 * 64;  // dQ elements a consumer makes per query block
-  static_assert(kBlockT * kHeadDim == kConsumers * kPart, "dQ is one 64 x 64 part per consumer");
+  static_assert(kConfig.producer_registers + kConsumers * kConfig.consumer_registers <=
+                (1 + kConsumers) * tile::launch_registers(kThreads));
+  static constexpr int kPart = kBlockT * kHeadDim / kConsumers;  // of dQ, made by a consumer
+  static constexpr int kPartCols = kPart / 64;
+  static constexpr int kRowSpan = tile::ceil_div(kBlockT, 32) * 32;  // TMA writes 128-byte aligned
 
   using QueryTile = tile::SharedTile<T, kBlockT, kHeadDim>;  // (kBlockT, H)
   using KeyTile = tile::SharedTile<T, kBlockS, kHeadDim>;    // (kBlockS, H)
-  using ScoreTile = tile::SharedTile<T, kBlockS, kBlockT>;   // (kBlockS, kBlockT)
+  using ScoreTile = std::conditional_t<kTransposed, tile::SharedTile<T, kBlockT, kBlockS>,
+                                       tile::SharedTile<T, kBlockS, kBlockT>>;
 
   struct Storage {
     KeyTile key, value;  // take dK and dV at the end
     QueryTile query[kStages], dout[kStages];
-    ScoreTile dscores[kStages];  // dS^T
+    ScoreTile dscores[kStages];  // dS if transposed, else dS^T
     alignas(128) float dquery[kConsumers][kPart];
-    alignas(128) float lse_log2[kStages][kBlockT];
-    alignas(128) float delta[kStages][kBlockT];
+    alignas(128) float lse_log2[kStages][kRowSpan];
+    alignas(128) float delta[kStages][kRowSpan];
     tile::Ring<kStages> query_ring, dout_ring, dscores_ring;
     tile::Ring<1> dquery_ring[kConsumers];
     tile::Barrier key_value_full, gradients_full;
@@ -62,8 +73,10 @@ struct AttentionBackward : AttentionBackwardWork<kMask, attention_bwd_config(kHe
   __device__ __forceinline__ static void load_keys(const Params& p, Storage& shared) {
     const auto at = shared.work.keys();
     shared.key_value_full.arrive_expect(2 * KeyTile::kBytes);
-    tile::tma::load(shared.key, p.key, at, shared.key_value_full);
-    tile::tma::load(shared.value, p.value, at, shared.key_value_full);
+    tile::tma::load<tile::tma::CacheHint::kEvictFirst>(shared.key, p.key, at,
+                                                       shared.key_value_full);
+    tile::tma::load<tile::tma::CacheHint::kEvictFirst>(shared.value, p.value, at,
+                                                       shared.key_value_full);
   }
 
   __device__ __forceinline__ static void store_gradients(const Params& p, Storage& shared) {
@@ -77,13 +90,14 @@ struct AttentionBackward : AttentionBackwardWork<kMask, attention_bwd_config(kHe
   // Streams query blocks of one operand (queries or dO) and their row statistics (lse or delta).
   __device__ __forceinline__ static void load_queries(
       const Params& p, const Work& work, const CUtensorMap& map, const CUtensorMap& row_map,
-      tile::Ring<kStages>& ring, QueryTile (&tiles)[kStages], float (&rows)[kStages][kBlockT]) {
+      tile::Ring<kStages>& ring, QueryTile (&tiles)[kStages], float (&rows)[kStages][kRowSpan]) {
     tile::Slot<kStages> slot;
     work.for_each(p, [&](int member, int block) {
       slot.wait_empty(ring);
       auto& full = ring.full[slot.stage()];
-      full.arrive_expect(QueryTile::kBytes + sizeof(rows[0]));
-      tile::tma::load(tiles[slot.stage()], map, work.queries(p, member, block), full);
+      full.arrive_expect(QueryTile::kBytes + kBlockT * sizeof(float));
+      tile::tma::load<tile::tma::CacheHint::kEvictLast>(tiles[slot.stage()], map,
+                                                        work.queries(p, member, block), full);
       tile::tma::load(rows[slot.stage()], row_map, work.query_head(p, member), block * kBlockT,
                       full);
       slot.advance();
@@ -99,14 +113,14 @@ struct AttentionBackward : AttentionBackwardWork<kMask, attention_bwd_config(kHe
     work.for_each(p, [&](int member, int block) {
       slot.wait_full(ring);
       const int64_t row = Base::accum_row(p, work, member, block);
-      if (p.turns != nullptr) Base::template wait_turn<kTurnArrivals>(p, work, row);
-      tile::tma::add(p.dquery_accum + row * kHeadDim + consumer * kPart, shared.dquery[consumer],
-                     kPart);
+      if (p.turns != nullptr) Base::wait_turn(p, work, row, consumer);
+      tile::tma::add<tile::tma::CacheHint::kEvictLast>(
+          p.dquery_accum + row * kHeadDim + consumer * kPart, shared.dquery[consumer], kPart);
       tile::tma::wait_stores_read();
       ring.empty[0].arrive();
       if (p.turns != nullptr) {
         tile::tma::wait_stores();
-        Base::pass_turn(p, row);
+        Base::pass_turn(p, row, consumer);
       }
       slot.advance();
     });
@@ -118,7 +132,7 @@ struct AttentionBackward : AttentionBackwardWork<kMask, attention_bwd_config(kHe
     tile::RegisterTile<float, 64, kHeadDim> dkey, dvalue;     // (64, H)
     tile::RegisterTile<float, 64, kBlockT> scores, dweights;  // (64, kBlockT): S^T, dP^T
     tile::RegisterTile<T, 64, kBlockT> weights, dscores;      // (64, kBlockT): P^T, dS^T
-    tile::RegisterTile<float, 64, 64> dquery;
+    tile::RegisterTile<float, 64, kPartCols> dquery;          // (64, kPartCols) of dQ or dQ^T
     tile::zero(dkey);
     tile::zero(dvalue);
     shared.key_value_full.wait(0);
@@ -133,7 +147,10 @@ struct AttentionBackward : AttentionBackwardWork<kMask, attention_bwd_config(kHe
       auto& dscores_tile = shared.dscores[of.stage()];
       of.wait_full(shared.dscores_ring);
       tile::mma_fence(dquery);
-      if constexpr (kHeadDim == 64) {
+      if constexpr (kTransposed) {
+        tile::mma(dquery, tile::mn_major<64>(shared.key, 64 * consumer),
+                  tile::k_major<kPartCols>(dscores_tile), false);
+      } else if constexpr (kHeadDim == 64) {
         tile::mma(dquery, tile::mn_major<64>(dscores_tile, 64 * consumer),
                   tile::mn_major<64>(shared.key), false);
       } else {
@@ -154,6 +171,7 @@ struct AttentionBackward : AttentionBackwardWork<kMask, attention_bwd_config(kHe
       constexpr bool kFirst = decltype(is_first)::value;
       auto& query_tile = shared.query[slot.stage()];
       auto& dout_tile = shared.dout[slot.stage()];
+      const bool masked = work.needs_mask(consumer, block);
 
       slot.wait_full(shared.query_ring);
       tile::mma_fence(scores);
@@ -167,9 +185,7 @@ struct AttentionBackward : AttentionBackwardWork<kMask, attention_bwd_config(kHe
       // P^T = 2^(S^T * scale_log2 - lse_log2), while dP^T is multiplied.
       tile::mma_wait<1>(scores);
       if constexpr (kSoftCap) cap_logits(scores, p.cap_factor);
-      if (work.needs_mask(consumer, block)) {
-        p.mask.apply(scores, work.batch, key0, block * kBlockT);
-      }
+      if (masked) p.mask.apply(scores, work.batch, key0, block * kBlockT);
       exponentiate<kSoftCap>(scores, weights, shared.lse_log2[slot.stage()], p.scale_log2);
       if constexpr (kSoftCap) tile::convert(dscores, scores);
       tile::mma_fence(dvalue);
@@ -189,7 +205,11 @@ struct AttentionBackward : AttentionBackwardWork<kMask, attention_bwd_config(kHe
       tile::convert(dscores, dweights);
 
       slot.wait_empty(shared.dscores_ring);
-      tile::store(shared.dscores[slot.stage()], 64 * consumer, dscores);
+      if constexpr (kTransposed) {
+        tile::store_transposed(shared.dscores[slot.stage()], dscores, 64 * consumer);
+      } else {
+        tile::store(shared.dscores[slot.stage()], 64 * consumer, dscores);
+      }
       tile::tma::fence_writes();
       shared.dscores_ring.full[slot.stage()].arrive_warp();
 
@@ -241,7 +261,6 @@ template <class Backward>
 __global__ void __launch_bounds__(Backward::kThreads, 1)
     attention_bwd_sm90_kernel(const __grid_constant__ typename Backward::Params p) {
   auto& shared = tile::shared_storage<typename Backward::Storage>();
-  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / tile::kWarpgroupSize, 0);
 
   if (threadIdx.x == 0) {
     constexpr int kWarps = 4;
@@ -256,7 +275,7 @@ __global__ void __launch_bounds__(Backward::kThreads, 1)
   }
   __syncthreads();
 
-  if (warpgroup == 0) {
+  if (tile::warpgroup_index() == 0) {
     tile::ptx::setmaxnreg_decrease<Backward::kConfig.producer_registers>();
     if (threadIdx.x == 0) {
       Backward::load_keys(p, shared);
@@ -271,7 +290,7 @@ __global__ void __launch_bounds__(Backward::kThreads, 1)
     }
   } else {
     tile::ptx::setmaxnreg_increase<Backward::kConfig.consumer_registers>();
-    Backward::consume(p, shared, warpgroup - 1);
+    Backward::consume(p, shared, tile::warpgroup_index() - 1);
   }
 }
 

@@ -22,14 +22,17 @@
 
 namespace jaxkern {
 
-template <class T_, int kHeadDim_, MaskKind kMask, bool kSoftCap>
+template <class T_, int kHeadDim_, MaskKind kMask_, bool kSoftCap_>
 struct AttentionBackwardWide
-    : AttentionBackwardWork<kMask, attention_bwd_wide_config(kSoftCap).block_t> {
+    : AttentionBackwardWork<kMask_, attention_bwd_wide_config(kSoftCap_).block_t, 8> {
   using T = T_;
-  static constexpr AttentionBwdWideConfig kConfig = attention_bwd_wide_config(kSoftCap);
-  using Base = AttentionBackwardWork<kMask, kConfig.block_t>;
+  static constexpr AttentionBwdWideConfig kConfig = attention_bwd_wide_config(kSoftCap_);
+  static constexpr int kTurnParts = 8;  // a warp of a block each
+  using Base = AttentionBackwardWork<kMask_, kConfig.block_t, kTurnParts>;
   using typename Base::Params, typename Base::Work;
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr MaskKind kMask = kMask_;
+  static constexpr bool kSoftCap = kSoftCap_;
   static constexpr int kClusterBlocks = Base::kParts;
   using Cluster = tile::Cluster<kClusterBlocks>;
   static constexpr int kBlockS = 64;  // keys of a block
@@ -39,8 +42,12 @@ struct AttentionBackwardWide
   static constexpr int kStages = 2;
   static constexpr int kConsumers = 3;
   static constexpr int kWarps = tile::kWarpgroupSize / tile::kWarpSize;
-  static constexpr int kTurnArrivals = kClusterBlocks * kWarps;
+  static constexpr bool kTransposed = false;
+  static_assert(kTurnParts == kClusterBlocks * kWarps);
   static constexpr int kThreads = tile::kWarpgroupSize * (1 + kConsumers);
+  static_assert(kConfig.producer_registers + kConfig.dvalue_registers + kConfig.dkey_registers +
+                    kConfig.dquery_registers <=
+                (1 + kConsumers) * tile::launch_registers(kThreads));
   static_assert(kBlockT == 64, "dQ has the 64 rows of a warpgroup");
 
   using QueryTile = tile::SharedTile<T, kBlockT, kHeadDim>;  // (kBlockT, H)
@@ -127,8 +134,8 @@ struct AttentionBackwardWide
       auto& full = shared.query_ring.full[stage];
       slot.wait_empty(shared.query_ring);
       full.arrive_expect(QueryTile::kBytes + sizeof(shared.lse_log2[0]) + sizeof(shared.delta[0]));
-      tile::tma::load_multicast<Cluster>(shared.query[stage], p.query,
-                                         work.queries(p, member, block), full);
+      tile::tma::load_multicast<Cluster, tile::tma::CacheHint::kEvictLast>(
+          shared.query[stage], p.query, work.queries(p, member, block), full);
       tile::tma::load(shared.lse_log2[stage], p.lse_log2, head, block * kBlockT, full);
       tile::tma::load(shared.delta[stage], p.delta, head, block * kBlockT, full);
       slot.advance();
@@ -144,7 +151,8 @@ struct AttentionBackwardWide
       auto& full = shared.dout_ring.full[0];
       slot.wait_empty(shared.dout_ring);
       full.arrive_expect(QueryTile::kBytes);
-      tile::tma::load_multicast<Cluster>(shared.dout, p.dout, work.queries(p, member, block), full);
+      tile::tma::load_multicast<Cluster, tile::tma::CacheHint::kEvictLast>(
+          shared.dout, p.dout, work.queries(p, member, block), full);
       slot.advance();
     });
   }
@@ -275,6 +283,8 @@ struct AttentionBackwardWide
     constexpr int kCols = kConfig.dquery_cols;
     tile::RegisterTile<float, 64, kCols> dquery;  // (kBlockT, kCols), kPartH / kCols times
     const bool leader = threadIdx.x % tile::kWarpSize == 0;
+    const int part =
+        Cluster::rank() * kWarps + threadIdx.x % tile::kWarpgroupSize / tile::kWarpSize;
 
     tile::Slot<kStages> slot;
     shared.key_full.wait(0);
@@ -294,7 +304,7 @@ struct AttentionBackwardWide
         tile::mma_commit();
         tile::mma_wait<0>(dquery);
         if (col == 0 && p.turns != nullptr) {
-          if (leader) Base::template wait_turn<kTurnArrivals>(p, work, row);
+          if (leader) Base::wait_turn(p, work, row, part);
           __syncwarp();
         }
         if (col + kCols == kPartH) {
@@ -305,7 +315,7 @@ struct AttentionBackwardWide
       if (p.turns != nullptr) {
         __threadfence();
         __syncwarp();
-        if (leader) Base::pass_turn(p, row);
+        if (leader) Base::pass_turn(p, row, part);
       }
       slot.advance();
     });

@@ -8,12 +8,12 @@
 
 namespace jaxkern {
 
-template <MaskKind kMask, int kBlockT>
+// kTurnParts: of a block of dQ, each added by one thread or warp.
+template <MaskKind kMask, int kBlockT, int kTurnParts>
 struct AttentionBackwardWork {
   using Mask = AttentionMask<kMask, true>;
   static constexpr int kParts = 2;  // of the keys, and of a block of dQ, each made by one warpgroup
   static constexpr int kWorkS = 64 * kParts;
-  static_assert(kAttentionPadding % kBlockT == 0, "workspaces hold whole query blocks");
 
   struct Params {
     CUtensorMap query, dout;               // boxes: one panel of kBlockT queries
@@ -21,7 +21,7 @@ struct AttentionBackwardWork {
     CUtensorMap lse_log2, delta;           // boxes: kBlockT values of (B * N, Tp)
     float* dquery_accum;                   // (B, N, Tp / kBlockT, kParts, kBlockT * H / kParts)
     const float* hidden_dout;              // (B, K, H) or null
-    int* turns;                            // (B, N, Tp / kBlockT) or null
+    int* turns;                            // (B, N, Tp / kBlockT, kTurnParts) or null
     float scale, scale_log2, cap_factor;   // with a soft cap: of the capped logits, scale / cap
     Mask mask;
     tile::TileOrder order;
@@ -37,7 +37,7 @@ struct AttentionBackwardWork {
   // Those that the keys from `key` on visit. Neither end falls from one run of kWorkS keys to the
   // next, so a query block is visited by consecutive ones.
   __device__ __forceinline__ static BlockRange query_blocks(const Mask& mask, int batch, int key) {
-    const ColumnRange queries = mask.columns(batch, key, key + kWorkS);
+    const ColumnRange queries = mask.template columns<kWorkS>(batch, key);
     return {queries.begin / kBlockT, tile::ceil_div(queries.end, kBlockT)};
   }
 
@@ -59,7 +59,7 @@ struct AttentionBackwardWork {
           key(first_key(p, index)),
           blocks(query_blocks(p.mask, batch, key)) {
       for (int i = 0; i < kParts; ++i) {
-        const ColumnRange own = p.mask.columns(batch, key + 64 * i, key + 64 * (i + 1));
+        const ColumnRange own = p.mask.template columns<64>(batch, key + 64 * i);
         dense[i] = {tile::ceil_div(own.dense_begin, kBlockT), own.dense_end / kBlockT};
       }
     }
@@ -97,16 +97,18 @@ struct AttentionBackwardWork {
   }
 
   // If there are turns, dQ is added in the order of works, which is that of the grid: a block only
-  // ever waits for one that has started. A turn belongs to a block of queries and counts kArrivals
-  // for each work, from the first that visits the block on.
-  template <int kArrivals>
-  __device__ __forceinline__ static void wait_turn(const Params& p, const Work& work, int64_t row) {
-    const int* turn = p.turns + row / kBlockT;
-    while (tile::ptx::load_acquire(turn) / kArrivals != work.index) {
+  // ever waits for one that has started. A turn belongs to a part of a block of queries, and is the
+  // index of the work that may add to it.
+  __device__ __forceinline__ static int* turn(const Params& p, int64_t row, int part) {
+    return p.turns + row / kBlockT * kTurnParts + part;
+  }
+  __device__ __forceinline__ static void wait_turn(const Params& p, const Work& work, int64_t row,
+                                                   int part) {
+    while (tile::ptx::load_acquire(turn(p, row, part)) != work.index) {
     }
   }
-  __device__ __forceinline__ static void pass_turn(const Params& p, int64_t row) {
-    tile::ptx::add_release(p.turns + row / kBlockT, 1);
+  __device__ __forceinline__ static void pass_turn(const Params& p, int64_t row, int part) {
+    tile::ptx::add_release(turn(p, row, part), 1);
   }
 };
 

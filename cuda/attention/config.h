@@ -7,8 +7,8 @@ namespace jaxkern {
 
 // Forward: `consumers` warpgroups of 64 queries each walk over blocks of `block_s` keys, of which
 // `stages` are on their way; so are `query_stages` tiles of queries. takes_turns: one consumer
-// issues its products at a time. Registers are those of a producer and of a consumer thread: 65536
-// in all, in steps of 8.
+// issues its products at a time. Registers are those of a producer and of a consumer thread, in
+// steps of 8.
 struct AttentionFwdConfig {
   int consumers, block_s, stages, query_stages;
   bool takes_turns;
@@ -29,17 +29,27 @@ constexpr AttentionFwdConfig attention_fwd_config(int head_dim, MaskKind mask) {
 }
 
 // Backward: two consumer warpgroups own 64 keys each and walk over blocks of `block_t` queries.
-// exact_weights: dS takes P in float32. At head dim 64 there are no registers left to keep it
-// beside the rounded P that dV takes, so both take that; with a soft cap dS takes its own, rounded.
+// exact_weights: dS takes P in float32. Where there are no registers left to keep it beside the
+// rounded P that dV takes, both take that; with a soft cap dS takes its own, rounded.
+// transposed: dQ^T is made, for blocks that are no multiple of 64.
 struct AttentionBwdConfig {
   int block_t;
-  bool exact_weights;
+  bool exact_weights, transposed;
   int producer_registers, consumer_registers;
 };
 
-constexpr AttentionBwdConfig attention_bwd_config(int head_dim) {
-  return head_dim == 64 ? AttentionBwdConfig{128, false, 24, 240}
-                        : AttentionBwdConfig{64, true, 24, 240};
+// At head dim 128 tall blocks read keys and values from shared memory less often, which is what
+// limits the kernel; short rows, where more of the last block is padding, want low ones.
+constexpr AttentionBwdConfig attention_bwd_config(int head_dim, bool tall) {
+  constexpr AttentionBwdConfig kLow = {64, true, false, 24, 240};
+  constexpr AttentionBwdConfig kTall = {80, false, true, 24, 240};
+  if (head_dim == 64) return {128, false, false, 24, 240};
+  return tall ? kTall : kLow;
+}
+
+// From how many queries on blocks are tall. Under a band mask registers do not suffice.
+constexpr int64_t attention_bwd_tall_from(MaskKind mask) {
+  return mask == MaskKind::kCausal ? 2048 : 1024;
 }
 
 // Backward at head dim 256: one producer and three consumer warpgroups, each with a product and

@@ -12,9 +12,11 @@
 
 namespace jaxkern {
 
-template <class T, int kHeadDim, MaskKind kMask, bool kSoftCap>
-cudaError_t launch_forward(const AttentionFwdParams& params, cudaStream_t stream) {
-  using Forward = AttentionForward<T, kHeadDim, kMask, kSoftCap>;
+namespace {
+
+template <class Forward>
+cudaError_t run_forward(const AttentionFwdParams& params, cudaStream_t stream) {
+  using T = typename Forward::T;
   const AttentionShape& shape = params.shape;
   const AttentionOptions& options = params.options;
   int multiprocessors;
@@ -33,24 +35,38 @@ cudaError_t launch_forward(const AttentionFwdParams& params, cudaStream_t stream
   if (cudaError_t error = key_map(&p.value, params.value)) return error;
   p.value_data = static_cast<const T*>(params.value);
   p.lse = params.lse;
-  p.scale_log2 = (kSoftCap ? options.soft_cap : options.scale) * kLog2E;
-  p.cap_factor = kSoftCap ? options.scale / options.soft_cap : 0.0f;
+  p.scale_log2 = (Forward::kSoftCap ? options.soft_cap : options.scale) * kLog2E;
+  p.cap_factor = Forward::kSoftCap ? options.scale / options.soft_cap : 0.0f;
   auto* ranges = reinterpret_cast<int4*>(params.workspace + 4);
   p.mask = Forward::Mask::of(shape, options, ranges);
   p.heads = static_cast<int>(shape.N);
   p.group = static_cast<int>(shape.N / shape.K);
   const int section = heads_in_forward_section(4 * shape.S * shape.H);
   p.order = {
-      .blocks = static_cast<int>(tile::ceil_div(shape.T, Forward::kBlockT)),
+      .blocks = static_cast<int>(tile::ceil_div(shape.T, Forward::kWorkT)),
       .heads = static_cast<int>(shape.B * shape.N),
       .section = Forward::kLongestFirst ? tile::ceil_div(section, p.group) * p.group : 1,
   };
   p.tile_counter = params.workspace;
-  if (cudaError_t error = cudaMemsetAsync(p.tile_counter, 0, sizeof(int), stream)) return error;
+  if (Forward::kClusterBlocks == 1) {
+    if (cudaError_t error = cudaMemsetAsync(p.tile_counter, 0, sizeof(int), stream)) return error;
+  }
   if (cudaError_t error = launch_ranges(p.mask, shape.B, ranges, false, stream)) return error;
-  const int grid = std::min(p.order.count(), multiprocessors);
-  return launch(attention_fwd_sm90_kernel<Forward>, grid, Forward::kThreads, Forward::kSharedBytes,
-                stream, p);
+  const int clusters = std::min(p.order.count(), multiprocessors / Forward::kClusterBlocks);
+  return launch(attention_fwd_sm90_kernel<Forward>, int64_t{clusters} * Forward::kClusterBlocks,
+                Forward::kThreads, Forward::kSharedBytes, stream, p);
+}
+
+}  // namespace
+
+template <class T, int kHeadDim, MaskKind kMask, bool kSoftCap>
+cudaError_t launch_forward(const AttentionFwdParams& params, cudaStream_t stream) {
+  if constexpr (kHeadDim == 256 && kMask == MaskKind::kFull) {
+    using Paired = AttentionForward<T, kHeadDim, kMask, kSoftCap, 2>;
+    const auto tiles = tile::ceil_div(params.shape.T, Paired::kBlockT);
+    if (tiles % 2 == 0 || tiles > 16) return run_forward<Paired>(params, stream);  // few stay idle
+  }
+  return run_forward<AttentionForward<T, kHeadDim, kMask, kSoftCap, 1>>(params, stream);
 }
 
 #define JAXKERN_INSTANCE(kMask, kSoftCap)                                                       \

@@ -15,23 +15,33 @@
 #include "cuda/attention/mask.cuh"
 #include "cuda/attention/params.h"
 #include "cuda/attention/softmax.cuh"
+#include "cuda/tile/cluster.cuh"
 #include "cuda/tile/tile.cuh"
 
 namespace jaxkern {
 
-template <class T_, int kHeadDim_, MaskKind kMask, bool kSoftCap>
+template <class T_, int kHeadDim_, MaskKind kMask, bool kSoftCap_, int kClusterBlocks_>
 struct AttentionForward {
   using T = T_;
+  static constexpr int kClusterBlocks = kClusterBlocks_;
+  using Cluster = tile::Cluster<kClusterBlocks>;
   using Mask = AttentionMask<kMask, false>;
   static constexpr AttentionFwdConfig kConfig = attention_fwd_config(kHeadDim_, kMask);
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kSoftCap = kSoftCap_;
   static constexpr bool kLongestFirst = kMask != MaskKind::kFull;
   static constexpr int kConsumers = kConfig.consumers;
   static constexpr int kBlockT = 64 * kConsumers;
+  static constexpr int kWorkT = kBlockT * kClusterBlocks;
   static constexpr int kBlockS = kConfig.block_s;
   static constexpr int kStages = kConfig.stages;
   static constexpr int kQueryStages = kConfig.query_stages;
   static constexpr int kThreads = tile::kWarpgroupSize * (1 + kConsumers);
+  static_assert(kConfig.producer_registers + kConsumers * kConfig.consumer_registers <=
+                (1 + kConsumers) * tile::launch_registers(kThreads));
+  // Ranges of keys are worked out for each consumer where its own may be shorter than the tile's.
+  static constexpr int kRanges =
+      kMask == MaskKind::kBand || (kLongestFirst && kBlockS % kBlockT != 0) ? kConsumers : 1;
 
   using QueryTile = tile::SharedTile<T, kBlockT, kHeadDim>;  // (kBlockT, H)
   using KeyTile = tile::SharedTile<T, kBlockS, kHeadDim>;    // (kBlockS, H)
@@ -47,23 +57,41 @@ struct AttentionForward {
     int heads, group;   // N, N / K
   };
 
-  // One tile of work, the same for every role: blocks of keys from `first` up to `last`, of which
-  // those from `dense_first` up to `dense_last` need no mask.
-  struct Work {
-    int batch, row, head, kv_head;
+  // Blocks of keys from `first` up to `last`, of which those from `dense_first` up to `dense_last`
+  // need no mask.
+  struct BlockRange {
     int first, last, dense_first, dense_last;
 
-    Work() = default;
-    __device__ __forceinline__ Work(const Params& p, tile::TileOrder::Tile at)
-        : batch(at.head / p.heads),
-          row((kLongestFirst ? p.order.blocks - 1 - at.block : at.block) * kBlockT),
-          head(at.head % p.heads),
-          kv_head(head / p.group) {
-      const ColumnRange keys = p.mask.columns(batch, row, row + kBlockT);
+    BlockRange() = default;
+    __device__ __forceinline__ explicit BlockRange(const ColumnRange& keys) {
       first = keys.empty() ? 0 : keys.begin / kBlockS;
       last = keys.empty() ? 1 : tile::ceil_div(keys.end, kBlockS);  // one block, all of it hidden
       dense_last = max(first, min(last, keys.dense_end / kBlockS));
       dense_first = max(first, min(dense_last, tile::ceil_div(keys.dense_begin, kBlockS)));
+    }
+  };
+
+  // One tile of work, the same for every role: the blocks of keys that its queries visit, and what
+  // the 64 queries of each consumer do.
+  struct Work {
+    int batch, row, head, kv_head;
+    int first, last;
+    BlockRange own[kRanges];
+
+    Work() = default;
+    __device__ __forceinline__ Work(const Params& p, tile::TileOrder::Tile at)
+        : batch(at.head / p.heads),
+          row((kLongestFirst ? p.order.blocks - 1 - at.block : at.block) * kWorkT +
+              Cluster::rank() * kBlockT),
+          head(at.head % p.heads),
+          kv_head(head / p.group) {
+      constexpr int kRows = kBlockT / kRanges;
+#pragma unroll
+      for (int i = 0; i < kRanges; ++i) {
+        own[i] = BlockRange(p.mask.template columns<kRows>(batch, row + kRows * i));
+        first = i == 0 ? own[i].first : min(first, own[i].first);
+        last = i == 0 ? own[i].last : max(last, own[i].last);
+      }
     }
     __device__ __forceinline__ static Work none() { return {}; }  // follows the last tile
     __device__ __forceinline__ explicit operator bool() const { return last > 0; }
@@ -90,9 +118,15 @@ struct AttentionForward {
 
   __device__ __forceinline__ static void schedule(const Params& p, Storage& shared) {
     tile::WorkWriter<Work> works;
-    tile::TileDraw draw(p.tile_counter);
-    for (; draw.tile < p.order.count(); draw.advance()) {
-      works.put(shared.queue, Work(p, p.order.at(draw.tile)));
+    if constexpr (kClusterBlocks == 1) {
+      tile::TileDraw draw(p.tile_counter);
+      for (; draw.tile < p.order.count(); draw.advance()) {
+        works.put(shared.queue, Work(p, p.order.at(draw.tile)));
+      }
+    } else {  // whose tiles are alike
+      for (int tile = Cluster::index(); tile < p.order.count(); tile += Cluster::count()) {
+        works.put(shared.queue, Work(p, p.order.at(tile)));
+      }
     }
     works.put(shared.queue, Work::none());
   }
@@ -105,23 +139,25 @@ struct AttentionForward {
       const auto load_key = [&](int block) {
         key.wait_empty(shared.key_ring);
         shared.key_ring.full[key.stage()].arrive_expect(KeyTile::kBytes);
-        tile::tma::load(shared.key[key.stage()], p.key, work.key(block),
-                        shared.key_ring.full[key.stage()]);
+        tile::tma::load_multicast<Cluster, tile::tma::CacheHint::kEvictLast>(
+            shared.key[key.stage()], p.key, work.key(block), shared.key_ring.full[key.stage()]);
         key.advance();
       };
       const auto load_value = [&](int block) {
         value.wait_empty(shared.value_ring);
         shared.value_ring.full[value.stage()].arrive_expect(KeyTile::kBytes);
-        tile::tma::load(shared.value[value.stage()], p.value, work.key(block),
-                        shared.value_ring.full[value.stage()]);
+        tile::tma::load_multicast<Cluster, tile::tma::CacheHint::kEvictLast>(
+            shared.value[value.stage()], p.value, work.key(block),
+            shared.value_ring.full[value.stage()]);
         value.advance();
       };
 
       load_key(work.last - 1);
       query.wait_empty(shared.query_ring);
       shared.query_ring.full[query.stage()].arrive_expect(QueryTile::kBytes);
-      tile::tma::load(shared.query[query.stage()], p.query, work.query(),
-                      shared.query_ring.full[query.stage()]);
+      tile::tma::load<tile::tma::CacheHint::kEvictFirst>(shared.query[query.stage()], p.query,
+                                                         work.query(),
+                                                         shared.query_ring.full[query.stage()]);
       query.advance();
 
       for (int block = work.last - 1; block > work.first; --block) {
@@ -143,28 +179,29 @@ struct AttentionForward {
     }
   }
 
-  __device__ __forceinline__ static void consume(const Params& p, Storage& shared, int consumer) {
-    tile::Slot<kQueryStages> query;
+  __device__ __forceinline__ static void take_turn(int consumer) {
+    if constexpr (!kConfig.takes_turns) return;
+    tile::ptx::named_barrier_sync(kTurn + consumer, 2 * tile::kWarpgroupSize);
+  }
+  __device__ __forceinline__ static void pass_turn(int consumer) {
+    if constexpr (!kConfig.takes_turns) return;
+    tile::ptx::named_barrier_arrive(kTurn + (consumer + 1) % kConsumers, 2 * tile::kWarpgroupSize);
+  }
+
+  __device__ __forceinline__ static void consume(const Params& p, Storage& shared) {
     tile::Slot<kStages> key;                        // values lag one block behind
     tile::RegisterTile<float, 64, kHeadDim> out;    // (64, H)
     tile::RegisterTile<float, 64, kBlockS> logits;  // (64, kBlockS), then exponentials
     tile::RegisterTile<T, 64, kBlockS> weights;     // (64, kBlockS)
 
-    const auto take_turn = [&] {
-      if constexpr (!kConfig.takes_turns) return;
-      tile::ptx::named_barrier_sync(kTurn + consumer, 2 * tile::kWarpgroupSize);
-    };
-    const auto pass_turn = [&] {
-      if constexpr (!kConfig.takes_turns) return;
-      tile::ptx::named_barrier_arrive(kTurn + (consumer + 1) % kConsumers,
-                                      2 * tile::kWarpgroupSize);
-    };
-    if (consumer == kConsumers - 1) pass_turn();
+    if (tile::warpgroup_index() == kConsumers) pass_turn(kConsumers - 1);
 
     for (tile::WorkReader<Work> works; const Work& work = works.take(shared.queue);
          works.release_warp(shared.queue)) {
+      const int consumer = tile::warpgroup_index() - 1;
       const int row = work.row + 64 * consumer;
       OnlineSoftmax softmax(p.scale_log2);
+      const tile::Slot<kQueryStages> query{works.slot.count};
       query.wait_full(shared.query_ring);
       const auto q = tile::k_major<64>(shared.query[query.stage()], 64 * consumer);
 
@@ -174,7 +211,7 @@ struct AttentionForward {
         tile::mma(logits, q, tile::k_major<kBlockS>(shared.key[key.stage()]), false);
         tile::mma_commit();
       };
-      const auto release_key = [&] { shared.key_ring.empty[key.stage()].arrive_warp(); };
+      const auto release_key = [&] { Cluster::arrive_warp(shared.key_ring.empty[key.stage()]); };
       const auto issue_out = [&] {
         const auto value = key.previous();
         value.wait_full(shared.value_ring);
@@ -183,11 +220,23 @@ struct AttentionForward {
         tile::mma_commit();
       };
       const auto release_value = [&] {
-        shared.value_ring.empty[key.previous().stage()].arrive_warp();
+        Cluster::arrive_warp(shared.value_ring.empty[key.previous().stage()]);
       };
 
-      const int first = work.first, dense_last = work.dense_last;
+      // A block of keys that only other consumers visit.
+      const auto skip_block = [&] {
+        take_turn(consumer);
+        pass_turn(consumer);
+        key.wait_full(shared.key_ring);
+        release_key();
+        key.wait_full(shared.value_ring);
+        key.advance();
+        release_value();
+      };
+
+      const BlockRange own = work.own[kRanges == 1 ? 0 : consumer];
       int block = work.last - 1;
+      for (; kRanges > 1 && block >= own.last; --block) skip_block();
       tile::zero(out);
       issue_logits();
       tile::mma_wait<0>(logits);
@@ -200,10 +249,10 @@ struct AttentionForward {
 
       const auto step = [&](auto masked) {
         constexpr bool kMasked = decltype(masked)::value;
-        take_turn();
+        take_turn(consumer);
         issue_logits();
         issue_out();
-        pass_turn();
+        pass_turn(consumer);
         tile::mma_wait<1>(logits);
         release_key();
         if constexpr (kSoftCap) cap_logits(logits, p.cap_factor);
@@ -215,12 +264,10 @@ struct AttentionForward {
         tile::scale_rows(out, rescale);
         tile::convert(weights, logits);
       };
-      for (--block; block >= dense_last; --block) step(std::true_type{});
+      for (--block; block >= own.dense_last; --block) step(std::true_type{});
       if constexpr (Mask::kLower) {
-        for (const int dense_first = work.dense_first; block >= dense_first; --block) {
-          step(std::false_type{});
-        }
-        for (; block >= first; --block) step(std::true_type{});
+        for (; block >= own.dense_first; --block) step(std::false_type{});
+        for (; block >= own.first; --block) step(std::true_type{});
       } else {
         for (; block >= 0; --block) step(std::false_type{});
       }
@@ -238,6 +285,7 @@ struct AttentionForward {
       }
       tile::mma_wait<0>(out);
       release_value();
+      for (; kRanges > 1 && Mask::kLower && block >= work.first; --block) skip_block();
       tile::scale_rows(out, inverse);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -251,7 +299,6 @@ struct AttentionForward {
       tile::store(shared.query[query.stage()], 64 * consumer, rounded);
       tile::tma::fence_writes();
       shared.out_full[query.stage()].arrive_warp();
-      query.advance();
     }
   }
 
@@ -280,31 +327,32 @@ struct AttentionForward {
 };
 
 template <class Forward>
-__global__ void __launch_bounds__(Forward::kThreads, 1)
+__global__ void __cluster_dims__(Forward::kClusterBlocks) __launch_bounds__(Forward::kThreads, 1)
     attention_fwd_sm90_kernel(const __grid_constant__ typename Forward::Params p) {
   auto& shared = tile::shared_storage<typename Forward::Storage>();
-  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / tile::kWarpgroupSize, 0);
 
   if (threadIdx.x == 0) {
     constexpr int kConsumerWarps = 4 * Forward::kConsumers;
+    constexpr int kReaders = kConsumerWarps * Forward::kClusterBlocks;
     shared.query_ring.init(1, 1);
-    shared.key_ring.init(1, kConsumerWarps);
-    shared.value_ring.init(1, kConsumerWarps);
+    shared.key_ring.init(1, kReaders);
+    shared.value_ring.init(1, kReaders);
     for (auto& barrier : shared.out_full) barrier.init(kConsumerWarps);
     shared.queue.init(kConsumerWarps + 2);
     tile::ptx::fence_mbarrier_init();
   }
-  __syncthreads();
+  Forward::Cluster::sync();
 
-  if (warpgroup == 0) {
+  if (tile::warpgroup_index() == 0) {
     tile::ptx::setmaxnreg_decrease<Forward::kConfig.producer_registers>();
     if (threadIdx.x == 0) Forward::load(p, shared);
     if (threadIdx.x == tile::kWarpSize) Forward::store(p, shared);
     if (threadIdx.x == 2 * tile::kWarpSize) Forward::schedule(p, shared);
   } else {
     tile::ptx::setmaxnreg_increase<Forward::kConfig.consumer_registers>();
-    Forward::consume(p, shared, warpgroup - 1);
+    Forward::consume(p, shared);
   }
+  if constexpr (Forward::kClusterBlocks > 1) Forward::Cluster::sync();
 }
 
 }  // namespace jaxkern

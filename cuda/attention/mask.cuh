@@ -139,14 +139,18 @@ struct AttentionMask {
     if (kBand && row_segments != nullptr) hide_other_segments(logits, batch, row0, col0);
   }
 
-  // Of the rows from `row` up to `row_end`, both multiples of kAttentionGranule.
-  __device__ __forceinline__ ColumnRange columns(int batch, int row, int row_end) const {
-    if constexpr (!kBand) return sequence(batch).columns(row, row_end);
+  // Of kRows rows from `row` on, whole granules.
+  template <int kRows>
+  __device__ __forceinline__ ColumnRange columns(int batch, int row) const {
+    static_assert(kRows % kAttentionGranule == 0, "ranges are kept for granules");
+    if constexpr (!kBand) return sequence(batch).columns(row, row + kRows);
     const int granules = tile::ceil_div(rows, kAttentionGranule);
     const int4* own = ranges + int64_t{batch} * granules;
     ColumnRange all = {cols, 0, 0, cols + static_cast<int>(kAttentionPadding)};
 #pragma unroll 1
-    for (int g = row / kAttentionGranule; g < min(row_end / kAttentionGranule, granules); ++g) {
+    for (int i = 0; i < kRows / kAttentionGranule; ++i) {
+      const int g = row / kAttentionGranule + i;
+      if (g >= granules) break;
       const int4 range = own[g];
       all = all.join({range.x, range.y, range.z, range.w});
     }

@@ -62,10 +62,11 @@ struct AttentionBwdParams {
   bool deterministic;
 };
 
-// Workspaces have whole blocks of queries: no bounds to check, every row 16-byte aligned.
+// Workspaces have whole blocks of queries, be they 64, 80 or 128: no bounds to check, every row
+// 16-byte aligned.
 constexpr int64_t kAttentionPadding = 128;
 constexpr int64_t attention_padded_length(int64_t T) {
-  return (T + kAttentionPadding - 1) / kAttentionPadding * kAttentionPadding;
+  return (T + 80 - 1 + kAttentionPadding - 1) / kAttentionPadding * kAttentionPadding;
 }
 
 // Rows that the ranges of a segment mask are kept for.
@@ -80,10 +81,10 @@ constexpr int64_t attention_fwd_workspace(const AttentionShape& shape) {
 }
 
 // Backward: four words for each granule of keys, the sum of dout over queries that see no key for
-// each key/value head, and a turn for each granule of padded queries.
+// each key/value head, and up to eight turns for each block of queries.
 constexpr int64_t attention_bwd_workspace(const AttentionShape& shape) {
   return 4 * shape.B * attention_granules(shape.S) + shape.B * shape.K * shape.H +
-         shape.B * shape.N * attention_padded_length(shape.T) / kAttentionGranule;
+         shape.B * shape.N * attention_padded_length(shape.T) / 8;
 }
 
 }  // namespace jaxkern

@@ -10,9 +10,18 @@ constexpr int kRows = 128;
 
 // The place of an element in a tile's memory, counted in elements of two bytes: the 128-byte
 // swizzle of the PTX ISA, over panels of 64 columns.
-int swizzled(int row, int col) {
+int swizzled(int row, int col, int rows = kRows) {
   const int panel = col / 64, chunk = col % 64 / 8;
-  return panel * kRows * 64 + row * 64 + (chunk ^ (row % 8)) * 8 + col % 8;
+  return panel * rows * 64 + row * 64 + (chunk ^ (row % 8)) * 8 + col % 8;
+}
+
+// x(r, c) = in[r, c]
+template <class T, int kCols>
+__device__ void read(tile::RegisterTile<T, 64, kCols>& x, const T* in) {
+  for (int k = 0; k < kCols / 4; ++k) {
+    const T* at = in + tile::fragment_row(k % 2) * kCols + tile::fragment_col(k / 2);
+    x.data[k] = tile::pack<T>(at[0], at[1]);
+  }
 }
 
 // Registers -> shared: the tile as it lies in memory.
@@ -21,11 +30,21 @@ __global__ void store_kernel(const T* in, T* raw) {
   auto& shared = tile::shared_storage<tile::SharedTile<T, kRows, kCols>>();
   for (int row0 = 0; row0 < kRows; row0 += 64) {
     tile::RegisterTile<T, 64, kCols> x;
-    for (int k = 0; k < kCols / 4; ++k) {
-      const T* at = in + (row0 + tile::fragment_row(k % 2)) * kCols + tile::fragment_col(k / 2);
-      x.data[k] = tile::pack<T>(at[0], at[1]);
-    }
+    read(x, in + row0 * kCols);
     tile::store(shared, row0, x);
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < kRows * kCols; i += blockDim.x) raw[i] = shared.data[i];
+}
+
+// The same transposed: `in` is (128, kCols), the tile (kCols, 128).
+template <class T, int kCols>
+__global__ void store_transposed_kernel(const T* in, T* raw) {
+  auto& shared = tile::shared_storage<tile::SharedTile<T, kCols, kRows>>();
+  for (int row0 = 0; row0 < kRows; row0 += 64) {
+    tile::RegisterTile<T, 64, kCols> x;
+    read(x, in + row0 * kCols);
+    tile::store_transposed(shared, x, row0);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < kRows * kCols; i += blockDim.x) raw[i] = shared.data[i];
@@ -95,6 +114,22 @@ void test_tile(const std::string& name) {
   test::compare("chunk" + where, chunks.host(), x, kCols);
 }
 
+template <class T, int kCols>
+void test_transposed(const std::string& name) {
+  constexpr int kSize = kRows * kCols;
+  constexpr int kBytes = tile::SharedTile<T, kCols, kRows>::kBytes;
+  const auto x = test::integers<T>(kSize, kCols, 200);
+  std::vector<T> raw(kSize);
+  for (int i = 0; i < kSize; ++i) raw[swizzled(i % kCols, i / kCols, kCols)] = x[i];
+  const test::Array<T> in(x), stored(kSize);
+  test::check(
+      launch(store_transposed_kernel<T, kCols>, 1, 128, kBytes, nullptr, in.data(), stored.data()),
+      "store_transposed");
+  test::synchronize("transposed tiles");
+  test::compare("store_transposed " + name + ", rows " + std::to_string(kCols), stored.host(), raw,
+                64);
+}
+
 template <int kCols>
 void test_fragments() {
   constexpr int kSize = 64 * kCols, kEach = kCols / 2;
@@ -122,6 +157,9 @@ int main() {
   test_tile<tile::bf16, 128>("bf16");
   test_tile<tile::bf16, 256>("bf16");
   test_tile<tile::f16, 128>("f16");
+  test_transposed<tile::bf16, 64>("bf16");
+  test_transposed<tile::bf16, 80>("bf16");
+  test_transposed<tile::f16, 128>("f16");
   test_fragments<16>();
   test_fragments<64>();
   test_fragments<128>();

@@ -59,6 +59,21 @@ __device__ __forceinline__ void store(SharedTile<T, kRows, kTileCols>& y, int ro
   }
 }
 
+// y[c, col0 + r] = x(r, c), by one warpgroup.
+template <class T, int kRows, int kTileCols>
+__device__ __forceinline__ void store_transposed(SharedTile<T, kRows, kTileCols>& y,
+                                                 const RegisterTile<T, 64, kRows>& x,
+                                                 int col0 = 0) {
+  const int t = threadIdx.x % kWarpgroupSize, lane = t % kWarpSize;
+  const int row = lane % 8 + 8 * (lane / 16);  // matrices 0, 1: columns 0-7 of x; 2, 3: 8-15
+  const int col = col0 + 16 * (t / kWarpSize) + 8 * (lane / 8 % 2);
+#pragma unroll
+  for (int j = 0; j < kRows / 16; ++j) {
+    const uint32_t* r = x.data + 4 * j;
+    ptx::stmatrix_x4_transposed(y.chunk(16 * j + row, col), r[0], r[1], r[2], r[3]);
+  }
+}
+
 // x(r, c) = y[row0 + r, c], by one warpgroup.
 template <class T, int kRows, int kCols>
 __device__ __forceinline__ void load(RegisterTile<T, 64, kCols>& x, SharedTile<T, kRows, kCols>& y,

@@ -14,6 +14,17 @@ using f16 = __half;
 constexpr int kWarpSize = 32;
 constexpr int kWarpgroupSize = 128;
 
+// The number of the calling thread's warpgroup, in a form that the compiler knows to be the same
+// for all of a warp: what it derives from it, descriptors of products above all, costs no
+// registers.
+__device__ __forceinline__ int warpgroup_index() {
+  return __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupSize, 0);
+}
+
+// Registers of each thread at the launch of a block that fills an SM. All that setmaxnreg hands out
+// comes from them: warpgroups that ask for more than that on average wait for ever.
+constexpr int launch_registers(int threads) { return 65536 / threads / 8 * 8; }
+
 template <class Int>
 __host__ __device__ constexpr Int ceil_div(Int a, int b) {
   return (a + b - 1) / b;

@@ -250,9 +250,9 @@ def _backward_op(config):
         query, key, value, *_ = operands
         batch, t, heads, width = query.shape
         s, key_heads = key.shape[1:3]
-        tiles = -(-t // 128)
+        tiles = -(-(t + 79) // 128)
         padded = (batch, heads, 128 * tiles)
-        counters = batch * key_heads * width + 4 * batch * -(-s // 64) + 2 * batch * heads * tiles
+        counters = batch * key_heads * width + 4 * batch * -(-s // 64) + 16 * batch * heads * tiles
         single = np.dtype(np.float32)
         results = [
             *((x.shape, x.dtype) for x in (query, key, value)),
