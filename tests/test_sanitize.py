@@ -21,6 +21,8 @@ ATTENTION = {
     "head dim 128, several tiles": ((1, 257, 129, 1, 1, 128), jnp.bfloat16, False),
     "head dim 128, causal, whole tiles": ((1, 256, 256, 2, 2, 128), jnp.float16, True),
     "head dim 128, causal, more queries": ((1, 200, 70, 2, 1, 128), jnp.bfloat16, True),
+    "head dim 128, many queries": ((1, 1030, 70, 1, 1, 128), jnp.bfloat16, False),
+    "head dim 128, causal, many queries": ((1, 2050, 130, 1, 1, 128), jnp.bfloat16, True),
 }
 IDS = np.arange(200, dtype=np.int32)[None] // 70, np.arange(130, dtype=np.int32)[None] // 45
 VARIANTS = {
@@ -40,6 +42,8 @@ VARIANTS = {
     "segments": ((1, 200, 130, 2, 1, 128), {"segment_ids": IDS}),
     "soft cap": ((1, 100, 130, 1, 1, 64), {"logits_soft_cap": 2.0}),
     "head dim 256": ((1, 130, 70, 2, 1, 256), {}),
+    "head dim 256, one tile": ((1, 100, 170, 1, 1, 256), {}),
+    "head dim 256, causal": ((1, 200, 200, 1, 1, 256), {"is_causal": True}),
     "head dim 256, deterministic": ((1, 200, 200, 1, 1, 256), {"deterministic": True}),
     "deterministic": ((2, 130, 257, 2, 1, 128), {"deterministic": True}),
     "everything": (

@@ -183,6 +183,27 @@ def test_random_case(seed):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("lengths", [(1024, 1024), (1300, 70), (2048, 2048), (2181, 2250)])
+def test_long_rows(lengths, is_causal, dtype):
+    """From some length on, the backward kernel takes other blocks at head dim 128."""
+    query_length, key_length = lengths
+    case = random_attention_case(0)._replace(
+        batch=1,
+        key_heads=1,
+        group=2,
+        head_dim=128,
+        dtype=dtype,
+        query_length=query_length,
+        key_length=key_length,
+        is_causal=is_causal,
+    )
+    poison_memory(1 << 26)
+    check_case(case, "cuda")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_forward_is_bitwise_repeatable(head_dim, is_causal):

@@ -373,11 +373,13 @@ def test_empty_axes_with_masks(implementation, shape):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("name", ["window", "packed", "unsorted", "everything"])
+@pytest.mark.parametrize("name", ["plain", "causal", "window", "packed", "unsorted", "everything"])
 def test_repeats_bitwise(name, head_dim):
     """The forward pass always, the backward pass if deterministic."""
-    case = variant(name, head_dim)._replace(query_length=1300, key_length=1300)
-    case = case._replace(deterministic=True)
+    plain = {"plain": {"is_causal": False}, "causal": {"is_causal": True}}
+    case = AttentionCase(2, 150, 150, 1, 4, head_dim, "bfloat16", seed=7)
+    case = case._replace(**(plain | VARIANTS)[name])
+    case = case._replace(query_length=2100, key_length=2100, deterministic=True)
     arrays = case.operands()
     first = solve(case, "cuda", arrays)
     for _ in range(3):
