@@ -76,7 +76,7 @@ cudaError_t run_backward(void (*kernel)(typename Backward::Params),
     p.order.section = kv_heads_in_backward_section(8 * shape.T * shape.H * p.group);
     p.last_keys_first = params.deterministic;
   } else if (params.deterministic) {
-    p.order.section = kHeadsInLine;
+    p.order.section = heads_in_line(kHeadDim);
   }
 
   const AttentionRowsParams rows = {

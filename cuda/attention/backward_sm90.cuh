@@ -73,10 +73,8 @@ struct AttentionBackward
   __device__ __forceinline__ static void load_keys(const Params& p, Storage& shared) {
     const auto at = shared.work.keys();
     shared.key_value_full.arrive_expect(2 * KeyTile::kBytes);
-    tile::tma::load<tile::tma::CacheHint::kEvictFirst>(shared.key, p.key, at,
-                                                       shared.key_value_full);
-    tile::tma::load<tile::tma::CacheHint::kEvictFirst>(shared.value, p.value, at,
-                                                       shared.key_value_full);
+    tile::tma::load(shared.key, p.key, at, shared.key_value_full);
+    tile::tma::load(shared.value, p.value, at, shared.key_value_full);
   }
 
   __device__ __forceinline__ static void store_gradients(const Params& p, Storage& shared) {
@@ -96,8 +94,7 @@ struct AttentionBackward
       slot.wait_empty(ring);
       auto& full = ring.full[slot.stage()];
       full.arrive_expect(QueryTile::kBytes + kBlockT * sizeof(float));
-      tile::tma::load<tile::tma::CacheHint::kEvictLast>(tiles[slot.stage()], map,
-                                                        work.queries(p, member, block), full);
+      tile::tma::load(tiles[slot.stage()], map, work.queries(p, member, block), full);
       tile::tma::load(rows[slot.stage()], row_map, work.query_head(p, member), block * kBlockT,
                       full);
       slot.advance();
@@ -114,8 +111,8 @@ struct AttentionBackward
       slot.wait_full(ring);
       const int64_t row = Base::accum_row(p, work, member, block);
       if (p.turns != nullptr) Base::wait_turn(p, work, row, consumer);
-      tile::tma::add<tile::tma::CacheHint::kEvictLast>(
-          p.dquery_accum + row * kHeadDim + consumer * kPart, shared.dquery[consumer], kPart);
+      tile::tma::add(p.dquery_accum + row * kHeadDim + consumer * kPart, shared.dquery[consumer],
+                     kPart);
       tile::tma::wait_stores_read();
       ring.empty[0].arrive();
       if (p.turns != nullptr) {

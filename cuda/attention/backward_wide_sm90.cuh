@@ -134,8 +134,8 @@ struct AttentionBackwardWide
       auto& full = shared.query_ring.full[stage];
       slot.wait_empty(shared.query_ring);
       full.arrive_expect(QueryTile::kBytes + sizeof(shared.lse_log2[0]) + sizeof(shared.delta[0]));
-      tile::tma::load_multicast<Cluster, tile::tma::CacheHint::kEvictLast>(
-          shared.query[stage], p.query, work.queries(p, member, block), full);
+      tile::tma::load_multicast<Cluster>(shared.query[stage], p.query,
+                                         work.queries(p, member, block), full);
       tile::tma::load(shared.lse_log2[stage], p.lse_log2, head, block * kBlockT, full);
       tile::tma::load(shared.delta[stage], p.delta, head, block * kBlockT, full);
       slot.advance();
@@ -151,8 +151,7 @@ struct AttentionBackwardWide
       auto& full = shared.dout_ring.full[0];
       slot.wait_empty(shared.dout_ring);
       full.arrive_expect(QueryTile::kBytes);
-      tile::tma::load_multicast<Cluster, tile::tma::CacheHint::kEvictLast>(
-          shared.dout, p.dout, work.queries(p, member, block), full);
+      tile::tma::load_multicast<Cluster>(shared.dout, p.dout, work.queries(p, member, block), full);
       slot.advance();
     });
   }

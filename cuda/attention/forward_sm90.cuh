@@ -139,25 +139,23 @@ struct AttentionForward {
       const auto load_key = [&](int block) {
         key.wait_empty(shared.key_ring);
         shared.key_ring.full[key.stage()].arrive_expect(KeyTile::kBytes);
-        tile::tma::load_multicast<Cluster, tile::tma::CacheHint::kEvictLast>(
-            shared.key[key.stage()], p.key, work.key(block), shared.key_ring.full[key.stage()]);
+        tile::tma::load_multicast<Cluster>(shared.key[key.stage()], p.key, work.key(block),
+                                           shared.key_ring.full[key.stage()]);
         key.advance();
       };
       const auto load_value = [&](int block) {
         value.wait_empty(shared.value_ring);
         shared.value_ring.full[value.stage()].arrive_expect(KeyTile::kBytes);
-        tile::tma::load_multicast<Cluster, tile::tma::CacheHint::kEvictLast>(
-            shared.value[value.stage()], p.value, work.key(block),
-            shared.value_ring.full[value.stage()]);
+        tile::tma::load_multicast<Cluster>(shared.value[value.stage()], p.value, work.key(block),
+                                           shared.value_ring.full[value.stage()]);
         value.advance();
       };
 
       load_key(work.last - 1);
       query.wait_empty(shared.query_ring);
       shared.query_ring.full[query.stage()].arrive_expect(QueryTile::kBytes);
-      tile::tma::load<tile::tma::CacheHint::kEvictFirst>(shared.query[query.stage()], p.query,
-                                                         work.query(),
-                                                         shared.query_ring.full[query.stage()]);
+      tile::tma::load(shared.query[query.stage()], p.query, work.query(),
+                      shared.query_ring.full[query.stage()]);
       query.advance();
 
       for (int block = work.last - 1; block > work.first; --block) {

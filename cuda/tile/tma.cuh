@@ -16,57 +16,44 @@ struct Coordinate {
   int batch, row, head;
 };
 
-// How long the L2 cache should keep what is read or added to: what others will ask for again last,
-// what nobody will first.
-enum class CacheHint { kEvictNormal, kEvictFirst, kEvictLast };
-
-template <CacheHint kHint>
-__device__ __forceinline__ uint64_t cache_policy() {
-  if constexpr (kHint == CacheHint::kEvictFirst) return ptx::policy_evict_first();
-  if constexpr (kHint == CacheHint::kEvictLast) return ptx::policy_evict_last();
-  return ptx::policy_evict_normal();
-}
-
 // Where a tile begins in a matrix.
 struct Corner {
   int row, col;
 };
 
 // Loads the whole tile, from column `col` on; `barrier` must expect Tile::kBytes.
-template <CacheHint kHint = CacheHint::kEvictNormal, class T, int kRows, int kCols>
+template <class T, int kRows, int kCols>
 __device__ __forceinline__ void load(SharedTile<T, kRows, kCols>& y, const CUtensorMap& x,
                                      Coordinate at, Barrier& barrier, int col = 0) {
   using Tile = SharedTile<T, kRows, kCols>;
 #pragma unroll
   for (int p = 0; p < Tile::kPanels; ++p) {
     ptx::bulk_tensor_load(y.data + p * Tile::kPanelCols * kRows, &x, &barrier.word,
-                          col + p * Tile::kPanelCols, at.head, at.row, at.batch,
-                          cache_policy<kHint>());
+                          col + p * Tile::kPanelCols, at.head, at.row, at.batch);
   }
 }
 
-template <CacheHint kHint = CacheHint::kEvictNormal, class T, int kRows, int kCols>
+template <class T, int kRows, int kCols>
 __device__ __forceinline__ void load(SharedTile<T, kRows, kCols>& y, const CUtensorMap& x,
                                      Corner at, Barrier& barrier) {
   using Tile = SharedTile<T, kRows, kCols>;
 #pragma unroll
   for (int p = 0; p < Tile::kPanels; ++p) {
     ptx::bulk_tensor_load(y.data + p * Tile::kPanelCols * kRows, &x, &barrier.word,
-                          at.col + p * Tile::kPanelCols, at.row, cache_policy<kHint>());
+                          at.col + p * Tile::kPanelCols, at.row);
   }
 }
 
 // Loads one tile into all blocks of a cluster. Each block calls this, brings its share of the
 // panels to everyone, and expects Tile::kBytes at its own barrier.
-template <class Cluster, CacheHint kHint = CacheHint::kEvictNormal, class T, int kRows, int kCols,
-          class At>
+template <class Cluster, class T, int kRows, int kCols, class At>
 __device__ __forceinline__ void load_multicast(SharedTile<T, kRows, kCols>& y, const CUtensorMap& x,
                                                At at, Barrier& barrier) {
   using Tile = SharedTile<T, kRows, kCols>;
   constexpr int kShare = Tile::kPanels / Cluster::kBlocks;
   static_assert(kShare * Cluster::kBlocks == Tile::kPanels, "blocks must share the panels evenly");
   if constexpr (Cluster::kBlocks == 1) {
-    load<kHint>(y, x, at, barrier);
+    load(y, x, at, barrier);
   } else {
 #pragma unroll
     for (int i = 0; i < kShare; ++i) {
@@ -75,10 +62,10 @@ __device__ __forceinline__ void load_multicast(SharedTile<T, kRows, kCols>& y, c
       const int col = p * Tile::kPanelCols;
       if constexpr (std::is_same_v<At, Corner>) {
         ptx::bulk_tensor_load_multicast(panel, &x, &barrier.word, at.col + col, at.row,
-                                        Cluster::kAll, cache_policy<kHint>());
+                                        Cluster::kAll);
       } else {
         ptx::bulk_tensor_load_multicast(panel, &x, &barrier.word, col, at.head, at.row, at.batch,
-                                        Cluster::kAll, cache_policy<kHint>());
+                                        Cluster::kAll);
       }
     }
   }
@@ -111,13 +98,12 @@ __device__ __forceinline__ void store(const CUtensorMap& y, Corner at,
 // bytes.
 __device__ __forceinline__ void load(float* y, const CUtensorMap& x, int row, int col,
                                      Barrier& barrier) {
-  ptx::bulk_tensor_load(y, &x, &barrier.word, col, row, cache_policy<CacheHint::kEvictNormal>());
+  ptx::bulk_tensor_load(y, &x, &barrier.word, col, row);
 }
 
 // y[i] += x[i] for `count` float32 values in global memory.
-template <CacheHint kHint = CacheHint::kEvictNormal>
 __device__ __forceinline__ void add(float* y, const float* x, int count) {
-  ptx::bulk_reduce_add(y, x, count * sizeof(float), cache_policy<kHint>());
+  ptx::bulk_reduce_add(y, x, count * sizeof(float));
 }
 
 // Closes this thread's group of stores and waits until at most kPending groups, the latest, still

@@ -9,33 +9,16 @@
 
 namespace jaxkern::tile::ptx {
 
-// How long the L2 cache should keep what is accessed, as an operand of the access.
-__device__ __forceinline__ uint64_t policy_evict_normal() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0;" : "=l"(policy));
-  return policy;
-}
-__device__ __forceinline__ uint64_t policy_evict_first() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
-  return policy;
-}
-__device__ __forceinline__ uint64_t policy_evict_last() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0;" : "=l"(policy));
-  return policy;
-}
-
 // One box of a rank-4 tensor into shared memory; completes on `barrier` by byte count.
 __device__ __forceinline__ void bulk_tensor_load(void* shared, const CUtensorMap* map,
-                                                 uint64_t* barrier, int c0, int c1, int c2, int c3,
-                                                 uint64_t policy) {
+                                                 uint64_t* barrier, int c0, int c1, int c2,
+                                                 int c3) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;"
+      " [%0], [%1, {%3, %4, %5, %6}], [%2];"
       :
       : "r"(shared_address(shared)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1),
-        "r"(c2), "r"(c3), "l"(policy)
+        "r"(c2), "r"(c3)
       : "memory");
 }
 
@@ -53,14 +36,12 @@ __device__ __forceinline__ void bulk_tensor_store(const CUtensorMap* map, const 
 // compute-sanitizer's racecheck takes for the issuing thread's and reports, although an mbarrier
 // orders them.
 __device__ __forceinline__ void bulk_tensor_load(void* shared, const CUtensorMap* map,
-                                                 uint64_t* barrier, int c0, int c1,
-                                                 uint64_t policy) {
+                                                 uint64_t* barrier, int c0, int c1) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;"
+      " [%0], [%1, {%3, %4}], [%2];"
       :
-      : "r"(shared_address(shared)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1),
-        "l"(policy)
+      : "r"(shared_address(shared)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1)
       : "memory");
 }
 
@@ -68,27 +49,26 @@ __device__ __forceinline__ void bulk_tensor_load(void* shared, const CUtensorMap
 // completes on the barrier that lies at the same place in each of them.
 __device__ __forceinline__ void bulk_tensor_load_multicast(void* shared, const CUtensorMap* map,
                                                            uint64_t* barrier, int c0, int c1,
-                                                           uint16_t blocks, uint64_t policy) {
+                                                           uint16_t blocks) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster.L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5, %6;"
+      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;"
       :
       : "r"(shared_address(shared)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1),
-        "h"(blocks), "l"(policy)
+        "h"(blocks)
       : "memory");
 }
 
 // The same of a rank-4 tensor.
 __device__ __forceinline__ void bulk_tensor_load_multicast(void* shared, const CUtensorMap* map,
                                                            uint64_t* barrier, int c0, int c1,
-                                                           int c2, int c3, uint16_t blocks,
-                                                           uint64_t policy) {
+                                                           int c2, int c3, uint16_t blocks) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster.L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7, %8;"
+      ".multicast::cluster [%0], [%1, {%3, %4, %5, %6}], [%2], %7;"
       :
       : "r"(shared_address(shared)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1),
-        "r"(c2), "r"(c3), "h"(blocks), "l"(policy)
+        "r"(c2), "r"(c3), "h"(blocks)
       : "memory");
 }
 
@@ -113,14 +93,12 @@ __device__ __forceinline__ void bulk_tensor_store(const CUtensorMap* map, const 
 }
 
 // global[i] += shared[i] over a flat span of float32, done by the L2 cache.
-__device__ __forceinline__ void bulk_reduce_add(float* global, const float* shared, uint32_t bytes,
-                                                uint64_t policy) {
-  asm volatile(
-      "cp.reduce.async.bulk.global.shared::cta.bulk_group.L2::cache_hint.add.f32"
-      " [%0], [%1], %2, %3;"
-      :
-      : "l"(global), "r"(shared_address(shared)), "r"(bytes), "l"(policy)
-      : "memory");
+__device__ __forceinline__ void bulk_reduce_add(float* global, const float* shared,
+                                                uint32_t bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;"
+               :
+               : "l"(global), "r"(shared_address(shared)), "r"(bytes)
+               : "memory");
 }
 
 __device__ __forceinline__ void bulk_commit() {
