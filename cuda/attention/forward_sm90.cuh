@@ -7,7 +7,8 @@
 //   consumers   each own 64 query rows: S = Q K^T, online softmax, O += P V, with P in registers.
 // A consumer issues S of the next block before O += P V of this one, so its softmax runs while the
 // tensor cores multiply; consumers also take turns in issuing, so that one's softmax falls in the
-// other's products. docs/attention.md draws the schedule.
+// other's products. Blocks of a cluster work on neighbouring tiles and share keys and values.
+// docs/attention.md draws the schedule.
 // The two overlaps are FlashAttention-3's (Shah et al. 2024).
 #pragma once
 
@@ -123,7 +124,7 @@ struct AttentionForward {
       for (; draw.tile < p.order.count(); draw.advance()) {
         works.put(shared.queue, Work(p, p.order.at(draw.tile)));
       }
-    } else {  // whose tiles are alike
+    } else {  // tiles are alike without a mask
       for (int tile = Cluster::index(); tile < p.order.count(); tile += Cluster::count()) {
         works.put(shared.queue, Work(p, p.order.at(tile)));
       }
