@@ -44,6 +44,11 @@ class Shape:
     window: int = 0  # keys before a query's own that it sees; 0: all
     documents: int = 0  # packed into each sequence, of uneven lengths; 0: the sequence is one
 
+    @property
+    def masked(self) -> bool:
+        """Whether more than a causal mask hides keys."""
+        return bool(self.window or self.documents)
+
     _PATTERN = re.compile(
         r"(fwd|bwd) b(\d+) n(\d+)/(\d+) t(\d+) s(\d+) h(\d+)( causal)?"
         r"(?: window(\d+))?(?: documents(\d+))? (bf16|f16)"

@@ -74,6 +74,11 @@ def latest(rows: Iterable[benchmarking.Row], family: str, metric: str) -> Figure
     return figures
 
 
+def attention_figures(figures: Figures, masked: bool) -> Figures:
+    """Those with a window or documents, or those without."""
+    return {c: v for c, v in figures.items() if attention.Shape.parse(c)[1].masked == masked}
+
+
 def conditions(rows: Iterable[benchmarking.Row], family: str) -> str:
     """GPU, commit and versions of the last run of a family, for below a figure."""
     row = max((r for r in rows if r.family == family), key=lambda r: r.date)
@@ -203,13 +208,14 @@ def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str
 
 def attention_table(figures: Figures) -> str:
     """Forward / backward TFLOP/s by provider, and jaxkern's over those of jax.nn's cuDNN."""
+    known = (*COLORS, *attention.OWN_PROVIDERS)
     shapes: dict[attention.Shape, dict[str, Mapping[str, float]]] = {}
     for case, values in figures.items():
         direction, shape = attention.Shape.parse(case)
         shapes.setdefault(shape, {})[direction] = values
-    providers = [name for name in COLORS if any(name in values for values in figures.values())]
+    providers = [name for name in known if any(name in values for values in figures.values())]
     lines, ratios = [], {"fwd": [], "bwd": []}
-    for shape in sorted(shapes, key=lambda s: _order(attention.SHAPES, s)):
+    for shape in sorted(shapes, key=lambda s: _order(attention.SHAPES + attention.MASKED, s)):
         both = [shapes[shape].get(direction, {}) for direction in ratios]
         for direction, values in zip(ratios, both, strict=True):
             if {"jaxkern", "jax.nn cudnn"} <= values.keys():
@@ -266,7 +272,8 @@ def main(argv: Sequence[str]) -> int:
     tflops = latest(rows, "attention", "tflops")
     if chosen.markdown:
         tables = (
-            ("attention", tflops, attention_table),
+            ("attention", attention_figures(tflops, masked=False), attention_table),
+            ("attention", attention_figures(tflops, masked=True), attention_table),
             ("rms_norm", latest(rows, "rms_norm", "gbps"), rms_norm_table),
             ("train", latest(rows, "train", "tokens_per_s"), train_table),
         )
@@ -274,9 +281,10 @@ def main(argv: Sequence[str]) -> int:
             if figures:
                 print(f"{table(figures)}\n\n{conditions(rows, family)}\n")
         return 0
-    if not tflops:
+    plain = attention_figures(tflops, masked=False)
+    if not plain:
         parser.error(f"{chosen.results} has no attention case with jaxkern and another provider")
-    draw_attention(tflops, conditions(rows, "attention"), chosen.output / "attention.svg")
+    draw_attention(plain, conditions(rows, "attention"), chosen.output / "attention.svg")
     losses = chosen.results.parent / "train_loss.csv"
     if losses.exists():
         draw_losses(losses, chosen.output / "train_loss.svg")

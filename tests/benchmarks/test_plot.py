@@ -15,6 +15,7 @@ def run(date, commit="abc"):
 
 def rows(date, case=CASE, family="attention", metric="tflops", **values):
     names = {"ours": "jaxkern", "cudnn": "jax.nn cudnn", "xla": "jaxkern xla", "jnp": "jnp"}
+    names |= {"separate": "jaxkern separate"}
     return [run(date).row(family, case, names[n], metric, v) for n, v in values.items()]
 
 
@@ -26,6 +27,9 @@ def results(tmp_path):
         if shape.head_dim <= 128:
             for direction in common.DIRECTIONS:
                 everything += rows("2026-01-02", shape.case(direction), ours=210.4, cudnn=420.0)
+    for shape in attention.MASKED[::-1]:
+        values = {"ours": 300.0, "cudnn": 100.0} | ({"separate": 310.0} if shape.documents else {})
+        everything += rows("2026-01-02", shape.case("fwd"), **values)
     for shape in rms_norm.SHAPES[::-1]:
         everything += rows(
             "2026-01-03", shape.case("fwd"), "rms_norm", "gbps", ours=4000.0, jnp=3000.0
@@ -65,6 +69,7 @@ def test_figures(results, tmp_path):
     for text in ("Forward, causal", "Backward, no mask", "jax.nn cudnn", "16k", "B2 N32/8", "H64"):
         assert f">{text}</text>" in drawn or f">{text}</tspan>" in drawn, text
     assert "NVIDIA H200, jax=1 driver=2, commit abc, 2026-01-02" in drawn
+    assert "jaxkern separate" not in drawn  # windows and documents have a table only
     losses = (tmp_path / "docs" / "train_loss.svg").read_text()
     assert ">jaxkern xla</text>" in losses
     assert plot.main(arguments) == 0
@@ -112,5 +117,12 @@ def test_markdown(results, capsys):
     assert lines[3] == first.replace("no", "yes")
     assert lines[22] == "| geometric mean |  |  |  | 0.50 / 0.50 |"
     assert lines[24] == "NVIDIA H200, jax=1 driver=2, commit abc, 2026-01-02"
+    assert lines[26] == (
+        "| TFLOP/s, forward / backward | causal | jaxkern | jax.nn cudnn | jaxkern separate | "
+        "jaxkern / jax.nn cudnn |"
+    )
+    windows = "| b1 n32/32 t16384 s16384 h64 window1024 bf16 | yes | 300 / - | 100 / - | - / - "
+    assert lines[28] == windows + "| 3.00 / - |"
+    assert "documents8 bf16 | yes | 300 / - | 100 / - | 310 / - |" in lines[31]
     assert "| fwd r65536 w1024 bf16 | 4000 | - | 3000 |" in lines
     assert "| train 104M b64 | 500,000 | 50,000 |" in lines
