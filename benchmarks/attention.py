@@ -44,11 +44,6 @@ class Shape:
     window: int = 0  # keys before a query's own that it sees; 0: all
     documents: int = 0  # packed into each sequence, of uneven lengths; 0: the sequence is one
 
-    @property
-    def masked(self) -> bool:
-        """Whether more than a causal mask hides keys."""
-        return bool(self.window or self.documents)
-
     _PATTERN = re.compile(
         r"(fwd|bwd) b(\d+) n(\d+)/(\d+) t(\d+) s(\d+) h(\d+)( causal)?"
         r"(?: window(\d+))?(?: documents(\d+))? (bf16|f16)"
@@ -74,6 +69,11 @@ class Shape:
             f"{direction} b{self.batch} n{self.heads}/{self.kv_heads} t{self.query_length} "
             f"s{self.key_length} h{self.head_dim}{causal}{window}{documents} {self.dtype}"
         )
+
+    @property
+    def masked(self) -> bool:
+        """Whether more than a causal mask hides keys."""
+        return bool(self.window or self.documents)
 
     def work(self, direction: str) -> float:
         lengths = np.diff(self.boundaries).astype(float)

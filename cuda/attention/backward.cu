@@ -1,7 +1,5 @@
 // Instances of the attention backward, which is a pre-process, a main and a post-process kernel:
 // JAXKERN_ELEMENT and JAXKERN_HEAD_DIM come from the table in CMakeLists.txt.
-#include <type_traits>
-
 #include "cuda/attention/backward_rows.cuh"
 #include "cuda/attention/backward_sm90.cuh"
 #include "cuda/attention/backward_wide_sm90.cuh"
@@ -27,6 +25,8 @@ cudaError_t run_backward(void (*kernel)(typename Backward::Params),
                          const AttentionBwdParams& params, cudaStream_t stream) {
   using T = typename Backward::T;
   constexpr int kHeadDim = Backward::kHeadDim;
+  constexpr int kPreprocessRows = kRowsThreads * 8 / kHeadDim;
+  static_assert(Backward::kBlockT % kPreprocessRows == 0, "it must not pass the padded length");
   const AttentionShape& shape = params.shape;
   const AttentionOptions& options = params.options;
   const auto padded_T =
@@ -96,9 +96,8 @@ cudaError_t run_backward(void (*kernel)(typename Backward::Params),
   const auto blocks = [&](int rows_per_block) {
     return padded_T / rows_per_block * shape.N * shape.B;
   };
-  if (cudaError_t error =
-          launch(attention_bwd_preprocess_kernel<T, kHeadDim>, blocks(kRowsThreads * 8 / kHeadDim),
-                 kRowsThreads, 0, stream, rows)) {
+  if (cudaError_t error = launch(attention_bwd_preprocess_kernel<T, kHeadDim>,
+                                 blocks(kPreprocessRows), kRowsThreads, 0, stream, rows)) {
     return error;
   }
   if (cudaError_t error = launch_ranges(p.mask, shape.B, ranges, params.deterministic, stream))

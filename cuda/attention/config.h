@@ -42,7 +42,7 @@ struct AttentionBwdConfig {
 // limits the kernel; short rows, where more of the last block is padding, want low ones.
 constexpr AttentionBwdConfig attention_bwd_config(int head_dim, bool tall) {
   constexpr AttentionBwdConfig kLow = {64, true, false, 24, 240};
-  constexpr AttentionBwdConfig kTall = {80, false, true, 24, 240};
+  constexpr AttentionBwdConfig kTall = {kAttentionTallBlockT, false, true, 24, 240};
   if (head_dim == 64) return {128, false, false, 24, 240};
   return tall ? kTall : kLow;
 }

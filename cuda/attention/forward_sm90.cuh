@@ -16,7 +16,6 @@
 #include "cuda/attention/mask.cuh"
 #include "cuda/attention/params.h"
 #include "cuda/attention/softmax.cuh"
-#include "cuda/tile/cluster.cuh"
 #include "cuda/tile/tile.cuh"
 
 namespace jaxkern {

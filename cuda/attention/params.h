@@ -62,11 +62,13 @@ struct AttentionBwdParams {
   bool deterministic;
 };
 
-// Workspaces have whole blocks of queries, be they 64, 80 or 128: no bounds to check, every row
-// 16-byte aligned.
+// Workspaces have whole blocks of queries, be they 64, kAttentionTallBlockT or 128: no bounds to
+// check, every row 16-byte aligned.
 constexpr int64_t kAttentionPadding = 128;
+constexpr int kAttentionTallBlockT = 80;
 constexpr int64_t attention_padded_length(int64_t T) {
-  return (T + 80 - 1 + kAttentionPadding - 1) / kAttentionPadding * kAttentionPadding;
+  return (T + kAttentionTallBlockT - 1 + kAttentionPadding - 1) / kAttentionPadding *
+         kAttentionPadding;
 }
 
 // Rows that the ranges of a segment mask are kept for.

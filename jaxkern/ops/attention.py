@@ -250,7 +250,7 @@ def _backward_op(config):
         query, key, value, *_ = operands
         batch, t, heads, width = query.shape
         s, key_heads = key.shape[1:3]
-        tiles = -(-(t + 79) // 128)
+        tiles = -(-(t + 79) // 128)  # room for blocks of 64, 80 or 128 queries
         padded = (batch, heads, 128 * tiles)
         counters = batch * key_heads * width + 4 * batch * -(-s // 64) + 16 * batch * heads * tiles
         single = np.dtype(np.float32)
