@@ -31,7 +31,7 @@ cudaError_t run_backward(void (*kernel)(typename Backward::Params),
   const AttentionOptions& options = params.options;
   const auto padded_T =
       static_cast<int>(tile::ceil_div(shape.T, Backward::kBlockT)) * Backward::kBlockT;
-  auto* ranges = reinterpret_cast<int4*>(params.workspace);
+  auto* ranges = reinterpret_cast<ColumnRange*>(params.workspace);
   auto* hidden_dout = reinterpret_cast<float*>(ranges + shape.B * attention_granules(shape.S));
   auto* turns = reinterpret_cast<int*>(hidden_dout + shape.B * shape.K * shape.H);
 
@@ -133,7 +133,7 @@ cudaError_t launch_backward(const AttentionBwdParams& params, cudaStream_t strea
     using Wide = AttentionBackwardWide<T, kHeadDim, kMask, kSoftCap>;
     return run_backward<Wide>(attention_bwd_wide_sm90_kernel<Wide>, params, stream);
   } else {
-    if constexpr (kHeadDim == 128 && kMask != MaskKind::kBand) {
+    if constexpr (kHeadDim == 128 && !kSoftCap) {
       using Tall = AttentionBackward<T, kHeadDim, kMask, kSoftCap, true>;
       if (params.shape.T >= attention_bwd_tall_from(kMask)) {
         return run_backward<Tall>(attention_bwd_sm90_kernel<Tall>, params, stream);

@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kRowsThreads)
 }
 
 // One block of H threads: one key/value head. hidden_dout = sum of dout / S over its hidden
-// queries.
+// queries, which are few: kAhead blocks of them are searched at a time.
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kHeadDim)
     attention_bwd_hidden_kernel(const AttentionRowsParams p, const int* query_lengths,
@@ -92,21 +92,34 @@ __global__ void __launch_bounds__(kHeadDim)
   const int kv_heads = p.N / group;
   const int batch = blockIdx.x / kv_heads, kv_head = blockIdx.x % kv_heads;
   const int length = query_lengths == nullptr ? p.T : query_lengths[batch];
+  constexpr int kAhead = 16;
   __shared__ bool hidden[kHeadDim];
   float sum = 0.0f;
   for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
     const float* lse = p.lse + (int64_t{batch} * p.N + head) * p.T;
-    for (int t0 = 0; t0 < length; t0 += kHeadDim) {
-      const int t = t0 + threadIdx.x;
-      hidden[threadIdx.x] = t < length && lse[t] == kHiddenLse;
-      if (__syncthreads_or(hidden[threadIdx.x])) {
+    for (int t0 = 0; t0 < length; t0 += kAhead * kHeadDim) {
+      float ahead[kAhead];  // read all at once, before any is looked at
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) {
+        ahead[a] = lse[min(t0 + a * kHeadDim + static_cast<int>(threadIdx.x), length - 1)];
+      }
+      uint32_t found = 0;
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) {
+        const bool inside = t0 + a * kHeadDim + static_cast<int>(threadIdx.x) < length;
+        found |= (inside && ahead[a] == kHiddenLse) << a;
+      }
+      if (!__syncthreads_or(found)) continue;
+      for (int a = 0; a < kAhead; ++a) {
+        hidden[threadIdx.x] = found >> a & 1;
+        __syncthreads();
         for (int i = 0; i < kHeadDim; ++i) {
-          const int64_t row = (int64_t{batch} * p.T + t0 + i) * p.N + head;
           if (!hidden[i]) continue;
+          const int64_t row = (int64_t{batch} * p.T + t0 + a * kHeadDim + i) * p.N + head;
           sum += static_cast<float>(static_cast<const T*>(p.dout)[row * kHeadDim + threadIdx.x]);
         }
+        __syncthreads();
       }
-      __syncthreads();
     }
   }
   hidden_dout[int64_t{blockIdx.x} * kHeadDim + threadIdx.x] = sum / S;

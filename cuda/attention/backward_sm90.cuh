@@ -226,7 +226,7 @@ struct AttentionBackward
       slot.advance();
     };
 
-    const auto range = work.blocks;
+    const auto& range = work.blocks;  // stays in shared memory: no registers to spare
     if (range.begin < range.end) {
       int member = 0, block = range.begin;
       const auto advance = [&] {

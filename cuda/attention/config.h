@@ -15,7 +15,7 @@ struct AttentionFwdConfig {
   int producer_registers, consumer_registers;
 };
 
-constexpr AttentionFwdConfig attention_fwd_config(int head_dim, MaskKind mask) {
+constexpr AttentionFwdConfig attention_fwd_config(int head_dim, MaskKind mask, bool soft_cap) {
   constexpr AttentionFwdConfig kTwo = {2, 128, 2, 2, true, 40, 232};
   constexpr AttentionFwdConfig kThree = {3, 128, 2, 2, true, 32, 160};
   // At head dim 256 these are all the keys that shared memory and, under a band mask, registers
@@ -24,8 +24,8 @@ constexpr AttentionFwdConfig attention_fwd_config(int head_dim, MaskKind mask) {
   constexpr AttentionFwdConfig kWideBand = {2, 64, 2, 1, false, 40, 232};
   if (head_dim == 256) return mask == MaskKind::kBand ? kWideBand : kWide;
   // Three consumers read keys and values less often and leave the tensor cores idle less often, but
-  // three accumulators of head dim 128 do not fit, nor does the code of a band mask.
-  return head_dim == 64 && mask != MaskKind::kBand ? kThree : kTwo;
+  // three accumulators of head dim 128 do not fit, nor does the code of a soft cap.
+  return head_dim == 64 && !soft_cap ? kThree : kTwo;
 }
 
 // Backward: two consumer warpgroups own 64 keys each and walk over blocks of `block_t` queries.
@@ -47,9 +47,9 @@ constexpr AttentionBwdConfig attention_bwd_config(int head_dim, bool tall) {
   return tall ? kTall : kLow;
 }
 
-// From how many queries on blocks are tall. Under a band mask registers do not suffice.
+// From how many queries on blocks are tall. With a soft cap registers do not suffice.
 constexpr int64_t attention_bwd_tall_from(MaskKind mask) {
-  return mask == MaskKind::kCausal ? 2048 : 1024;
+  return mask == MaskKind::kFull ? 1024 : 2048;
 }
 
 // Backward at head dim 256: one producer and three consumer warpgroups, each with a product and

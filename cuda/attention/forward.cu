@@ -37,7 +37,7 @@ cudaError_t run_forward(const AttentionFwdParams& params, cudaStream_t stream) {
   p.lse = params.lse;
   p.scale_log2 = (Forward::kSoftCap ? options.soft_cap : options.scale) * kLog2E;
   p.cap_factor = Forward::kSoftCap ? options.scale / options.soft_cap : 0.0f;
-  auto* ranges = reinterpret_cast<int4*>(params.workspace + 4);
+  auto* ranges = reinterpret_cast<ColumnRange*>(params.workspace + 4);
   p.mask = Forward::Mask::of(shape, options, ranges);
   p.heads = static_cast<int>(shape.N);
   p.group = static_cast<int>(shape.N / shape.K);

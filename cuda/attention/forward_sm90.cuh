@@ -26,7 +26,7 @@ struct AttentionForward {
   static constexpr int kClusterBlocks = kClusterBlocks_;
   using Cluster = tile::Cluster<kClusterBlocks>;
   using Mask = AttentionMask<kMask, false>;
-  static constexpr AttentionFwdConfig kConfig = attention_fwd_config(kHeadDim_, kMask);
+  static constexpr AttentionFwdConfig kConfig = attention_fwd_config(kHeadDim_, kMask, kSoftCap_);
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kSoftCap = kSoftCap_;
   static constexpr bool kLongestFirst = kMask != MaskKind::kFull;

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <climits>
 #include <cmath>
 
 #include "cuda/attention/params.h"
@@ -22,10 +23,14 @@ enum class MaskKind { kFull, kCausal, kBand };
 
 // Columns [begin, end) hold all that some row of a tile sees; all of its rows see [dense_begin,
 // dense_end), which may be empty.
-struct ColumnRange {
+struct alignas(16) ColumnRange {
   int begin, end, dense_begin, dense_end;
 
+  static __device__ __forceinline__ ColumnRange none(int cols) { return {cols, 0, cols, 0}; }
+
   __device__ __forceinline__ bool empty() const { return begin >= end; }
+  // With segments: all of a granule's rows have one id, which all of its columns carry.
+  __device__ __forceinline__ bool one_run() const { return dense_end > 0; }
   // Of the rows of both.
   __device__ __forceinline__ ColumnRange join(const ColumnRange& other) const {
     return {min(begin, other.begin), max(end, other.end), max(dense_begin, other.dense_begin),
@@ -46,7 +51,7 @@ struct SequenceMask {
 
   // Of the rows from `row` up to `row_end`.
   __device__ __forceinline__ ColumnRange columns(int row, int row_end) const {
-    if (row >= rows) return {cols, 0, cols, 0};
+    if (row >= rows) return ColumnRange::none(cols);
     const int last_row = min(row_end, rows) - 1;
     // Backward, queries past the end have no weight whatever their logits are.
     constexpr int kPadding = kTransposed ? static_cast<int>(kAttentionPadding) : 1;
@@ -64,21 +69,25 @@ struct SequenceMask {
     return range;
   }
 
+  // Hides what is outside the sequence, the band or the columns [col_begin, col_end).
   template <int kCols>
   __device__ __forceinline__ void apply(tile::RegisterTile<float, 64, kCols>& logits, int row0,
-                                        int col0) const {
+                                        int col0, int col_begin, int col_end) const {
+    col0 += tile::fragment_col(0);  // the thread's first column
+    col_end = min(col_end, cols);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = row0 + tile::fragment_row(i);
-      const int begin = kLower ? row + first - col0 : 0;
-      int end = (kUpper ? min(cols, row + last + 1) : cols) - col0;
+      const int begin = (kLower ? max(col_begin, row + first) : col_begin) - col0;
+      int end = (kUpper ? min(col_end, row + last + 1) : col_end) - col0;
       if (kTransposed && row >= rows) end = 0;
 #pragma unroll
       for (int j = 0; j < kCols / 8; ++j) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          const int col = tile::fragment_col(j) + c;
-          if (col >= end || (kLower && col < begin)) logits.at(j, i, c) = -INFINITY;
+          // Constants, not columns: one for each of the tile would need a register.
+          const int offset = 8 * j + c;
+          if (offset >= end || (kLower && offset < begin)) logits.at(j, i, c) = -INFINITY;
         }
       }
     }
@@ -97,14 +106,14 @@ struct AttentionMask {
   int rows, cols;    // of the arrays
   int lower, upper;  // at most rows + cols
   bool bottom_right;
-  const int* row_lengths;   // (B), or null with col_lengths
-  const int* col_lengths;   // (B)
-  const int* row_segments;  // (B, rows), or null with col_segments
-  const int* col_segments;  // (B, cols)
-  const int4* ranges;       // (B, attention_granules(rows)) ColumnRange
+  const int* row_lengths;     // (B), or null with col_lengths
+  const int* col_lengths;     // (B)
+  const int* row_segments;    // (B, rows), or null with col_segments
+  const int* col_segments;    // (B, cols)
+  const ColumnRange* ranges;  // (B, attention_granules(rows))
 
   static AttentionMask of(const AttentionShape& shape, const AttentionOptions& o,
-                          const int4* ranges) {
+                          const ColumnRange* ranges) {
     const auto pick = [](auto forward, auto backward) { return kTransposed ? backward : forward; };
     const int T = static_cast<int>(shape.T), S = static_cast<int>(shape.S);
     return {
@@ -131,12 +140,20 @@ struct AttentionMask {
     return {own_rows, own_cols, shift - lower, shift + upper};
   }
 
-  // logits: rows from `row0`, columns from `col0`. Hidden ones become -inf.
+  // logits: 64 rows from `row0`, a whole granule, columns from `col0`. Hidden ones become -inf.
   template <int kCols>
   __device__ __forceinline__ void apply(tile::RegisterTile<float, 64, kCols>& logits, int batch,
                                         int row0, int col0) const {
-    sequence(batch).apply(logits, row0, col0);
-    if (kBand && row_segments != nullptr) hide_other_segments(logits, batch, row0, col0);
+    int col_begin = 0, col_end = INT_MAX;
+    if (kBand && row_segments != nullptr) {
+      const ColumnRange range = ranges_of(batch)[min(row0, rows - 1) / kAttentionGranule];
+      if (range.one_run()) {
+        col_begin = range.begin, col_end = range.end;
+      } else {
+        hide_other_segments(logits, batch, row0, col0);
+      }
+    }
+    sequence(batch).apply(logits, row0, col0, col_begin, col_end);
   }
 
   // Of kRows rows from `row` on, whole granules.
@@ -145,19 +162,22 @@ struct AttentionMask {
     static_assert(kRows % kAttentionGranule == 0, "ranges are kept for granules");
     if constexpr (!kBand) return sequence(batch).columns(row, row + kRows);
     const int granules = tile::ceil_div(rows, kAttentionGranule);
-    const int4* own = ranges + int64_t{batch} * granules;
+    const ColumnRange* own = ranges_of(batch);
     ColumnRange all = {cols, 0, 0, cols + static_cast<int>(kAttentionPadding)};
 #pragma unroll 1
     for (int i = 0; i < kRows / kAttentionGranule; ++i) {
       const int g = row / kAttentionGranule + i;
       if (g >= granules) break;
-      const int4 range = own[g];
-      all = all.join({range.x, range.y, range.z, range.w});
+      all = all.join(own[g]);
     }
     return all;
   }
 
  private:
+  __device__ __forceinline__ const ColumnRange* ranges_of(int batch) const {
+    return ranges + int64_t{batch} * tile::ceil_div(rows, kAttentionGranule);
+  }
+
   template <int kCols>
   __device__ __forceinline__ void hide_other_segments(tile::RegisterTile<float, 64, kCols>& logits,
                                                       int batch, int row0, int col0) const {
@@ -167,16 +187,23 @@ struct AttentionMask {
     };
     const int own[2] = {id_of(row_segments, row0 + tile::fragment_row(0), rows),
                         id_of(row_segments, row0 + tile::fragment_row(1), rows)};
-#pragma unroll
+    // A bit for each logit: a loop that is unrolled in full would hold all ids in registers.
+    static_assert(kCols <= 128, "a thread has 64 logits of a tile at most");
+    uint64_t hidden = 0;
+#pragma unroll 1
     for (int j = 0; j < kCols / 8; ++j) {
+      uint32_t bits = 0;
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const int id = id_of(col_segments, col0 + tile::fragment_col(j) + c, cols);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (id != own[i]) logits.at(j, i, c) = -INFINITY;
-        }
+        for (int i = 0; i < 2; ++i) bits |= (id != own[i]) << (2 * i + c);
       }
+      hidden = hidden >> 4 | uint64_t{bits} << 60;
+    }
+#pragma unroll
+    for (int e = 0; e < kCols / 2; ++e) {
+      if (hidden >> (64 - kCols / 2 + e) & 1) logits.data[e] = -INFINITY;
     }
   }
 };

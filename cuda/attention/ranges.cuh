@@ -12,7 +12,7 @@
 
 namespace jaxkern {
 
-constexpr int kRangesThreads = 128;
+constexpr int kRangesThreads = 512;
 
 // The columns whose segment is among those of the rows from `row` up to `row_end`; all threads of
 // the block call.
@@ -28,25 +28,33 @@ __device__ inline ColumnRange segment_columns(const int* row_segments, const int
   }
   __syncthreads();
 
+  const int low = lowest, high = highest;
   int own_begin = cols, own_end = 0, own_seen = 0;
+#pragma unroll 8
   for (int col = threadIdx.x; col < cols; col += kRangesThreads) {
-    if (col_segments[col] < lowest || col_segments[col] > highest) continue;
-    own_begin = min(own_begin, col);
-    own_end = col + 1;
-    ++own_seen;
+    const int id = col_segments[col];
+    const bool mine = id >= low && id <= high;
+    own_begin = mine ? min(own_begin, col) : own_begin;
+    own_end = mine ? col + 1 : own_end;
+    own_seen += mine;
   }
-  atomicMin(&begin, own_begin);
-  atomicMax(&end, own_end);
-  atomicAdd(&seen, own_seen);
+  own_begin = __reduce_min_sync(0xffffffffu, own_begin);
+  own_end = __reduce_max_sync(0xffffffffu, own_end);
+  own_seen = __reduce_add_sync(0xffffffffu, own_seen);
+  if (threadIdx.x % tile::kWarpSize == 0) {
+    atomicMin(&begin, own_begin);
+    atomicMax(&end, own_end);
+    atomicAdd(&seen, own_seen);
+  }
   __syncthreads();
   const bool dense = lowest == highest && seen == end - begin;
-  return {begin, end, dense ? begin : cols, dense ? end : 0};
+  return {begin, end, dense ? begin : cols, dense ? end : 0};  // one_run() or not
 }
 
 // One block: one granule of rows of one sequence.
 template <class Mask>
 __global__ void __launch_bounds__(kRangesThreads)
-    attention_ranges_kernel(const Mask mask, int4* ranges) {
+    attention_ranges_kernel(const Mask mask, ColumnRange* ranges) {
   static_assert(kAttentionGranule <= kRangesThreads, "a thread for each row");
   const int granules = tile::ceil_div(mask.rows, kAttentionGranule);
   const int batch = blockIdx.x / granules, row = blockIdx.x % granules * kAttentionGranule;
@@ -58,22 +66,25 @@ __global__ void __launch_bounds__(kRangesThreads)
     const int row_end = min(row + kAttentionGranule, sequence.rows);
     range = range.meet(segment_columns(row_segments, col_segments, row, row_end, sequence.cols));
   }
-  if (range.empty()) range = {mask.cols, 0, mask.cols, 0};
-  if (threadIdx.x == 0) {
-    ranges[blockIdx.x] = make_int4(range.begin, range.end, range.dense_begin, range.dense_end);
-  }
+  if (range.empty()) range = ColumnRange::none(mask.cols);
+  if (threadIdx.x == 0) ranges[blockIdx.x] = range;
 }
 
-// One thread: one sequence. Widens ranges until neither end falls from one granule to the next.
-static __global__ void attention_monotone_ranges_kernel(int4* ranges, int granules) {
+// One thread: one sequence. Widens ranges until neither end falls from one granule to the next. A
+// wider one is no longer one run.
+static __global__ void attention_monotone_ranges_kernel(ColumnRange* ranges, int granules) {
   ranges += int64_t{blockIdx.x} * granules;
-  for (int g = 1; g < granules; ++g) ranges[g].y = max(ranges[g].y, ranges[g - 1].y);
-  for (int g = granules - 2; g >= 0; --g) ranges[g].x = min(ranges[g].x, ranges[g + 1].x);
+  const auto widen = [](ColumnRange& range, int begin, int end) {
+    if (begin >= range.begin && end <= range.end) return;
+    range = {min(begin, range.begin), max(end, range.end), range.dense_begin, 0};
+  };
+  for (int g = 1; g < granules; ++g) widen(ranges[g], INT_MAX, ranges[g - 1].end);
+  for (int g = granules - 2; g >= 0; --g) widen(ranges[g], ranges[g + 1].begin, 0);
 }
 
 // Fills the ranges of a mask that needs them.
 template <class Mask>
-cudaError_t launch_ranges(const Mask& mask, int64_t batch, int4* ranges, bool monotone,
+cudaError_t launch_ranges(const Mask& mask, int64_t batch, ColumnRange* ranges, bool monotone,
                           cudaStream_t stream) {
   if constexpr (!Mask::kBand) return cudaSuccess;
   const int granules = static_cast<int>(attention_granules(mask.rows));

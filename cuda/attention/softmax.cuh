@@ -28,6 +28,21 @@ __device__ __forceinline__ void cap_logits(tile::RegisterTile<float, 64, kCols>&
   for (int i = 0; i < kCols / 2; ++i) x.data[i] = tanh_accurate(x.data[i] * factor);
 }
 
+// The largest of this thread's elements of row i, in four chains: one would wait for each result.
+template <int kCols>
+__device__ __forceinline__ float thread_max(const tile::RegisterTile<float, 64, kCols>& x, int i) {
+  float max[4] = {x.at(0, i, 0), x.at(0, i, 1), x.at(1, i, 0), x.at(1, i, 1)};
+#pragma unroll
+  for (int j = 2; j < kCols / 8; ++j) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      float& chain = max[2 * (j % 2) + c];
+      chain = fmaxf(chain, x.at(j, i, c));
+    }
+  }
+  return fmaxf(fmaxf(max[0], max[1]), fmaxf(max[2], max[3]));
+}
+
 struct OnlineSoftmax {
   float scale_log2;     // logits are multiplied by it: scale * log2(e), positive
   tile::RowVector max;  // of the unscaled logits so far
@@ -40,28 +55,29 @@ struct OnlineSoftmax {
   // has been summed up to now must be multiplied. kMasked: a row may have seen no key yet.
   template <bool kMasked, int kCols>
   __device__ __forceinline__ tile::RowVector update(tile::RegisterTile<float, 64, kCols>& x) {
-    tile::RowVector rescale;
+    tile::RowVector rescale, origin;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float block_max = x.at(0, i, 0);
-#pragma unroll
-      for (int j = 0; j < kCols / 8; ++j) {
-        block_max = fmaxf(block_max, fmaxf(x.at(j, i, 0), x.at(j, i, 1)));
-      }
-      const float new_max = fmaxf(max[i], tile::row_max(block_max));
-      const float origin = (kMasked && new_max == -INFINITY) ? 0.0f : new_max * scale_log2;
-      rescale[i] = tile::ptx::exp2_approx(max[i] * scale_log2 - origin);
+      const float new_max = fmaxf(max[i], tile::row_max(thread_max(x, i)));
+      origin[i] = (kMasked && new_max == -INFINITY) ? 0.0f : new_max * scale_log2;
+      rescale[i] = tile::ptx::exp2_approx(max[i] * scale_log2 - origin[i]);
       max[i] = new_max;
-      float block_sum = 0.0f;
+    }
+    // Sums run some exponentials behind, so that none waits for its summand, which takes some 20
+    // cycles: +3% to +5% at head dim 128.
+    constexpr int kPairs = kCols / 8, kBehind = 3;
 #pragma unroll
-      for (int j = 0; j < kCols / 8; ++j) {
+    for (int i = 0; i < 2; ++i) {
+      float even = 0.0f, odd = 0.0f;
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          x.at(j, i, c) = tile::ptx::exp2_approx(x.at(j, i, c) * scale_log2 - origin);
-          block_sum += x.at(j, i, c);
+      for (int j = 0; j < kPairs + kBehind; ++j) {
+        if (j < kPairs) {
+          x.at(j, i, 0) = tile::ptx::exp2_approx(x.at(j, i, 0) * scale_log2 - origin[i]);
+          x.at(j, i, 1) = tile::ptx::exp2_approx(x.at(j, i, 1) * scale_log2 - origin[i]);
         }
+        if (j >= kBehind) even += x.at(j - kBehind, i, 0), odd += x.at(j - kBehind, i, 1);
       }
-      sum[i] = sum[i] * rescale[i] + block_sum;
+      sum[i] = sum[i] * rescale[i] + (even + odd);
     }
     return rescale;
   }

@@ -98,6 +98,17 @@ def test_variant(name, head_dim):
     check_case(variant(name, head_dim), "cuda")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", ["window", "query lengths", "key lengths", "packed", "unsorted"])
+def test_long_rows_of_a_variant(name, head_dim, deterministic):
+    """From some length on, the backward kernel takes other blocks at head dim 128."""
+    poison_memory(1 << 26)
+    case = variant(name, head_dim)._replace(query_length=2100, key_length=2100)
+    check_case(case._replace(group=2, deterministic=deterministic), "cuda")
+
+
 def check_random_variants(seed, count, longest, implementation):
     @hypothesis.seed(seed)
     @hypothesis.settings(max_examples=count, deadline=None, database=None)
