@@ -163,6 +163,7 @@ struct AttentionMask {
     if constexpr (!kBand) return sequence(batch).columns(row, row + kRows);
     const int granules = tile::ceil_div(rows, kAttentionGranule);
     const ColumnRange* own = ranges_of(batch);
+    if (row >= rows) return ColumnRange::none(cols);
     ColumnRange all = {cols, 0, 0, cols + static_cast<int>(kAttentionPadding)};
 #pragma unroll 1
     for (int i = 0; i < kRows / kAttentionGranule; ++i) {
