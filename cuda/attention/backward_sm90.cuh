@@ -226,7 +226,9 @@ struct AttentionBackward
       slot.advance();
     };
 
-    const auto& range = work.blocks;  // stays in shared memory: no registers to spare
+    // With a soft cap it stays in shared memory: there are no registers to spare.
+    using Range = typename Base::BlockRange;
+    const std::conditional_t<kSoftCap, const Range&, Range> range = work.blocks;
     if (range.begin < range.end) {
       int member = 0, block = range.begin;
       const auto advance = [&] {

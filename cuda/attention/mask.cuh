@@ -191,7 +191,7 @@ struct AttentionMask {
     // A bit for each logit: a loop that is unrolled in full would hold all ids in registers.
     static_assert(kCols <= 128, "a thread has 64 logits of a tile at most");
     uint64_t hidden = 0;
-#pragma unroll 1
+#pragma unroll 4
     for (int j = 0; j < kCols / 8; ++j) {
       uint32_t bits = 0;
 #pragma unroll

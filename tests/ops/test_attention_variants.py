@@ -113,7 +113,7 @@ def test_long_rows_of_a_variant(name, head_dim, deterministic):
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_keys_past_the_end_have_no_weight(head_dim):
     """The weight of a logit of zero would overflow here, and zero times infinity is no number."""
-    key = random_normal(1, (1, 40, 1, head_dim), dtype="float16")
+    (key,) = random_normal(1, (1, 40, 1, head_dim), dtype="float16")
     poison_memory(1 << 26)
     attend = attention("cuda", local_window_size=0, scale=0.5)
     (out, _), pullback = jax.vjp(attend, -key, key, key)
