@@ -31,8 +31,8 @@ cudaError_t run_backward(void (*kernel)(typename Backward::Params),
   const AttentionOptions& options = params.options;
   const auto padded_T =
       static_cast<int>(tile::ceil_div(shape.T, Backward::kBlockT)) * Backward::kBlockT;
-  auto* ranges = reinterpret_cast<ColumnRange*>(params.workspace);
-  auto* hidden_dout = reinterpret_cast<float*>(ranges + shape.B * attention_granules(shape.S));
+  auto* granules = reinterpret_cast<GranuleColumns*>(params.workspace);
+  auto* hidden_dout = reinterpret_cast<float*>(granules + shape.B * attention_granules(shape.S));
   auto* turns = reinterpret_cast<int*>(hidden_dout + shape.B * shape.K * shape.H);
 
   typename Backward::Params p;
@@ -60,7 +60,7 @@ cudaError_t run_backward(void (*kernel)(typename Backward::Params),
   p.scale = options.scale;
   p.scale_log2 = (Backward::kSoftCap ? options.soft_cap : options.scale) * kLog2E;
   p.cap_factor = Backward::kSoftCap ? options.scale / options.soft_cap : 0.0f;
-  p.mask = Backward::Mask::of(shape, options, ranges);
+  p.mask = Backward::Mask::of(shape, options, granules);
   p.kv_heads = static_cast<int>(shape.K);
   p.group = static_cast<int>(shape.N / shape.K);
   p.padded_T = padded_T;
@@ -100,7 +100,7 @@ cudaError_t run_backward(void (*kernel)(typename Backward::Params),
                                  blocks(kPreprocessRows), kRowsThreads, 0, stream, rows)) {
     return error;
   }
-  if (cudaError_t error = launch_ranges(p.mask, shape.B, ranges, params.deterministic, stream))
+  if (cudaError_t error = launch_ranges(p.mask, shape.B, granules, params.deterministic, stream))
     return error;
   if (p.hidden_dout != nullptr) {
     if (cudaError_t error =

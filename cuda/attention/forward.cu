@@ -37,8 +37,8 @@ cudaError_t run_forward(const AttentionFwdParams& params, cudaStream_t stream) {
   p.lse = params.lse;
   p.scale_log2 = (Forward::kSoftCap ? options.soft_cap : options.scale) * kLog2E;
   p.cap_factor = Forward::kSoftCap ? options.scale / options.soft_cap : 0.0f;
-  auto* ranges = reinterpret_cast<ColumnRange*>(params.workspace + 4);
-  p.mask = Forward::Mask::of(shape, options, ranges);
+  auto* granules = reinterpret_cast<GranuleColumns*>(params.workspace + 4);
+  p.mask = Forward::Mask::of(shape, options, granules);
   p.heads = static_cast<int>(shape.N);
   p.group = static_cast<int>(shape.N / shape.K);
   const int section = heads_in_forward_section(4 * shape.S * shape.H);
@@ -51,7 +51,7 @@ cudaError_t run_forward(const AttentionFwdParams& params, cudaStream_t stream) {
   if (Forward::kClusterBlocks == 1) {
     if (cudaError_t error = cudaMemsetAsync(p.tile_counter, 0, sizeof(int), stream)) return error;
   }
-  if (cudaError_t error = launch_ranges(p.mask, shape.B, ranges, false, stream)) return error;
+  if (cudaError_t error = launch_ranges(p.mask, shape.B, granules, false, stream)) return error;
   const int clusters = std::min(p.order.count(), multiprocessors / Forward::kClusterBlocks);
   return launch(attention_fwd_sm90_kernel<Forward>, int64_t{clusters} * Forward::kClusterBlocks,
                 Forward::kThreads, Forward::kSharedBytes, stream, p);

@@ -29,8 +29,6 @@ struct alignas(16) ColumnRange {
   static __device__ __forceinline__ ColumnRange none(int cols) { return {cols, 0, cols, 0}; }
 
   __device__ __forceinline__ bool empty() const { return begin >= end; }
-  // With segments: all of a granule's rows have one id, which all of its columns carry.
-  __device__ __forceinline__ bool one_run() const { return dense_end > 0; }
   // Of the rows of both.
   __device__ __forceinline__ ColumnRange join(const ColumnRange& other) const {
     return {min(begin, other.begin), max(end, other.end), max(dense_begin, other.dense_begin),
@@ -42,6 +40,21 @@ struct alignas(16) ColumnRange {
             min(dense_end, other.dense_end)};
   }
 };
+
+// Columns [begin, end).
+struct ColumnRun {
+  int begin, end;
+};
+
+// A granule of rows under a band mask, from ranges.cuh. With segments, runs[r] are the columns with
+// row r's id if for each row they are one run, as in packed sequences.
+struct GranuleColumns {
+  ColumnRange range;
+  ColumnRun runs[kAttentionGranule];
+
+  __device__ __forceinline__ bool has_runs() const { return range.dense_end > 0; }
+};
+static_assert(sizeof(GranuleColumns) == kAttentionGranuleBytes);
 
 // The mask of one sequence, segments aside.
 template <bool kLower, bool kUpper, bool kTransposed>
@@ -69,17 +82,17 @@ struct SequenceMask {
     return range;
   }
 
-  // Hides what is outside the sequence, the band or the columns [col_begin, col_end).
+  // Hides what is outside the sequence, the band or the runs of the thread's two rows.
   template <int kCols>
   __device__ __forceinline__ void apply(tile::RegisterTile<float, 64, kCols>& logits, int row0,
-                                        int col0, int col_begin, int col_end) const {
+                                        int col0, const ColumnRun (&runs)[2]) const {
     col0 += tile::fragment_col(0);  // the thread's first column
-    col_end = min(col_end, cols);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = row0 + tile::fragment_row(i);
-      const int begin = (kLower ? max(col_begin, row + first) : col_begin) - col0;
-      int end = (kUpper ? min(col_end, row + last + 1) : col_end) - col0;
+      const int begin = (kLower ? max(runs[i].begin, row + first) : runs[i].begin) - col0;
+      int end = min(runs[i].end, cols);
+      end = (kUpper ? min(end, row + last + 1) : end) - col0;
       if (kTransposed && row >= rows) end = 0;
 #pragma unroll
       for (int j = 0; j < kCols / 8; ++j) {
@@ -106,14 +119,14 @@ struct AttentionMask {
   int rows, cols;    // of the arrays
   int lower, upper;  // at most rows + cols
   bool bottom_right;
-  const int* row_lengths;     // (B), or null with col_lengths
-  const int* col_lengths;     // (B)
-  const int* row_segments;    // (B, rows), or null with col_segments
-  const int* col_segments;    // (B, cols)
-  const ColumnRange* ranges;  // (B, attention_granules(rows))
+  const int* row_lengths;          // (B), or null with col_lengths
+  const int* col_lengths;          // (B)
+  const int* row_segments;         // (B, rows), or null with col_segments
+  const int* col_segments;         // (B, cols)
+  const GranuleColumns* granules;  // (B, attention_granules(rows))
 
   static AttentionMask of(const AttentionShape& shape, const AttentionOptions& o,
-                          const ColumnRange* ranges) {
+                          const GranuleColumns* granules) {
     const auto pick = [](auto forward, auto backward) { return kTransposed ? backward : forward; };
     const int T = static_cast<int>(shape.T), S = static_cast<int>(shape.S);
     return {
@@ -126,7 +139,7 @@ struct AttentionMask {
         .col_lengths = pick(o.key_lengths, o.query_lengths),
         .row_segments = pick(o.query_segments, o.key_segments),
         .col_segments = pick(o.key_segments, o.query_segments),
-        .ranges = ranges,
+        .granules = granules,
     };
   }
 
@@ -144,16 +157,17 @@ struct AttentionMask {
   template <int kCols>
   __device__ __forceinline__ void apply(tile::RegisterTile<float, 64, kCols>& logits, int batch,
                                         int row0, int col0) const {
-    int col_begin = 0, col_end = INT_MAX;
+    ColumnRun runs[2] = {{0, INT_MAX}, {0, INT_MAX}};
     if (kBand && row_segments != nullptr) {
-      const ColumnRange range = ranges_of(batch)[min(row0, rows - 1) / kAttentionGranule];
-      if (range.one_run()) {
-        col_begin = range.begin, col_end = range.end;
+      const auto& granule = granules_of(batch)[min(row0, rows - 1) / kAttentionGranule];
+      if (granule.has_runs()) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) runs[i] = granule.runs[tile::fragment_row(i)];
       } else {
         hide_other_segments(logits, batch, row0, col0);
       }
     }
-    sequence(batch).apply(logits, row0, col0, col_begin, col_end);
+    sequence(batch).apply(logits, row0, col0, runs);
   }
 
   // Of kRows rows from `row` on, whole granules.
@@ -161,22 +175,22 @@ struct AttentionMask {
   __device__ __forceinline__ ColumnRange columns(int batch, int row) const {
     static_assert(kRows % kAttentionGranule == 0, "ranges are kept for granules");
     if constexpr (!kBand) return sequence(batch).columns(row, row + kRows);
-    const int granules = tile::ceil_div(rows, kAttentionGranule);
-    const ColumnRange* own = ranges_of(batch);
+    const int count = tile::ceil_div(rows, kAttentionGranule);
+    const GranuleColumns* own = granules_of(batch);
     if (row >= rows) return ColumnRange::none(cols);
     ColumnRange all = {cols, 0, 0, cols + static_cast<int>(kAttentionPadding)};
 #pragma unroll 1
     for (int i = 0; i < kRows / kAttentionGranule; ++i) {
       const int g = row / kAttentionGranule + i;
-      if (g >= granules) break;
-      all = all.join(own[g]);
+      if (g >= count) break;
+      all = all.join(own[g].range);
     }
     return all;
   }
 
  private:
-  __device__ __forceinline__ const ColumnRange* ranges_of(int batch) const {
-    return ranges + int64_t{batch} * tile::ceil_div(rows, kAttentionGranule);
+  __device__ __forceinline__ const GranuleColumns* granules_of(int batch) const {
+    return granules + int64_t{batch} * tile::ceil_div(rows, kAttentionGranule);
   }
 
   template <int kCols>

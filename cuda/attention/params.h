@@ -71,22 +71,23 @@ constexpr int64_t attention_padded_length(int64_t T) {
          kAttentionPadding;
 }
 
-// Rows that the ranges of a segment mask are kept for.
+// Rows that the ranges of a band mask are kept for: one for all and, with segments, one for each.
 constexpr int kAttentionGranule = 64;
+constexpr int64_t kAttentionGranuleBytes = 16 + 8 * kAttentionGranule;
 constexpr int64_t attention_granules(int64_t rows) {
   return (rows + kAttentionGranule - 1) / kAttentionGranule;
 }
 
-// Forward: a tile counter in four words, then four for each granule of queries.
+// Forward: a tile counter in four words, then granules of queries.
 constexpr int64_t attention_fwd_workspace(const AttentionShape& shape) {
-  return 4 + 4 * shape.B * attention_granules(shape.T);
+  return 4 + kAttentionGranuleBytes / 4 * shape.B * attention_granules(shape.T);
 }
 
-// Backward: four words for each granule of keys, the sum of dout over queries that see no key for
+// Backward: granules of keys, the sum of dout over queries that see no key for
 // each key/value head, and up to eight turns for each block of queries.
 constexpr int64_t attention_bwd_workspace(const AttentionShape& shape) {
-  return 4 * shape.B * attention_granules(shape.S) + shape.B * shape.K * shape.H +
-         shape.B * shape.N * attention_padded_length(shape.T) / 8;
+  return kAttentionGranuleBytes / 4 * shape.B * attention_granules(shape.S) +
+         shape.B * shape.K * shape.H + shape.B * shape.N * attention_padded_length(shape.T) / 8;
 }
 
 }  // namespace jaxkern
