@@ -117,14 +117,23 @@ def check_calls(arrays, name, options, changes, masks):
     width = arrays[0].shape[-1]
     query, key = f"{B}x{T}x{N}x{width}x{name}", f"{B}x{S}x{K}x{width}x{name}"
     lse = f"{B}x{N}x{T}xf32"
-    workspace = f"{4 + 4 * B * 3}xi32"  # T is 3 tiles of 64
+    workspace = f"{4 + 132 * B * 3}xi32"  # T is 3 tiles of 64
     assert types(lines["attention_fwd"]) == ([query, key, key, *masks], [query, lse, workspace])
     padded = f"{B}x{N}x256"  # T in whole tiles of 128 or 80
-    workspace = f"{B * K * width + 4 * B * 2 + B * N * 32}xi32"  # S is 2 tiles of 64
+    workspace = f"{B * K * width + 132 * B * 2 + B * N * 32}xi32"  # S is 2 tiles of 64
     assert types(lines["attention_bwd"]) == (
         [query, key, key, query, lse, query, lse, *masks],
         [query, key, key, *[f"{padded}xf32"] * 2, f"{padded}x{width}xf32", workspace],
     )
+
+
+@pytest.mark.parametrize("t, s", [(1, 1), (64, 65), (176, 49), (177, 1000), (2048, 192)])
+def test_workspaces_are_as_large_as_the_kernels_want(t, s):
+    wanted = pytest.importorskip("jaxkern._C").attention_workspaces
+    arrays = random_normal(1, (3, t, 4, 64), (3, s, 2, 64), (3, s, 2, 64), dtype="bfloat16")
+    lines = custom_call_lines(attention_gradient, *arrays)
+    found = [types(lines[name])[1][-1] for name in ("attention_fwd", "attention_bwd")]
+    assert found == [f"{words}xi32" for words in wanted(3, t, s, 4, 2, 64)]
 
 
 @pytest.mark.parametrize("case", CALLS)

@@ -2,10 +2,13 @@
 
 #include <cuda_runtime_api.h>
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 
 #include <string>
+#include <utility>
 
+#include "cuda/attention/params.h"
 #include "xla/ffi/api/c_api.h"
 
 namespace nb = nanobind;
@@ -44,9 +47,17 @@ nb::dict build_info() {
   return info;
 }
 
+std::pair<int64_t, int64_t> attention_workspaces(int64_t B, int64_t T, int64_t S, int64_t N,
+                                                 int64_t K, int64_t H) {
+  const jaxkern::AttentionShape shape = {B, T, S, N, K, H};
+  return {jaxkern::attention_fwd_workspace(shape), jaxkern::attention_bwd_workspace(shape)};
+}
+
 }  // namespace
 
 NB_MODULE(_C, m) {
   m.def("registrations", &registrations, "The XLA FFI handlers: capsules by target name.");
   m.def("build_info", &build_info, "What the kernels were compiled with and for.");
+  m.def("attention_workspaces", &attention_workspaces,
+        "Words of 32 bits that the attention kernels want, forward and backward.");
 }

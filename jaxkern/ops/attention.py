@@ -222,6 +222,11 @@ def _attention_bwd(config, residuals, cotangents):
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
+def _granule_words(batch, rows):
+    # For each 64 rows, where the keys that they all see lie, and those that each of them sees.
+    return batch * -(-rows // 64) * (4 + 2 * 64)
+
+
 @functools.cache
 def _forward_op(config):
     def kernel(*operands):
@@ -231,7 +236,7 @@ def _forward_op(config):
         results = [
             (query.shape, query.dtype),
             ((batch, heads, t), np.dtype(np.float32)),
-            ((4 + 4 * batch * -(-t // 64),), np.dtype(np.int32)),
+            ((4 + _granule_words(batch, t),), np.dtype(np.int32)),
         ]
         results = _ffi.call("jaxkern.attention_fwd", results, *operands, **config.attributes())
         return unfold(results[:2])
@@ -252,7 +257,7 @@ def _backward_op(config):
         s, key_heads = key.shape[1:3]
         tiles = -(-(t + 79) // 128)  # room for blocks of 64, 80 or 128 queries
         padded = (batch, heads, 128 * tiles)
-        counters = batch * key_heads * width + 4 * batch * -(-s // 64) + 16 * batch * heads * tiles
+        counters = _granule_words(batch, s) + batch * key_heads * width + 16 * batch * heads * tiles
         single = np.dtype(np.float32)
         results = [
             *((x.shape, x.dtype) for x in (query, key, value)),
