@@ -33,11 +33,9 @@ LIMITS = {"install": 120, "test": 300, "sanitize": 300, "bench": 420, "train": 4
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 SANITIZER_FOUND = 99
 
-# A test for the GPU must not pass by finding none.
 # pytest-benchmark, where it is installed, warns under xdist; our warnings are errors.
-# Where much is broken, the rest of the time is better kept.
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
-PYTEST += ["--maxfail", "10"]
+PYTEST += ["--maxfail", "10"]  # where much is broken, the rest of the time is better kept
 
 GPU_ENVIRONMENT = {"JAX_PLATFORMS": "cuda,cpu", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
@@ -157,7 +155,7 @@ def install_commands(chosen: argparse.Namespace, site: pathlib.Path) -> list[Com
 def test_commands(chosen: argparse.Namespace) -> list[Command]:
     pytest = PYTEST
     if importlib.util.find_spec("xdist"):
-        pytest = [*PYTEST, "-n", str(chosen.jobs)]
+        pytest = [*PYTEST, "-n", str(chosen.jobs), "--dist", "worksteal"]
     arguments = shlex.split(chosen.pytest)
     if chosen.whole_suite:
         return [Command("test", [*pytest, *arguments])]
