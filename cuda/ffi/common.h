@@ -34,6 +34,10 @@ inline std::string dtype_name(ffi::DataType dtype) {
       return "bfloat16";
     case ffi::DataType::F16:
       return "float16";
+    case ffi::DataType::F8E4M3FN:
+      return "float8_e4m3fn";
+    case ffi::DataType::F8E5M2:
+      return "float8_e5m2";
     default:
       return "another type";
   }
@@ -46,6 +50,10 @@ inline DType to_dtype(ffi::DataType dtype) {
       return DType::kBFloat16;
     case ffi::DataType::F16:
       return DType::kFloat16;
+    case ffi::DataType::F8E4M3FN:
+      return DType::kFloat8E4M3;
+    case ffi::DataType::F8E5M2:
+      return DType::kFloat8E5M2;
     default:
       return DType::kFloat32;
   }

@@ -66,8 +66,9 @@ cudaError_t dispatch(DType dtype, DType scale_dtype, Launch launch) {
     case DType::kFloat16:
       return f32_scale ? launch.template operator()<__half, float>()
                        : launch.template operator()<__half, __half>();
+    default:
+      return cudaErrorInvalidValue;
   }
-  return cudaErrorInvalidValue;
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-// tile/mma.cuh: products at every width and from every kind of operand, with and without
-// accumulation. A is (64, kK), B is (kK, kN); both lie at an offset in a larger shared tile whose
-// other elements are NaN.
+// tile/mma.cuh: products at every width, of every type and from every kind of operand, with and
+// without accumulation. A is (64, kK), B is (kK, kN); both lie at an offset in a larger shared tile
+// whose other elements are NaN.
 #include "cuda/tile/mma.cuh"
 
 #include "cuda/host/launch.h"
@@ -9,19 +9,18 @@
 
 namespace jaxkern {
 
-constexpr int kK = 128;  // two panels of a k-major tile
-
 enum class Source { kMajor, mnMajor, kRegisters };
 
-template <class T, int kN, Source kA, Source kB>
+template <class TA, class TB, int kN, Source kA, Source kB>
 struct Product {
+  static constexpr int kK = 256 / sizeof(TA);  // two panels of a k-major tile
   static constexpr int kPaddedN = tile::ceil_div(kN, 64) * 64;
   static constexpr int kOffsetA = 64;
   static constexpr int kOffsetB = kB == Source::kMajor ? 8 : 64;
-  using TileA = std::conditional_t<kA == Source::mnMajor, tile::SharedTile<T, kK, 64 + kOffsetA>,
-                                   tile::SharedTile<T, 64 + kOffsetA, kK>>;
-  using TileB = std::conditional_t<kB == Source::mnMajor, tile::SharedTile<T, kK, kPaddedN + 64>,
-                                   tile::SharedTile<T, kN + 8, kK>>;
+  template <class T, bool kTransposed, int kRows, int kCols>
+  using Tile = tile::SharedTile<T, kTransposed ? kCols : kRows, kTransposed ? kRows : kCols>;
+  using TileA = Tile<TA, kA == Source::mnMajor, 64 + kOffsetA, kK>;
+  using TileB = Tile<TB, kB == Source::mnMajor, kB == Source::mnMajor ? kPaddedN + 64 : kN + 8, kK>;
   struct Storage {
     TileA a;
     TileB b;
@@ -30,13 +29,15 @@ struct Product {
 
 template <class Tile, class T>
 __device__ void put(Tile& y, int row, int col, T value) {
-  reinterpret_cast<T*>(y.chunk(row, col / 8 * 8))[col % 8] = value;
+  constexpr int kChunk = 16 / sizeof(T);
+  reinterpret_cast<T*>(y.chunk(row, col / kChunk * kChunk))[col % kChunk] = value;
 }
 
-template <class T, int kN, Source kA, Source kB>
+template <class TA, class TB, int kN, Source kA, Source kB>
 __global__ void __launch_bounds__(128, 1)
-    mma_kernel(const T* a, const T* b, float* d, bool accumulate) {
-  using P = Product<T, kN, kA, kB>;
+    mma_kernel(const TA* a, const TB* b, float* d, bool accumulate) {
+  using P = Product<TA, TB, kN, kA, kB>;
+  constexpr int kK = P::kK;
   auto& shared = tile::shared_storage<typename P::Storage>();
   uint32_t* words = reinterpret_cast<uint32_t*>(&shared);
   for (size_t i = threadIdx.x; i < sizeof(shared) / 4; i += blockDim.x) words[i] = 0xffffffff;
@@ -64,7 +65,7 @@ __global__ void __launch_bounds__(128, 1)
     if constexpr (kB == Source::mnMajor) return tile::mn_major<kN>(shared.b, P::kOffsetB);
   }();
   if constexpr (kA == Source::kRegisters) {
-    tile::RegisterTile<T, 64, kK> rows;
+    tile::RegisterTile<TA, 64, kK> rows;
     tile::load(rows, shared.a, P::kOffsetA);
     tile::mma_fence(sum);
     tile::mma(sum, rows, operand_b, accumulate);
@@ -81,17 +82,18 @@ __global__ void __launch_bounds__(128, 1)
   for (int k = 0; k < kN / 2; ++k) d[place(k)] = sum.data[k];
 }
 
-template <class T>
-using Kernel = void (*)(const T*, const T*, float*, bool);
+template <class TA, class TB>
+using Kernel = void (*)(const TA*, const TB*, float*, bool);
 
-template <class T>
-void test_kernel(Kernel<T> kernel, int shared_bytes, int N, Source source_a, Source source_b) {
+template <class TA, class TB>
+void test_kernel(Kernel<TA, TB> kernel, int shared_bytes, int N, int kK, Source source_a,
+                 Source source_b) {
   constexpr const char* kNames[] = {"k-major", "mn-major", "registers"};
-  const std::string name = std::string(tile::ElementType<T>::kName) + ", N " + std::to_string(N) +
-                           ", A " + kNames[static_cast<int>(source_a)] + ", B " +
-                           kNames[static_cast<int>(source_b)];
-  const auto a = test::integers<T>(64 * kK, N);
-  const auto b = test::integers<T>(kK * N, N + 1);
+  const std::string name = "N " + std::to_string(N) + ", A " + tile::ElementType<TA>::kName + " " +
+                           kNames[static_cast<int>(source_a)] + ", B " +
+                           tile::ElementType<TB>::kName + " " + kNames[static_cast<int>(source_b)];
+  const auto a = test::integers<TA>(64 * kK, N);
+  const auto b = test::integers<TB>(kK * N, N + 1);
   const auto start = test::integers<float>(64 * N, N + 2, 1000);
   std::vector<float> product(64 * N, 0.0f);
   for (int row = 0; row < 64; ++row) {
@@ -102,7 +104,8 @@ void test_kernel(Kernel<T> kernel, int shared_bytes, int N, Source source_a, Sou
       }
     }
   }
-  const test::Array<T> in_a(a), in_b(b);
+  const test::Array<TA> in_a(a);
+  const test::Array<TB> in_b(b);
   for (const bool accumulate : {false, true}) {
     std::vector<float> wanted = product;
     if (accumulate) {
@@ -119,10 +122,11 @@ void test_kernel(Kernel<T> kernel, int shared_bytes, int N, Source source_a, Sou
   }
 }
 
-template <class T, int kN, Source kA, Source kB>
+template <class TA, int kN, Source kA, Source kB, class TB = TA>
 void test_product() {
-  constexpr int kBytes = sizeof(typename Product<T, kN, kA, kB>::Storage);
-  test_kernel<T>(mma_kernel<T, kN, kA, kB>, kBytes, kN, kA, kB);
+  using P = Product<TA, TB, kN, kA, kB>;
+  test_kernel<TA, TB>(mma_kernel<TA, TB, kN, kA, kB>, sizeof(typename P::Storage), kN, P::kK, kA,
+                      kB);
 }
 
 template <class T, int kN>
@@ -138,6 +142,8 @@ void test_sources() {
 // N of 16, 32 ... 256. All sources at a few; at the rest each source once, as only N differs.
 template <int... kSixteenths>
 void test_widths(std::integer_sequence<int, kSixteenths...>) {
+  using tile::e4m3;
+  (test_product<e4m3, 16 * (kSixteenths + 1), Source::kMajor, Source::kMajor>(), ...);
   (test_product<tile::bf16, 16 * (kSixteenths + 1), Source::kMajor, Source::mnMajor>(), ...);
   (test_product<tile::bf16, 16 * (kSixteenths + 1), Source::kRegisters, Source::kMajor>(), ...);
 }
@@ -150,5 +156,8 @@ int main() {
   test_sources<tile::bf16, 80>();
   test_sources<tile::bf16, 256>();
   test_sources<tile::f16, 128>();
+  test_product<tile::e4m3, 128, Source::kMajor, Source::kMajor, tile::e5m2>();
+  test_product<tile::e5m2, 128, Source::kMajor, Source::kMajor, tile::e4m3>();
+  test_product<tile::e5m2, 128, Source::kMajor, Source::kMajor>();
   return test::finish();
 }

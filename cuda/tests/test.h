@@ -47,6 +47,8 @@ inline float to_float(float x) { return x; }
 inline float to_float(int x) { return static_cast<float>(x); }
 inline float to_float(tile::bf16 x) { return __bfloat162float(x); }
 inline float to_float(tile::f16 x) { return __half2float(x); }
+inline float to_float(tile::e4m3 x) { return static_cast<float>(x); }
+inline float to_float(tile::e5m2 x) { return static_cast<float>(x); }
 
 // x rounded to T and back.
 template <class T>

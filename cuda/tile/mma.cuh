@@ -8,18 +8,24 @@
 // returns when at most n groups are pending and makes the named tiles readable.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/tile/ptx/wgmma.cuh"
 #include "cuda/tile/smem.cuh"
 
 namespace jaxkern::tile {
 
-constexpr int kMmaDepth = 16;  // reduction length of one instruction on 16-bit elements
+// Reduction length of one instruction: 32 bytes.
+template <class T>
+constexpr int kMmaDepth = 32 / sizeof(T);
 
 template <class Tile, int kExtent_, bool kKMajor_>
 struct Operand {
   static constexpr int kExtent = kExtent_;  // along M or N
   static constexpr int kDepth = kKMajor_ ? Tile::kCols : Tile::kRows;
   static constexpr int kTransposed = kKMajor_ ? 0 : 1;
+  using T = typename Tile::Element;
+  static_assert(kKMajor_ || sizeof(T) == 2, "8-bit operands are K-major");
   uint32_t chunk;  // shared address of the operand's first byte, in 16 bytes
 
   __device__ __forceinline__ explicit Operand(uint32_t address) : chunk((address & 0x3ffff) >> 4) {}
@@ -30,10 +36,10 @@ struct Operand {
     constexpr uint32_t kSwizzle128B = 1u << 30;
     constexpr uint32_t kEightRows = 8 * kPanelBytes >> 4;
     constexpr uint32_t kPanelStride = Tile::kPanelSize >> 4;  // read for MN-major operands only
-    const int element = k * kMmaDepth;
-    const int bytes =
-        kKMajor_ ? element / Tile::kPanelCols * Tile::kPanelSize + element % Tile::kPanelCols * 2
-                 : element * kPanelBytes;
+    const int element = k * kMmaDepth<T>;
+    const int panel = element / Tile::kPanelCols, col = element % Tile::kPanelCols;
+    const int bytes = kKMajor_ ? panel * Tile::kPanelSize + col * static_cast<int>(sizeof(T))
+                               : element * kPanelBytes;
     const uint32_t low = chunk + ((kPanelStride << 16) + (bytes >> 4));
     return (uint64_t{kSwizzle128B | kEightRows} << 32) | low;
   }
@@ -74,18 +80,27 @@ __device__ __forceinline__ void mma_wait(Tiles&... tiles) {
   (pin(tiles), ...);
 }
 
-// d = a b + (accumulate ? d : 0), A from shared memory.
-template <class T, int kN, int kRowsA, int kColsA, bool kMajorA, class TileB, bool kMajorB>
+// d = a b + (accumulate ? d : 0), A from shared memory. A and B have the same 16-bit type, or each
+// an 8-bit one.
+template <int kN, class TileA, bool kMajorA, class TileB, bool kMajorB>
 __device__ __forceinline__ void mma(RegisterTile<float, 64, kN>& d,
-                                    const Operand<SharedTile<T, kRowsA, kColsA>, 64, kMajorA>& a,
+                                    const Operand<TileA, 64, kMajorA>& a,
                                     const Operand<TileB, kN, kMajorB>& b, bool accumulate) {
-  using A = Operand<SharedTile<T, kRowsA, kColsA>, 64, kMajorA>;
+  using A = Operand<TileA, 64, kMajorA>;
   using B = Operand<TileB, kN, kMajorB>;
+  using TypeA = ElementType<typename A::T>;
+  using TypeB = ElementType<typename B::T>;
   static_assert(A::kDepth == B::kDepth, "A and B must agree on the reduction length");
 #pragma unroll
-  for (int k = 0; k < A::kDepth / kMmaDepth; ++k) {
-    ptx::Wgmma<kN>::template shared_shared<ElementType<T>, A::kTransposed, B::kTransposed>(
-        d.data, a.step(k), b.step(k), accumulate || k > 0);
+  for (int k = 0; k < A::kDepth / kMmaDepth<typename A::T>; ++k) {
+    const bool add = accumulate || k > 0;
+    if constexpr (sizeof(typename A::T) == 1) {
+      ptx::Wgmma<kN>::template shared_shared<TypeA, TypeB>(d.data, a.step(k), b.step(k), add);
+    } else {
+      static_assert(std::is_same_v<TypeA, TypeB>);
+      ptx::Wgmma<kN>::template shared_shared<TypeA, A::kTransposed, B::kTransposed>(
+          d.data, a.step(k), b.step(k), add);
+    }
   }
 }
 
@@ -97,7 +112,7 @@ __device__ __forceinline__ void mma(RegisterTile<float, 64, kN>& d,
   using B = Operand<TileB, kN, kMajorB>;
   static_assert(B::kDepth == kK, "A and B must agree on the reduction length");
 #pragma unroll
-  for (int k = 0; k < kK / kMmaDepth; ++k) {
+  for (int k = 0; k < kK / kMmaDepth<T>; ++k) {
     ptx::Wgmma<kN>::template register_shared<ElementType<T>, B::kTransposed>(
         d.data, a.data + 4 * k, b.step(k), accumulate || k > 0);
   }

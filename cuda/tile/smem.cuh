@@ -1,8 +1,8 @@
 // Shared-memory tiles in the 128-byte swizzle that TMA writes and wgmma reads.
 //
-// A tile of 16-bit elements is a sequence of panels of 64 columns (128 bytes). A panel stores its
-// rows one after another; within a row, the 16-byte chunk c lies at chunk c ^ (row % 8), so that
-// eight rows of one column of chunks touch all 32 banks.
+// A tile is a sequence of panels of 128 bytes of columns: 64 elements of 16 bits, 128 of 8. A panel
+// stores its rows one after another; within a row, the 16-byte chunk c lies at chunk c ^ (row % 8),
+// so that eight rows of one column of chunks touch all 32 banks.
 #pragma once
 
 #include "cuda/tile/ptx/barrier.cuh"
@@ -17,6 +17,7 @@ constexpr int kMaxSharedBytes = 227 << 10;  // that one block may have on comput
 
 template <class T, int kRows_, int kCols_>
 struct alignas(1024) SharedTile {
+  using Element = T;
   static constexpr int kRows = kRows_;
   static constexpr int kCols = kCols_;
   static constexpr int kPanelCols = kPanelBytes / sizeof(T);
@@ -28,7 +29,7 @@ struct alignas(1024) SharedTile {
 
   T data[kRows * kCols];
 
-  // The first byte of the 16-byte chunk that holds (row, col); col is a multiple of 8.
+  // The first byte of the 16-byte chunk that holds (row, col); col is the chunk's first.
   __device__ __forceinline__ char* chunk(int row, int col) {
     const int panel = col / kPanelCols;
     const int byte = (col % kPanelCols) * static_cast<int>(sizeof(T));

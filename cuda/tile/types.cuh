@@ -3,6 +3,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <cstdint>
 
@@ -10,6 +11,8 @@ namespace jaxkern::tile {
 
 using bf16 = __nv_bfloat16;
 using f16 = __half;
+using e4m3 = __nv_fp8_e4m3;
+using e5m2 = __nv_fp8_e5m2;
 
 constexpr int kWarpSize = 32;
 constexpr int kWarpgroupSize = 128;
@@ -56,6 +59,33 @@ struct ElementType<f16> {
     return __half22float2(*reinterpret_cast<__half2*>(&pair));
   }
 };
+
+// Of 8-bit types: four in a register.
+template <__nv_fp8_interpretation_t kFormat>
+struct Float8ElementType {
+  __device__ static uint32_t pack(float x0, float x1, float x2, float x3) {
+    const uint32_t low = __nv_cvt_float2_to_fp8x2(make_float2(x0, x1), __NV_SATFINITE, kFormat);
+    const uint32_t high = __nv_cvt_float2_to_fp8x2(make_float2(x2, x3), __NV_SATFINITE, kFormat);
+    return high << 16 | low;
+  }
+};
+
+template <>
+struct ElementType<e4m3> : Float8ElementType<__NV_E4M3> {
+  static constexpr char kName[] = "e4m3";
+};
+
+template <>
+struct ElementType<e5m2> : Float8ElementType<__NV_E5M2> {
+  static constexpr char kName[] = "e5m2";
+};
+
+// Four neighbouring elements of type T in one register, rounded to nearest even; beyond the largest
+// finite number they become that, NaN stays NaN.
+template <class T>
+__device__ __forceinline__ uint32_t pack(float x0, float x1, float x2, float x3) {
+  return ElementType<T>::pack(x0, x1, x2, x3);
+}
 
 // Two neighbouring elements of type T in one register, rounded to nearest even.
 template <class T>

@@ -1,5 +1,7 @@
-// Warpgroup matrix multiply: D(64 x N) = A(64 x 16) B(16 x N) + D, float32 accumulation.
-// One function per operand source; the instruction shape N and the element type are parameters.
+// Warpgroup matrix multiply: D(64 x N) = A(64 x K) B(K x N) + D, float32 accumulation; K is 16 for
+// 16-bit elements and 32 for 8-bit ones. One function per operand source; the instruction shape N
+// and the element types are parameters.
+// NOTE: 8-bit products lose low bits: the sum of an instruction keeps about 14 (docs/matmul.md).
 #pragma once
 
 #include <cstdint>
@@ -94,6 +96,15 @@ struct Wgmma;
                    : JK_OUT_##R                                                                   \
                    : "l"(a), "l"(b), "r"(accumulate), "n"(kTransA), "n"(kTransB),                 \
                      "C"(Type::kName));                                                           \
+    }                                                                                             \
+    template <class TypeA, class TypeB>                                                           \
+    __device__ __forceinline__ static void shared_shared(float (&d)[R], uint64_t a, uint64_t b,   \
+                                                         int accumulate) {                        \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P2 ", 0;\n"                                \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32." P3 "." P4 " "                \
+                   "{" JK_NAMES_##R "}, " P0 ", " P1 ", p, 1, 1;\n}\n"                            \
+                   : JK_OUT_##R                                                                   \
+                   : "l"(a), "l"(b), "r"(accumulate), "C"(TypeA::kName), "C"(TypeB::kName));      \
     }                                                                                             \
     template <class Type, int kTransB>                                                            \
     __device__ __forceinline__ static void register_shared(float (&d)[R], const uint32_t* a,      \
