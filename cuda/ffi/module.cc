@@ -18,7 +18,8 @@ namespace nb = nanobind;
   TARGET("jaxkern.attention_fwd", AttentionFwd) \
   TARGET("jaxkern.attention_bwd", AttentionBwd) \
   TARGET("jaxkern.rms_norm_fwd", RmsNormFwd)    \
-  TARGET("jaxkern.rms_norm_bwd", RmsNormBwd)
+  TARGET("jaxkern.rms_norm_bwd", RmsNormBwd)    \
+  TARGET("jaxkern.scaled_matmul", ScaledMatmul)
 
 #define JAXKERN_DECLARE(name, Handler) extern "C" XLA_FFI_Error* Handler(XLA_FFI_CallFrame*);
 JAXKERN_TARGETS(JAXKERN_DECLARE)

@@ -5,8 +5,22 @@
 namespace jaxkern {
 namespace {
 
-constexpr int kPanelCols = 64;
-constexpr uint64_t kElementBytes = 2;
+constexpr int kPanelBytes = 128;
+
+constexpr cuuint64_t element_bytes(CUtensorMapDataType dtype) {
+  switch (dtype) {
+    case CU_TENSOR_MAP_DATA_TYPE_FLOAT32:
+      return 4;
+    case CU_TENSOR_MAP_DATA_TYPE_UINT8:
+      return 1;
+    default:
+      return 2;
+  }
+}
+
+constexpr cuuint32_t panel_cols(CUtensorMapDataType dtype) {
+  return static_cast<cuuint32_t>(kPanelBytes / element_bytes(dtype));
+}
 
 using EncodeTiled = PFN_cuTensorMapEncodeTiled_v12000;
 
@@ -42,17 +56,17 @@ cudaError_t make_tensor_map(CUtensorMap* map, CUtensorMapDataType dtype, const v
                             int box_rows) {
   const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(head_dim), static_cast<cuuint64_t>(heads),
                                static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(batch)};
-  const cuuint64_t strides[3] = {sizes[0] * kElementBytes, sizes[0] * sizes[1] * kElementBytes,
-                                 sizes[0] * sizes[1] * sizes[2] * kElementBytes};
-  const cuuint32_t box[4] = {kPanelCols, 1, static_cast<cuuint32_t>(box_rows), 1};
+  const cuuint64_t row = sizes[0] * element_bytes(dtype);
+  const cuuint64_t strides[3] = {row, row * sizes[1], row * sizes[1] * sizes[2]};
+  const cuuint32_t box[4] = {panel_cols(dtype), 1, static_cast<cuuint32_t>(box_rows), 1};
   return encode_map(map, dtype, 4, data, sizes, strides, box, CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
 cudaError_t make_matrix_map(CUtensorMap* map, CUtensorMapDataType dtype, const void* data,
                             int64_t rows, int64_t cols, int box_rows) {
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {sizes[0] * kElementBytes};
-  const cuuint32_t box[2] = {kPanelCols, static_cast<cuuint32_t>(box_rows)};
+  const cuuint64_t strides[1] = {sizes[0] * element_bytes(dtype)};
+  const cuuint32_t box[2] = {panel_cols(dtype), static_cast<cuuint32_t>(box_rows)};
   return encode_map(map, dtype, 2, data, sizes, strides, box, CU_TENSOR_MAP_SWIZZLE_128B);
 }
 

@@ -8,15 +8,16 @@
 
 namespace jaxkern {
 
-// Describes a contiguous (batch, rows, heads, head_dim) tensor of 16-bit elements and the box that
-// one copy moves: `box_rows` rows of one head, 64 columns, 128-byte swizzled. Uses the driver
-// through the runtime, so that nothing links against libcuda.
+// Describes a contiguous (batch, rows, heads, head_dim) tensor and the box that one copy moves:
+// `box_rows` rows of one head, 128 bytes of columns, 128-byte swizzled. A row of a head takes a
+// multiple of 16 bytes. 8-bit floating-point types are described as UINT8. Uses the driver through
+// the runtime, so that nothing links against libcuda.
 cudaError_t make_tensor_map(CUtensorMap* map, CUtensorMapDataType dtype, const void* data,
                             int64_t batch, int64_t rows, int64_t heads, int64_t head_dim,
                             int box_rows);
 
-// Describes a contiguous (rows, cols) matrix of 16-bit elements and a box of `box_rows` rows, 64
-// columns, 128-byte swizzled. cols is a multiple of 8.
+// Describes a contiguous (rows, cols) matrix and a box of `box_rows` rows, 128 bytes of columns,
+// 128-byte swizzled. A row takes a multiple of 16 bytes.
 cudaError_t make_matrix_map(CUtensorMap* map, CUtensorMapDataType dtype, const void* data,
                             int64_t rows, int64_t cols, int box_rows);
 

@@ -87,6 +87,14 @@ __device__ __forceinline__ void convert(RegisterTile<T, 64, kCols>& y,
   }
 }
 
+// The same in float32.
+template <int kCols, int kColsX>
+__device__ __forceinline__ void convert(RegisterTile<float, 64, kCols>& y,
+                                        const RegisterTile<float, 64, kColsX>& x, int col) {
+#pragma unroll
+  for (int i = 0; i < kCols / 2; ++i) y.data[i] = x.data[col / 2 + i];
+}
+
 // y(r, c) = x(r, c) * rows(r)
 template <int kCols>
 __device__ __forceinline__ void scale_rows(RegisterTile<float, 64, kCols>& x,
@@ -99,6 +107,44 @@ __device__ __forceinline__ void scale_rows(RegisterTile<float, 64, kCols>& x,
       x.at(j, i, 1) *= rows[i];
     }
   }
+}
+
+// y(r, c) += x(r, c) * rows(r)
+template <int kCols>
+__device__ __forceinline__ void add_scaled(RegisterTile<float, 64, kCols>& y,
+                                           const RegisterTile<float, 64, kCols>& x,
+                                           const RowVector& rows) {
+#pragma unroll
+  for (int j = 0; j < kCols / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      y.at(j, i, 0) += x.at(j, i, 0) * rows[i];
+      y.at(j, i, 1) += x.at(j, i, 1) * rows[i];
+    }
+  }
+}
+
+// y(r, c) += x(r, c) * rows(r) * row[c], the latter in memory
+template <int kCols>
+__device__ __forceinline__ void add_scaled(RegisterTile<float, 64, kCols>& y,
+                                           const RegisterTile<float, 64, kCols>& x,
+                                           const RowVector& rows, const float* row) {
+#pragma unroll
+  for (int j = 0; j < kCols / 8; ++j) {
+    const float2 cols = *reinterpret_cast<const float2*>(row + fragment_col(j));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      y.at(j, i, 0) += x.at(j, i, 0) * (rows[i] * cols.x);
+      y.at(j, i, 1) += x.at(j, i, 1) * (rows[i] * cols.y);
+    }
+  }
+}
+
+template <int kCols>
+__device__ __forceinline__ void add(RegisterTile<float, 64, kCols>& y,
+                                    const RegisterTile<float, 64, kCols>& x) {
+#pragma unroll
+  for (int i = 0; i < kCols / 2; ++i) y.data[i] += x.data[i];
 }
 
 // x(r, c) += row[c], in memory

@@ -44,17 +44,24 @@ __device__ __forceinline__ void load(SharedTile<T, kRows, kCols>& y, const CUten
   }
 }
 
-// Loads one tile into all blocks of a cluster. Each block calls this, brings its share of the
-// panels to everyone, and expects Tile::kBytes at its own barrier.
+// Loads one tile into all blocks of a cluster. Each block calls this, brings its share to everyone,
+// and expects Tile::kBytes at its own barrier. A share is some of the panels; where they are fewer
+// than the blocks, some of the rows, and the map's box has that many.
 template <class Cluster, class T, int kRows, int kCols, class At>
 __device__ __forceinline__ void load_multicast(SharedTile<T, kRows, kCols>& y, const CUtensorMap& x,
                                                At at, Barrier& barrier) {
   using Tile = SharedTile<T, kRows, kCols>;
   constexpr int kShare = Tile::kPanels / Cluster::kBlocks;
-  static_assert(kShare * Cluster::kBlocks == Tile::kPanels, "blocks must share the panels evenly");
   if constexpr (Cluster::kBlocks == 1) {
     load(y, x, at, barrier);
+  } else if constexpr (kShare == 0) {
+    constexpr int kShareRows = kRows / Cluster::kBlocks;
+    static_assert(Tile::kPanels == 1 && kShareRows % 8 == 0, "the swizzle repeats every 8 rows");
+    const int row = Cluster::rank() * kShareRows;
+    ptx::bulk_tensor_load_multicast(y.data + row * Tile::kPanelCols, &x, &barrier.word, at.col,
+                                    at.row + row, Cluster::kAll);
   } else {
+    static_assert(kShare * Cluster::kBlocks == Tile::kPanels, "blocks must share evenly");
 #pragma unroll
     for (int i = 0; i < kShare; ++i) {
       const int p = Cluster::rank() * kShare + i;
@@ -71,15 +78,17 @@ __device__ __forceinline__ void load_multicast(SharedTile<T, kRows, kCols>& y, c
   }
 }
 
-// Stores the whole tile or, if the map's box has fewer rows, that many rows from `row0` on.
+// Stores the whole tile or, if the map's box has fewer rows, that many rows from `row0` on, to
+// column `col`.
 template <class T, int kRows, int kCols>
 __device__ __forceinline__ void store(const CUtensorMap& y, Coordinate at,
-                                      const SharedTile<T, kRows, kCols>& x, int row0 = 0) {
+                                      const SharedTile<T, kRows, kCols>& x, int row0 = 0,
+                                      int col = 0) {
   using Tile = SharedTile<T, kRows, kCols>;
 #pragma unroll
   for (int p = 0; p < Tile::kPanels; ++p) {
-    ptx::bulk_tensor_store(&y, x.data + (p * kRows + row0) * Tile::kPanelCols, p * Tile::kPanelCols,
-                           at.head, at.row, at.batch);
+    ptx::bulk_tensor_store(&y, x.data + (p * kRows + row0) * Tile::kPanelCols,
+                           col + p * Tile::kPanelCols, at.head, at.row, at.batch);
   }
 }
 

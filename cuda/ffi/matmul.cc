@@ -1,0 +1,94 @@
+#include "cuda/ffi/common.h"
+#include "cuda/matmul/launch.h"
+
+namespace jaxkern {
+namespace {
+
+constexpr auto F32 = ffi::DataType::F32;
+constexpr auto BF16 = ffi::DataType::BF16;
+constexpr auto F16 = ffi::DataType::F16;
+constexpr auto F8E4M3FN = ffi::DataType::F8E4M3FN;
+constexpr auto F8E5M2 = ffi::DataType::F8E5M2;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The scales of B matrices of `rows` rows have the shape that `scaling` says (matmul/params.h).
+void check_scales(Checks& checks, std::string_view name, const ffi::AnyBuffer& scales,
+                  Scaling scaling, int64_t B, int64_t rows, int64_t K) {
+  const int64_t blocks = ceil_div(K, kScaleBlock);
+  checks.dtype(name, scales, {F32});
+  switch (scaling) {
+    case Scaling::kTensor:
+      checks.shape(name, scales, {B, 1});
+      return;
+    case Scaling::kRow:
+      checks.shape(name, scales, {B, rows});
+      return;
+    case Scaling::kBlock1x128:
+      checks.shape(name, scales, {B, blocks, padded_scale_row(rows)});
+      return;
+    case Scaling::kBlock128x128:
+      checks.shape(name, scales, {B, ceil_div(rows, kScaleBlock), blocks});
+      return;
+  }
+  checks.that(false, name, "scaling " + std::to_string(static_cast<int>(scaling)), "0 to 3");
+}
+
+ffi::Error scaled_matmul(cudaStream_t stream, ffi::AnyBuffer lhs, ffi::AnyBuffer rhs,
+                         ffi::AnyBuffer lhs_scale, ffi::AnyBuffer rhs_scale, ffi::AnyBuffer bias,
+                         ffi::Result<ffi::AnyBuffer> out, int32_t lhs_scaling, int32_t rhs_scaling,
+                         bool fast_accumulation) {
+  Checks checks("scaled_matmul");
+  if (checks.rank("lhs", lhs, 3).rank("rhs", rhs, 3).failed()) return checks.error();
+  const int64_t B = lhs.dimensions()[0], M = lhs.dimensions()[1], K = lhs.dimensions()[2];
+  const int64_t N = rhs.dimensions()[1];
+  const bool has_bias = bias.element_count() > 0;
+  checks.dtype("lhs", lhs, {F8E4M3FN, F8E5M2})
+      .that(K % 16 == 0, "lhs", "has K " + std::to_string(K), "a multiple of 16")
+      .shape("rhs", rhs, {B, N, K})
+      .dtype("rhs", rhs, {F8E4M3FN, F8E5M2})
+      .that(N % 8 == 0, "rhs", "has N " + std::to_string(N), "a multiple of 8")
+      .shape("bias", bias, {has_bias ? N : 0})
+      .dtype("bias", bias, {F32})
+      .shape("out", *out, {B, M, N})
+      .dtype("out", *out, {BF16, F16, F32});
+  check_scales(checks, "lhs_scale", lhs_scale, Scaling(lhs_scaling), B, M, K);
+  check_scales(checks, "rhs_scale", rhs_scale, Scaling(rhs_scaling), B, N, K);
+  if (checks.failed() || B * M * N == 0) return checks.error();
+  const ScaledMatmulParams params = {
+      .lhs_dtype = to_dtype(lhs.element_type()),
+      .rhs_dtype = to_dtype(rhs.element_type()),
+      .out_dtype = to_dtype(out->element_type()),
+      .lhs_scaling = Scaling(lhs_scaling),
+      .rhs_scaling = Scaling(rhs_scaling),
+      .fast_accumulation = fast_accumulation,
+      .B = B,
+      .M = M,
+      .N = N,
+      .K = K,
+      .lhs = lhs.untyped_data(),
+      .rhs = rhs.untyped_data(),
+      .lhs_scale = lhs_scale.typed_data<float>(),
+      .rhs_scale = rhs_scale.typed_data<float>(),
+      .bias = has_bias ? bias.typed_data<float>() : nullptr,
+      .out = out->untyped_data(),
+  };
+  return launch_error("scaled_matmul", launch_scaled_matmul(params, stream));
+}
+
+}  // namespace
+
+JAXKERN_DEFINE_HANDLER(ScaledMatmul, scaled_matmul,
+                       ffi::Ffi::Bind()
+                           .Ctx<Stream>()
+                           .Arg<ffi::AnyBuffer>()  // lhs
+                           .Arg<ffi::AnyBuffer>()  // rhs
+                           .Arg<ffi::AnyBuffer>()  // lhs_scale
+                           .Arg<ffi::AnyBuffer>()  // rhs_scale
+                           .Arg<ffi::AnyBuffer>()  // bias
+                           .Ret<ffi::AnyBuffer>()  // out
+                           .Attr<int32_t>("lhs_scaling")
+                           .Attr<int32_t>("rhs_scaling")
+                           .Attr<bool>("fast_accumulation"));
+
+}  // namespace jaxkern

@@ -1,0 +1,12 @@
+// Matmul launchers. They enqueue on `stream` and neither allocate nor synchronise.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "cuda/matmul/params.h"
+
+namespace jaxkern {
+
+cudaError_t launch_scaled_matmul(const ScaledMatmulParams& params, cudaStream_t stream);
+
+}  // namespace jaxkern

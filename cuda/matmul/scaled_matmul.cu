@@ -1,0 +1,57 @@
+// Instances of the product of scaled matrices: JAXKERN_LHS and JAXKERN_RHS come from the table in
+// CMakeLists.txt.
+#include "cuda/matmul/scaled_matmul.h"
+
+#include "cuda/matmul/instances.h"
+
+namespace jaxkern {
+namespace {
+
+// Without promotion all columns of the tile are one product, which reads lhs from shared memory
+// once; with it, there are registers for two products of half of them.
+constexpr ScaledMatmulConfig kFast = {.waves = 1, .block_n = 256, .stages = 4, .blocks = 2};
+constexpr ScaledMatmulConfig kPromoted = {.waves = 2, .block_n = 128, .stages = 4, .blocks = 2};
+
+template <class Lhs, class Rhs, class Out>
+cudaError_t launch_with_scales(const ScaledMatmulParams& p, cudaStream_t stream) {
+  const auto run = [&]<BlockScales kScales, bool kFastAccumulation>() {
+    constexpr ScaledMatmulConfig kConfig = kFastAccumulation ? kFast : kPromoted;
+    using Matmul = ScaledMatmul<Lhs, Rhs, Out, kScales, kFastAccumulation, kConfig>;
+    return launch_scaled_matmul_sm90<Matmul>(p, stream);
+  };
+  const auto blocks = [](Scaling s) { return s > Scaling::kRow; };
+  if (!blocks(p.lhs_scaling) && !blocks(p.rhs_scaling)) {
+    return p.fast_accumulation ? run.template operator()<BlockScales::kNone, true>()
+                               : run.template operator()<BlockScales::kNone, false>();
+  }
+  if (p.lhs_scaling != Scaling::kBlock1x128 || p.fast_accumulation) return cudaErrorInvalidValue;
+  switch (p.rhs_scaling) {
+    case Scaling::kBlock1x128:
+      return run.template operator()<BlockScales::k1x128By1x128, false>();
+    case Scaling::kBlock128x128:
+      return run.template operator()<BlockScales::k1x128By128x128, false>();
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace
+
+template <class Lhs, class Rhs>
+cudaError_t launch_scaled_matmul_of(const ScaledMatmulParams& params, cudaStream_t stream) {
+  switch (params.out_dtype) {
+    case DType::kBFloat16:
+      return launch_with_scales<Lhs, Rhs, tile::bf16>(params, stream);
+    case DType::kFloat16:
+      return launch_with_scales<Lhs, Rhs, tile::f16>(params, stream);
+    case DType::kFloat32:
+      return launch_with_scales<Lhs, Rhs, float>(params, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+template cudaError_t launch_scaled_matmul_of<tile::JAXKERN_LHS, tile::JAXKERN_RHS>(
+    const ScaledMatmulParams&, cudaStream_t);
+
+}  // namespace jaxkern
