@@ -1,0 +1,254 @@
+// Times the product of scaled 8-bit matrices beside cuBLASLt: see scaled_matmul.py, which compiles
+// and runs this.
+//
+//     scaled_matmul <recipe> <M> <N> <K> <repeats> <seconds per sample> [--variants]
+//
+// Recipes: tensor, row (sums promoted to float32), tensor-fast, row-fast (not), block (1x128 by
+// 128x128), block-wgrad (1x128 by 1x128, float32 out). Prints one line per provider: its name, a
+// tab, microseconds per call; harness.cuh says how they are measured. Of cuBLASLt's algorithms for
+// a problem the fastest of the first eight is taken, by a sample of each.
+#include <cublasLt.h>
+
+#include <cstring>
+#include <memory>
+
+#include "benchmarks/harness.cuh"
+#include "cuda/matmul/scaled_matmul.h"
+
+namespace jaxkern {
+namespace {
+
+using tile::e4m3;
+using Provider = bench::Provider<ScaledMatmulParams>;
+using Comparison = bench::Comparison<ScaledMatmulParams>;
+
+struct Recipe {
+  const char* name;
+  Scaling lhs, rhs;
+  bool fast;
+  DType out;
+};
+
+constexpr Recipe kRecipes[] = {
+    {"tensor", Scaling::kTensor, Scaling::kTensor, false, DType::kBFloat16},
+    {"tensor-fast", Scaling::kTensor, Scaling::kTensor, true, DType::kBFloat16},
+    {"row", Scaling::kRow, Scaling::kRow, false, DType::kBFloat16},
+    {"row-fast", Scaling::kRow, Scaling::kRow, true, DType::kBFloat16},
+    {"block", Scaling::kBlock1x128, Scaling::kBlock128x128, false, DType::kBFloat16},
+    {"block-wgrad", Scaling::kBlock1x128, Scaling::kBlock1x128, false, DType::kFloat32},
+};
+
+template <class Matmul>
+Provider ours(const std::string& name, int group = 8) {
+  return {name, [group](const ScaledMatmulParams& p) {
+            bench::check(launch_scaled_matmul_sm90<Matmul>(p, nullptr, group), "scaled_matmul");
+          }};
+}
+
+template <class Out, BlockScales kScales, bool kFast, ScaledMatmulConfig kConfig>
+Provider variant(const std::string& name, int group) {
+  return ours<ScaledMatmul<e4m3, e4m3, Out, kScales, kFast, kConfig>>(
+      name + " waves" + std::to_string(kConfig.waves) + " n" + std::to_string(kConfig.block_n) +
+          " stages" + std::to_string(kConfig.stages) + " cluster" + std::to_string(kConfig.blocks) +
+          " group" + std::to_string(group),
+      group);
+}
+
+// The first is what the library runs.
+template <class Out, BlockScales kScales>
+std::vector<Provider> promoted() {
+  constexpr ScaledMatmulConfig kPair = {2, 128, 4, 2}, kAlone = {2, 128, 4, 1};
+  std::vector<Provider> found = {
+      variant<Out, kScales, false, kPair>("", 8), variant<Out, kScales, false, kPair>("", 4),
+      variant<Out, kScales, false, kPair>("", 16), variant<Out, kScales, false, kAlone>("", 8)};
+  constexpr ScaledMatmulConfig kSmall = {1, 128, 6, 2};
+  found.push_back(variant<Out, kScales, false, kSmall>("", 8));
+  return found;
+}
+
+template <class Out>
+std::vector<Provider> fast() {
+  constexpr auto kNone = BlockScales::kNone;
+  constexpr ScaledMatmulConfig kWide = {1, 256, 4, 2}, kTall = {2, 128, 4, 2};
+  constexpr ScaledMatmulConfig kAlone = {1, 256, 4, 1}, kSmall = {1, 128, 6, 2};
+  return {variant<Out, kNone, true, kWide>("", 8),  variant<Out, kNone, true, kWide>("", 4),
+          variant<Out, kNone, true, kWide>("", 16), variant<Out, kNone, true, kTall>("", 8),
+          variant<Out, kNone, true, kAlone>("", 8), variant<Out, kNone, true, kSmall>("", 8)};
+}
+
+std::vector<Provider> variants(const Recipe& recipe) {
+  if (recipe.fast) return fast<tile::bf16>();
+  switch (recipe.rhs) {
+    case Scaling::kBlock1x128:
+      return promoted<float, BlockScales::k1x128By1x128>();
+    case Scaling::kBlock128x128:
+      return promoted<tile::bf16, BlockScales::k1x128By128x128>();
+    default:
+      return promoted<tile::bf16, BlockScales::kNone>();
+  }
+}
+
+// --- cuBLASLt
+// -------------------------------------------------------------------------------------
+
+void check(cublasStatus_t status, const char* what) {
+  bench::require(status == CUBLAS_STATUS_SUCCESS,
+                 std::string(what) + ": " + cublasLtGetStatusString(status));
+}
+
+struct Lt {
+  static constexpr size_t kWorkspace = 64 << 20;
+  cublasLtHandle_t handle;
+  cublasLtMatmulDesc_t matmul;
+  cublasLtMatrixLayout_t a, b, d;
+  void* workspace = bench::allocate<char>(kWorkspace);
+
+  // Its matrices are column-major: it sees the transposes, so out^T = (rhs^T)^T lhs^T.
+  Lt(const Recipe& recipe, const ScaledMatmulParams& p) {
+    check(cublasLtCreate(&handle), "cublasLtCreate");
+    check(cublasLtMatmulDescCreate(&matmul, CUBLAS_COMPUTE_32F, CUDA_R_32F), "DescCreate");
+    set(CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
+    set(CUBLASLT_MATMUL_DESC_TRANSB, CUBLAS_OP_N);
+    set(CUBLASLT_MATMUL_DESC_FAST_ACCUM, static_cast<int8_t>(recipe.fast));
+    set(CUBLASLT_MATMUL_DESC_A_SCALE_MODE, mode(recipe.rhs));
+    set(CUBLASLT_MATMUL_DESC_B_SCALE_MODE, mode(recipe.lhs));
+    const auto layout = [](cublasLtMatrixLayout_t* x, cudaDataType_t type, int64_t rows,
+                           int64_t cols) {
+      check(cublasLtMatrixLayoutCreate(x, type, rows, cols, rows), "LayoutCreate");
+    };
+    layout(&a, CUDA_R_8F_E4M3, p.K, p.N);
+    layout(&b, CUDA_R_8F_E4M3, p.K, p.M);
+    layout(&d, recipe.out == DType::kFloat32 ? CUDA_R_32F : CUDA_R_16BF, p.N, p.M);
+  }
+
+  template <class Value>
+  void set(cublasLtMatmulDescAttributes_t attribute, Value value) {
+    check(cublasLtMatmulDescSetAttribute(matmul, attribute, &value, sizeof(value)), "attribute");
+  }
+
+  static cublasLtMatmulMatrixScale_t mode(Scaling scaling) {
+    switch (scaling) {
+      case Scaling::kTensor:
+        return CUBLASLT_MATMUL_MATRIX_SCALE_SCALAR_32F;
+      case Scaling::kRow:
+        return CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
+      case Scaling::kBlock1x128:
+        return CUBLASLT_MATMUL_MATRIX_SCALE_VEC128_32F;
+      case Scaling::kBlock128x128:
+        return CUBLASLT_MATMUL_MATRIX_SCALE_BLK128x128_32F;
+    }
+    return CUBLASLT_MATMUL_MATRIX_SCALE_SCALAR_32F;
+  }
+
+  cublasStatus_t run(const ScaledMatmulParams& p, const cublasLtMatmulAlgo_t& algorithm) {
+    set(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, p.rhs_scale);
+    set(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, p.lhs_scale);
+    const float one = 1.0f, zero = 0.0f;
+    return cublasLtMatmul(handle, matmul, &one, p.rhs, a, p.lhs, b, &zero, p.out, d, p.out, d,
+                          &algorithm, workspace, kWorkspace, nullptr);
+  }
+};
+
+Provider cublaslt(const Recipe& recipe, const ScaledMatmulParams& p, Comparison& comparison) {
+  const auto lt = std::make_shared<Lt>(recipe, p);
+  lt->set(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, p.rhs_scale);
+  lt->set(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, p.lhs_scale);
+  cublasLtMatmulPreference_t preference;
+  check(cublasLtMatmulPreferenceCreate(&preference), "PreferenceCreate");
+  check(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                             &Lt::kWorkspace, sizeof(Lt::kWorkspace)),
+        "workspace");
+  constexpr int kMost = 8;
+  cublasLtMatmulHeuristicResult_t found[kMost];
+  int count = 0;
+  check(cublasLtMatmulAlgoGetHeuristic(lt->handle, lt->matmul, lt->a, lt->b, lt->d, lt->d,
+                                       preference, kMost, found, &count),
+        "AlgoGetHeuristic");
+  Provider fastest;
+  float least = INFINITY;
+  for (int i = 0; i < count; ++i) {
+    const auto algorithm = found[i].algo;
+    if (lt->run(p, algorithm) != CUBLAS_STATUS_SUCCESS) continue;
+    const Provider candidate = {"cublaslt", [lt, algorithm](const ScaledMatmulParams& p) {
+                                  check(lt->run(p, algorithm), "cublasLtMatmul");
+                                }};
+    constexpr int kCalls = 20;
+    comparison.sample(candidate, kCalls);  // warms up
+    if (const float us = comparison.sample(candidate, kCalls); us < least) {
+      least = us;
+      fastest = candidate;
+    }
+  }
+  bench::require(least < INFINITY, "cublasLt has no algorithm for this problem");
+  return fastest;
+}
+
+// --- Inputs
+// ---------------------------------------------------------------------------------------
+
+// Positive scales of `rows` rows, as many as the recipe wants.
+float* scales(Scaling scaling, int64_t rows, int64_t K) {
+  const int64_t blocks = tile::ceil_div<int64_t>(K, kScaleBlock);
+  const int64_t sizes[] = {1, rows, blocks * padded_scale_row(rows),
+                           tile::ceil_div<int64_t>(rows, kScaleBlock) * blocks};
+  const int64_t size = sizes[static_cast<int>(scaling)];
+  std::vector<float> values;
+  for (int64_t i = 0; i < size; ++i) values.push_back((1.0f + i % 7 / 8.0f) / 64.0f);
+  float* data = bench::allocate<float>(size);
+  bench::check(cudaMemcpy(data, values.data(), size * sizeof(float), cudaMemcpyHostToDevice),
+               "scales");
+  return data;
+}
+
+ScaledMatmulParams problem(const Recipe& recipe, int64_t M, int64_t N, int64_t K) {
+  constexpr float kDeviation = 64.0f;  // the largest of a tensor's normal numbers become about 350
+  ScaledMatmulParams p = {};
+  p.lhs_dtype = p.rhs_dtype = DType::kFloat8E4M3;
+  p.out_dtype = recipe.out;
+  p.lhs_scaling = recipe.lhs;
+  p.rhs_scaling = recipe.rhs;
+  p.fast_accumulation = recipe.fast;
+  p.B = 1, p.M = M, p.N = N, p.K = K;
+  p.lhs = bench::normal_matrix<e4m3>(M * K, kDeviation);
+  p.rhs = bench::normal_matrix<e4m3>(N * K, kDeviation);
+  p.lhs_scale = scales(recipe.lhs, M, K);
+  p.rhs_scale = scales(recipe.rhs, N, K);
+  p.out = bench::allocate<float>(M * N);
+  return p;
+}
+
+}  // namespace
+}  // namespace jaxkern
+
+int main(int argc, char** argv) {
+  using namespace jaxkern;
+  bench::require(argc >= 7, "scaled_matmul <recipe> <M> <N> <K> <repeats> <seconds> [--variants]");
+  const auto recipe = std::find_if(std::begin(kRecipes), std::end(kRecipes), [&](const Recipe& r) {
+    return std::strcmp(r.name, argv[1]) == 0;
+  });
+  bench::require(recipe != std::end(kRecipes), std::string("no recipe ") + argv[1]);
+  const int64_t M = std::atoll(argv[2]), N = std::atoll(argv[3]), K = std::atoll(argv[4]);
+  std::vector<ScaledMatmulParams> inputs;
+  for (int64_t i = bench::rotations(M * K + N * K); i > 0; --i) {
+    inputs.push_back(problem(*recipe, M, N, K));
+  }
+  Comparison comparison(inputs, static_cast<float>(std::atof(argv[6])));
+  const ScaledMatmulParams& first = inputs.front();
+  std::vector<Provider> providers = variants(*recipe);
+  if (argc <= 7 || std::strcmp(argv[7], "--variants") != 0) providers.resize(1);
+  providers.insert(providers.begin() + 1, cublaslt(*recipe, first, comparison));
+  providers.front().name = "jaxkern";
+  for (const Provider& provider : providers) {
+    const auto distance = [&](const auto* out) {
+      return comparison.distance(provider, providers[1], out, M * N);
+    };
+    const double found = recipe->out == DType::kFloat32
+                             ? distance(static_cast<const float*>(first.out))
+                             : distance(static_cast<const tile::bf16*>(first.out));
+    bench::require(found <= 1e-2,
+                   provider.name + " and cublaslt disagree: " + std::to_string(found));
+  }
+  comparison.measure(providers, std::max(1, std::atoi(argv[5])));
+  bench::print(providers);
+  return 0;
+}
