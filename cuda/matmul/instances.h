@@ -1,5 +1,5 @@
 // The instances of the product of scaled matrices, each translation unit those of one pair of
-// element types.
+// element types or, for few rows of lhs, of one number of them.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,7 +8,12 @@
 
 namespace jaxkern {
 
+// All that launch_scaled_matmul() has found to be supported.
 template <class Lhs, class Rhs>
 cudaError_t launch_scaled_matmul_of(const ScaledMatmulParams& params, cudaStream_t stream);
+
+// e4m3 by e4m3, at most kTokens rows of lhs, rhs not kBlock1x128.
+template <int kTokens>
+cudaError_t launch_scaled_matmul_few_rows(const ScaledMatmulParams& params, cudaStream_t stream);
 
 }  // namespace jaxkern

@@ -5,10 +5,28 @@
 
 namespace jaxkern {
 
+namespace {
+
+bool supported(const ScaledMatmulParams& p) {
+  const bool lhs_blocks = p.lhs_scaling > Scaling::kRow, rhs_blocks = p.rhs_scaling > Scaling::kRow;
+  if (!lhs_blocks && !rhs_blocks) return true;
+  return p.lhs_scaling == Scaling::kBlock1x128 && rhs_blocks && !p.fast_accumulation;
+}
+
+}  // namespace
+
 cudaError_t launch_scaled_matmul(const ScaledMatmulParams& params, cudaStream_t stream) {
   using tile::e4m3, tile::e5m2;
+  if (!supported(params)) return cudaErrorInvalidValue;
   const bool lhs_e5m2 = params.lhs_dtype == DType::kFloat8E5M2;
   const bool rhs_e5m2 = params.rhs_dtype == DType::kFloat8E5M2;
+  const bool few_rows_can = !lhs_e5m2 && !rhs_e5m2 && params.rhs_scaling != Scaling::kBlock1x128;
+  if (few_rows_can) {
+    if (params.M <= 16) return launch_scaled_matmul_few_rows<16>(params, stream);
+    if (params.M <= 32) return launch_scaled_matmul_few_rows<32>(params, stream);
+    if (params.M <= 64) return launch_scaled_matmul_few_rows<64>(params, stream);
+    if (params.M <= 128) return launch_scaled_matmul_few_rows<128>(params, stream);
+  }
   if (lhs_e5m2 && rhs_e5m2) return launch_scaled_matmul_of<e5m2, e5m2>(params, stream);
   if (lhs_e5m2) return launch_scaled_matmul_of<e5m2, e4m3>(params, stream);
   if (rhs_e5m2) return launch_scaled_matmul_of<e4m3, e5m2>(params, stream);

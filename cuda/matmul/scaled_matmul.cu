@@ -19,20 +19,13 @@ cudaError_t launch_with_scales(const ScaledMatmulParams& p, cudaStream_t stream)
     using Matmul = ScaledMatmul<Lhs, Rhs, Out, kScales, kFastAccumulation, kConfig>;
     return launch_scaled_matmul_sm90<Matmul>(p, stream);
   };
-  const auto blocks = [](Scaling s) { return s > Scaling::kRow; };
-  if (!blocks(p.lhs_scaling) && !blocks(p.rhs_scaling)) {
+  if (p.lhs_scaling != Scaling::kBlock1x128) {
     return p.fast_accumulation ? run.template operator()<BlockScales::kNone, true>()
                                : run.template operator()<BlockScales::kNone, false>();
   }
-  if (p.lhs_scaling != Scaling::kBlock1x128 || p.fast_accumulation) return cudaErrorInvalidValue;
-  switch (p.rhs_scaling) {
-    case Scaling::kBlock1x128:
-      return run.template operator()<BlockScales::k1x128By1x128, false>();
-    case Scaling::kBlock128x128:
-      return run.template operator()<BlockScales::k1x128By128x128, false>();
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return p.rhs_scaling == Scaling::kBlock1x128
+             ? run.template operator()<BlockScales::k1x128By1x128, false>()
+             : run.template operator()<BlockScales::k1x128By128x128, false>();
 }
 
 }  // namespace

@@ -1,12 +1,14 @@
-// Launches one instance of the product of scaled 8-bit matrices.
+// Launches one instance of a kernel of products of scaled 8-bit matrices.
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <type_traits>
 
 #include "cuda/host/device.h"
 #include "cuda/host/launch.h"
 #include "cuda/host/tensor_map.h"
+#include "cuda/matmul/scaled_matmul_few_rows_sm90.cuh"
 #include "cuda/matmul/scaled_matmul_sm90.cuh"
 
 namespace jaxkern {
@@ -19,52 +21,94 @@ constexpr CUtensorMapDataType tensor_map_type() {
   static_assert(sizeof(T) != 1, "8-bit types are UINT8 to TMA");
 }
 
+// What both kernels take: tiles of `rhs_box` rows of rhs a copy, `out_box` rows of out a copy.
+template <class Matmul>
+cudaError_t fill_params(typename Matmul::Params* p, const ScaledMatmulParams& params, int lhs_box,
+                        int rhs_box, int out_box) {
+  constexpr auto kByte = CU_TENSOR_MAP_DATA_TYPE_UINT8;
+  constexpr auto kOut = tensor_map_type<typename Matmul::Out>();
+  const int64_t B = params.B, M = params.M, N = params.N, K = params.K;
+  const int64_t K_blocks = tile::ceil_div<int64_t>(K, kScaleBlock);
+  if (cudaError_t error = make_matrix_map(&p->lhs, kByte, params.lhs, B * M, K, lhs_box))
+    return error;
+  if (cudaError_t error = make_matrix_map(&p->rhs, kByte, params.rhs, B * N, K, rhs_box))
+    return error;
+  if (cudaError_t error = make_tensor_map(&p->out, kOut, params.out, B, M, 1, N, out_box))
+    return error;
+  if constexpr (Matmul::kScales != BlockScales::kNone) {
+    if (cudaError_t error = make_row_map(&p->lhs_rows, params.lhs_scale, B * K_blocks,
+                                         padded_scale_row(M), lhs_box))
+      return error;
+  }
+  p->lhs_scale = params.lhs_scale;
+  p->rhs_scale = params.rhs_scale;
+  p->bias = params.bias;
+  p->lhs_scale_step = params.lhs_scaling == Scaling::kRow;
+  p->rhs_scale_step = params.rhs_scaling == Scaling::kRow;
+  p->M = static_cast<int>(M);
+  p->N = static_cast<int>(N);
+  p->K_blocks = static_cast<int>(K_blocks);
+  return cudaSuccess;
+}
+
 template <class Matmul>
 cudaError_t launch_scaled_matmul_sm90(const ScaledMatmulParams& params, cudaStream_t stream,
                                       int group = 8) {
   using Cluster = typename Matmul::Cluster;
   int multiprocessors;
   if (cudaError_t error = multiprocessor_count(&multiprocessors)) return error;
-
-  constexpr auto kByte = CU_TENSOR_MAP_DATA_TYPE_UINT8;
-  constexpr auto kOut = tensor_map_type<typename Matmul::Out>();
-  const int64_t B = params.B, M = params.M, N = params.N, K = params.K;
-  const int64_t K_blocks = tile::ceil_div<int64_t>(K, Matmul::kBlockK);
   typename Matmul::Params p = {};
-  if (cudaError_t error = make_matrix_map(&p.lhs, kByte, params.lhs, B * M, K, Matmul::kBlockM))
-    return error;
   if (cudaError_t error =
-          make_matrix_map(&p.rhs, kByte, params.rhs, B * N, K, Matmul::kBlockN / Cluster::kBlocks))
+          fill_params<Matmul>(&p, params, Matmul::kBlockM, Matmul::kBlockN / Cluster::kBlocks, 64))
     return error;
-  if (cudaError_t error = make_tensor_map(&p.out, kOut, params.out, B, M, 1, N, 64)) return error;
-  if constexpr (Matmul::kLhsBlocks) {
-    if (cudaError_t error = make_row_map(&p.lhs_rows, params.lhs_scale, B * K_blocks,
-                                         padded_scale_row(M), Matmul::kBlockM))
-      return error;
-  }
   if constexpr (Matmul::kRhsBlocks) {
-    if (cudaError_t error = make_row_map(&p.rhs_rows, params.rhs_scale, B * K_blocks,
-                                         padded_scale_row(N), Matmul::kBlockN))
+    if (cudaError_t error = make_row_map(&p.rhs_rows, params.rhs_scale, params.B * p.K_blocks,
+                                         padded_scale_row(params.N), Matmul::kBlockN))
       return error;
   }
-  p.lhs_scale = params.lhs_scale;
-  p.rhs_scale = params.rhs_scale;
-  p.bias = params.bias;
-  p.lhs_scale_step = params.lhs_scaling == Scaling::kRow;
-  p.rhs_scale_step = params.rhs_scaling == Scaling::kRow;
   p.order = {
-      .rows = static_cast<int>(tile::ceil_div<int64_t>(M, Matmul::kBlockM * Cluster::kBlocks)),
-      .cols = static_cast<int>(tile::ceil_div<int64_t>(N, Matmul::kBlockN)),
+      .rows = tile::ceil_div(p.M, Matmul::kBlockM * Cluster::kBlocks),
+      .cols = tile::ceil_div(p.N, Matmul::kBlockN),
       .group = group,
   };
-  p.B = static_cast<int>(B);
-  p.M = static_cast<int>(M);
-  p.N = static_cast<int>(N);
-  p.K_blocks = static_cast<int>(K_blocks);
-  const int64_t clusters =
-      std::min<int64_t>(B * p.order.count(), multiprocessors / Cluster::kBlocks);
-  return launch(scaled_matmul_sm90_kernel<Matmul>, clusters * Cluster::kBlocks, Matmul::kThreads,
-                Matmul::kSharedBytes, stream, p);
+  p.B = static_cast<int>(params.B);
+  const int clusters = std::min(p.B * p.order.count(), multiprocessors / Cluster::kBlocks);
+  return launch(scaled_matmul_sm90_kernel<Matmul>, int64_t{clusters} * Cluster::kBlocks,
+                Matmul::kThreads, Matmul::kSharedBytes, stream, p);
+}
+
+// The blocks that share a tile's K: so many that the last round of the grid, one block an SM,
+// wastes least.
+inline int few_rows_splits(int64_t tiles, int K_blocks, int multiprocessors) {
+  int best = 1;
+  double least = INFINITY;
+  for (int splits = 1; splits <= 8 && (splits == 1 || K_blocks >= 4 * splits); splits *= 2) {
+    const double rounds =
+        static_cast<double>(tile::ceil_div<int64_t>(tiles * splits, multiprocessors));
+    if (rounds / splits < least) {
+      least = rounds / splits;
+      best = splits;
+    }
+  }
+  return best;
+}
+
+// splits: 0 for what few_rows_splits() says.
+template <class Matmul>
+cudaError_t launch_scaled_matmul_few_rows_sm90(const ScaledMatmulParams& params,
+                                               cudaStream_t stream, int splits = 0) {
+  int multiprocessors;
+  if (cudaError_t error = multiprocessor_count(&multiprocessors)) return error;
+  if (params.M > Matmul::kTokens) return cudaErrorInvalidValue;
+  typename Matmul::Params p = {};
+  if (cudaError_t error =
+          fill_params<Matmul>(&p, params, Matmul::kTokens, Matmul::kBlockN, Matmul::kTokens))
+    return error;
+  p.tiles = tile::ceil_div(p.N, Matmul::kBlockN);
+  const int64_t tiles = params.B * p.tiles;
+  p.splits = splits > 0 ? splits : few_rows_splits(tiles, p.K_blocks, multiprocessors);
+  return launch_clusters(scaled_matmul_few_rows_sm90_kernel<Matmul>, tiles * p.splits, p.splits,
+                         Matmul::kThreads, Matmul::kSharedBytes, stream, p);
 }
 
 }  // namespace jaxkern

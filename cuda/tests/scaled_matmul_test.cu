@@ -1,5 +1,5 @@
-// matmul/scaled_matmul_sm90.cuh against a scalar product, at sizes that no tile divides. Elements
-// are small integers and scales powers of two, so that every way to sum is exact.
+// The kernels of products of scaled matrices against a scalar product, at sizes that no tile
+// divides. Elements are small integers and scales powers of two, so that every way to sum is exact.
 #include "cuda/matmul/scaled_matmul.h"
 
 #include "cuda/tests/test.h"
@@ -68,14 +68,13 @@ std::vector<float> scaled(const std::vector<T>& x, const Scales& scales, int64_t
   return y;
 }
 
-template <class Matmul>
-void test_matmul(std::string what, int64_t B, int64_t M, int64_t N, int64_t K, Scaling lhs_scaling,
-                 Scaling rhs_scaling, bool with_bias) {
-  using Out = typename Matmul::Out;
+template <class Lhs, class Rhs, class Out, class Launch>
+void test_matmul(const Launch& launch, std::string what, int64_t B, int64_t M, int64_t N, int64_t K,
+                 Scaling lhs_scaling, Scaling rhs_scaling, bool with_bias) {
   what += ", B " + std::to_string(B) + ", M " + std::to_string(M) + ", N " + std::to_string(N) +
           ", K " + std::to_string(K);
-  const auto lhs = test::integers<typename Matmul::Lhs>(B * M * K, M, 3);
-  const auto rhs = test::integers<typename Matmul::Rhs>(B * N * K, N, 3);
+  const auto lhs = test::integers<Lhs>(B * M * K, M, 3);
+  const auto rhs = test::integers<Rhs>(B * N * K, N, 3);
   const auto bias = test::integers<float>(N, K, 100);
   const Scales lhs_scales(lhs_scaling, B, M, K, 1), rhs_scales(rhs_scaling, B, N, K, 2);
   const auto x = scaled(lhs, lhs_scales, K), y = scaled(rhs, rhs_scales, K);
@@ -90,8 +89,8 @@ void test_matmul(std::string what, int64_t B, int64_t M, int64_t N, int64_t K, S
   }
   wanted.insert(wanted.end(), kGuard / sizeof(Out), NAN);
 
-  const test::Array<typename Matmul::Lhs> in_lhs(guarded(lhs));
-  const test::Array<typename Matmul::Rhs> in_rhs(guarded(rhs));
+  const test::Array<Lhs> in_lhs(guarded(lhs));
+  const test::Array<Rhs> in_rhs(guarded(rhs));
   const test::Array<float> in_lhs_scale(guarded(lhs_scales.values));
   const test::Array<float> in_rhs_scale(guarded(rhs_scales.values)), in_bias(guarded(bias));
   const test::Array<Out> out(wanted.size());
@@ -105,18 +104,51 @@ void test_matmul(std::string what, int64_t B, int64_t M, int64_t N, int64_t K, S
   params.rhs_scale = in_rhs_scale.data();
   params.bias = with_bias ? in_bias.data() : nullptr;
   params.out = out.data();
-  test::check(launch_scaled_matmul_sm90<Matmul>(params, nullptr), what);
+  test::check(launch(params), what);
   test::synchronize(what);
   test::compare(what, out.host(), wanted, N);
 }
 
 template <class Matmul>
 void test_sizes(const std::string& what, Scaling lhs, Scaling rhs) {
-  test_matmul<Matmul>(what, 1, 256, 256, 128, lhs, rhs, false);  // a tile or two
-  test_matmul<Matmul>(what, 1, 1, 8, 16, lhs, rhs, true);        // almost nothing of one
-  test_matmul<Matmul>(what, 3, 130, 264, 144, lhs, rhs, true);   // a little more, several matrices
-  test_matmul<Matmul>(what, 2, 99, 72, 1040, lhs, rhs, false);   // several rounds of the ring
-  test_matmul<Matmul>(what, 1, 2100, 2312, 48, lhs, rhs, true);  // several tiles a block
+  const auto test = [&](int64_t B, int64_t M, int64_t N, int64_t K, bool with_bias) {
+    test_matmul<typename Matmul::Lhs, typename Matmul::Rhs, typename Matmul::Out>(
+        [](const auto& params) { return launch_scaled_matmul_sm90<Matmul>(params, nullptr); }, what,
+        B, M, N, K, lhs, rhs, with_bias);
+  };
+  test(1, 256, 256, 128, false);  // a tile or two
+  test(1, 1, 8, 16, true);        // almost nothing of one
+  test(3, 130, 264, 144, true);   // a little more, several matrices
+  test(2, 99, 72, 1040, false);   // several rounds of the ring
+  test(1, 2100, 2312, 48, true);  // several tiles a block
+}
+
+template <class Out, BlockScales kScales, bool kFast, int kTokens>
+void test_few_rows(std::string what, Scaling lhs, Scaling rhs) {
+  using Matmul = ScaledMatmulFewRows<Out, kScales, kFast, kTokens>;
+  what += ", few rows " + std::to_string(kTokens);
+  for (const int splits : {0, 1, 2, 4, 8}) {
+    const auto test = [&](int64_t B, int64_t M, int64_t N, int64_t K, bool with_bias) {
+      test_matmul<e4m3, e4m3, Out>(
+          [splits](const auto& params) {
+            return launch_scaled_matmul_few_rows_sm90<Matmul>(params, nullptr, splits);
+          },
+          what + ", splits " + std::to_string(splits), B, M, N, K, lhs, rhs, with_bias);
+    };
+    test(1, kTokens, 128, 128, false);     // a tile, and splits with nothing to do
+    test(1, 1, 8, 16, true);               // almost nothing of one
+    test(3, kTokens - 3, 264, 144, true);  // several matrices
+    test(1, kTokens, 1000, 2064, false);   // several rounds of the ring
+  }
+}
+
+template <class Out, int kTokens>
+void test_few_rows_scales(const std::string& what) {
+  constexpr auto kNone = BlockScales::kNone;
+  test_few_rows<Out, kNone, true, kTokens>(what + ", fast", Scaling::kRow, Scaling::kTensor);
+  test_few_rows<Out, kNone, false, kTokens>(what + ", row by row", Scaling::kRow, Scaling::kRow);
+  test_few_rows<Out, BlockScales::k1x128By128x128, false, kTokens>(
+      what + ", 1x128 by 128x128", Scaling::kBlock1x128, Scaling::kBlock128x128);
 }
 
 template <class Lhs, class Rhs, class Out>
@@ -143,5 +175,9 @@ int main() {
   test_types<e4m3, e4m3, bf16>("to bf16");
   test_types<e5m2, e4m3, float>("to float32");
   test_types<e4m3, e5m2, f16>("to f16");
+  test_few_rows_scales<bf16, 16>("to bf16");
+  test_few_rows_scales<float, 32>("to float32");
+  test_few_rows_scales<f16, 64>("to f16");
+  test_few_rows_scales<float, 128>("to float32");
   return test::finish();
 }

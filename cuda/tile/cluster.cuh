@@ -3,6 +3,7 @@
 
 #include "cuda/tile/pipeline.cuh"
 #include "cuda/tile/ptx/copy.cuh"
+#include "cuda/tile/reg.cuh"
 
 namespace jaxkern::tile {
 
@@ -49,5 +50,21 @@ struct Cluster {
                            ptx::cluster_address(&barrier.word, to_rank));
   }
 };
+
+// x += what store_fragments() left at `y` in block `rank` of the cluster, by one warpgroup.
+template <int kCols>
+__device__ __forceinline__ void add_fragments_of(RegisterTile<float, 64, kCols>& x, const float* y,
+                                                 int rank) {
+  const uint32_t from =
+      ptx::cluster_address(y, rank) + 16 * static_cast<uint32_t>(threadIdx.x % kWarpgroupSize);
+#pragma unroll
+  for (int j = 0; j < kCols / 8; ++j) {
+    const float4 d = ptx::load_cluster(from + 16 * kWarpgroupSize * j);
+    x.data[4 * j] += d.x;
+    x.data[4 * j + 1] += d.y;
+    x.data[4 * j + 2] += d.z;
+    x.data[4 * j + 3] += d.w;
+  }
+}
 
 }  // namespace jaxkern::tile

@@ -91,6 +91,25 @@ __device__ __forceinline__ void store_transposed(SharedTile<T, kRows, kTileCols>
   }
 }
 
+// The same in float32.
+template <int kRows, int kTileCols>
+__device__ __forceinline__ void store_transposed(SharedTile<float, kRows, kTileCols>& y,
+                                                 const RegisterTile<float, 64, kRows>& x,
+                                                 int col0 = 0) {
+#pragma unroll
+  for (int j = 0; j < kRows / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int col = col0 + fragment_row(i);
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        char* chunk = y.chunk(fragment_col(j) + c, col / 4 * 4);
+        reinterpret_cast<float*>(chunk)[col % 4] = x.at(j, i, c);
+      }
+    }
+  }
+}
+
 // x(r, c) = y[row0 + r, c], by one warpgroup.
 template <class T, int kRows, int kCols>
 __device__ __forceinline__ void load(RegisterTile<T, 64, kCols>& x, SharedTile<T, kRows, kCols>& y,

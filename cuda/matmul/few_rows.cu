@@ -1,0 +1,36 @@
+// Instances of the product of scaled matrices for few rows of lhs: JAXKERN_TOKENS comes from the
+// table in CMakeLists.txt.
+#include "cuda/matmul/instances.h"
+#include "cuda/matmul/scaled_matmul.h"
+
+namespace jaxkern {
+
+template <int kTokens>
+cudaError_t launch_scaled_matmul_few_rows(const ScaledMatmulParams& p, cudaStream_t stream) {
+  const auto with_out = [&]<class Out>() {
+    const auto run = [&]<BlockScales kScales, bool kFastAccumulation>() {
+      using Matmul = ScaledMatmulFewRows<Out, kScales, kFastAccumulation, kTokens>;
+      return launch_scaled_matmul_few_rows_sm90<Matmul>(p, stream);
+    };
+    if (p.lhs_scaling == Scaling::kBlock1x128) {
+      return run.template operator()<BlockScales::k1x128By128x128, false>();
+    }
+    return p.fast_accumulation ? run.template operator()<BlockScales::kNone, true>()
+                               : run.template operator()<BlockScales::kNone, false>();
+  };
+  switch (p.out_dtype) {
+    case DType::kBFloat16:
+      return with_out.template operator()<tile::bf16>();
+    case DType::kFloat16:
+      return with_out.template operator()<tile::f16>();
+    case DType::kFloat32:
+      return with_out.template operator()<float>();
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+template cudaError_t launch_scaled_matmul_few_rows<JAXKERN_TOKENS>(const ScaledMatmulParams&,
+                                                                   cudaStream_t);
+
+}  // namespace jaxkern
