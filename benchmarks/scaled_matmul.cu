@@ -76,7 +76,36 @@ std::vector<Provider> fast() {
           variant<Out, kNone, true, kAlone>("", 8), variant<Out, kNone, true, kSmall>("", 8)};
 }
 
-std::vector<Provider> variants(const Recipe& recipe) {
+// The first is what the library runs.
+template <BlockScales kScales, bool kFast, int kTokens>
+std::vector<Provider> few_rows() {
+  using Matmul = ScaledMatmulFewRows<tile::bf16, kScales, kFast, kTokens>;
+  std::vector<Provider> found;
+  for (const int splits : {0, 1, 2, 4, 8}) {
+    found.push_back({"few rows splits" + std::to_string(splits), [splits](const auto& p) {
+                       bench::check(launch_scaled_matmul_few_rows_sm90<Matmul>(p, nullptr, splits),
+                                    "few rows");
+                     }});
+  }
+  return found;
+}
+
+template <int kTokens>
+std::vector<Provider> few_rows(const Recipe& recipe) {
+  if (recipe.rhs == Scaling::kBlock128x128) {
+    return few_rows<BlockScales::k1x128By128x128, false, kTokens>();
+  }
+  return recipe.fast ? few_rows<BlockScales::kNone, true, kTokens>()
+                     : few_rows<BlockScales::kNone, false, kTokens>();
+}
+
+std::vector<Provider> variants(const Recipe& recipe, int64_t M) {
+  if (M <= 128 && recipe.rhs != Scaling::kBlock1x128) {
+    return M <= 16   ? few_rows<16>(recipe)
+           : M <= 32 ? few_rows<32>(recipe)
+           : M <= 64 ? few_rows<64>(recipe)
+                     : few_rows<128>(recipe);
+  }
   if (recipe.fast) return fast<tile::bf16>();
   switch (recipe.rhs) {
     case Scaling::kBlock1x128:
@@ -234,7 +263,7 @@ int main(int argc, char** argv) {
   }
   Comparison comparison(inputs, static_cast<float>(std::atof(argv[6])));
   const ScaledMatmulParams& first = inputs.front();
-  std::vector<Provider> providers = variants(*recipe);
+  std::vector<Provider> providers = variants(*recipe, M);
   if (argc <= 7 || std::strcmp(argv[7], "--variants") != 0) providers.resize(1);
   providers.insert(providers.begin() + 1, cublaslt(*recipe, first, comparison));
   providers.front().name = "jaxkern";

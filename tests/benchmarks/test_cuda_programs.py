@@ -1,12 +1,15 @@
-"""The GEMM benchmark with a stand-in for the compiled program."""
+"""The benchmarks of products with a stand-in for the compiled programs."""
 
+import cuda_program
 import gemm
 import pytest
+import scaled_matmul
 
 from jaxkern import benchmarking
 
 STAND_IN = """#!/bin/sh
 [ "$1" = 64 ] && exit 3
+[ "$1" = block ] && printf 'jaxkern\\t200.0\\ncublaslt\\t190.0\\n' && exit 0
 printf 'jaxkern\\t200.0\\ncublas\\t190.0\\n'
 [ "$6" = --variants ] && printf 'n128 stages6\\t250.0\\n'
 exit 0
@@ -18,11 +21,12 @@ def measure(tmp_path, monkeypatch):
     program = tmp_path / "gemm"
     program.write_text(STAND_IN)
     program.chmod(0o755)
-    monkeypatch.setattr(gemm, "compile_program", lambda folder: program)
+    monkeypatch.setattr(cuda_program.Program, "compile", lambda self, folder: program)
     output = tmp_path / "results"
 
-    def measure(*arguments):
-        return gemm.main([*arguments, "--output", str(output), "--commit", "abc"]), output
+    def measure(*arguments, program=gemm.PROGRAM):
+        destination = ["--output", str(output), "--commit", "abc"]
+        return cuda_program.main(program, [*arguments, *destination]), output
 
     return measure
 
@@ -56,4 +60,29 @@ def test_failure_of_one_case(measure, capsys):
 def test_misspelled_case(measure, capsys, case):
     with pytest.raises(SystemExit):
         measure("--case", case)
+    assert "--case: wanted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", [gemm.PROGRAM, scaled_matmul.PROGRAM], ids=lambda p: p.name)
+def test_usual_cases_are_well_spelled(program):
+    assert len(set(program.cases)) == len(program.cases) > 0
+    assert all(program.arguments(case) for case in program.cases)
+
+
+def test_rows_of_a_recipe(measure):
+    case = "m16 n32 k48 block"
+    status, output = measure("--case", case, program=scaled_matmul.PROGRAM)
+    assert status == 0
+    [path] = output.iterdir()
+    rows = {(r.provider, r.metric): r.value for r in benchmarking.read_rows(path)}
+    assert rows["jaxkern / cublaslt", "ratio"] == 0.95
+    assert rows["jaxkern", "tflops"] == pytest.approx(2 * 16 * 32 * 48 / 200 / 1e6, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "case", ["m16 n32 k48", "m16 n32 k48 rows", "m16 n20 k48 row", "m16 n32 k40 row"]
+)
+def test_misspelled_recipe(measure, capsys, case):
+    with pytest.raises(SystemExit):
+        measure("--case", case, program=scaled_matmul.PROGRAM)
     assert "--case: wanted" in capsys.readouterr().err
