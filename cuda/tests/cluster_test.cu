@@ -55,19 +55,18 @@ void test_arrive(int clusters) {
   test::compare("clusters of " + std::to_string(kBlocks), out.host(), wanted, 4);
 }
 
-using Tile = tile::SharedTile<T, 64, 256>;
-
+template <class Tile>
 struct Storage {
   Tile tile;
   tile::Barrier full, empty;
 };
 
 // Cluster i loads rows [64 i, 64 i + 64), twice over, the second time 64 columns further.
-template <int kBlocks>
+template <int kBlocks, class Tile>
 __global__ void __cluster_dims__(kBlocks, 1, 1)
     multicast_kernel(const __grid_constant__ CUtensorMap map, T* out) {
   using Cluster = tile::Cluster<kBlocks>;
-  auto& shared = tile::shared_storage<Storage>();
+  auto& shared = tile::shared_storage<Storage<Tile>>();
   if (threadIdx.x == 0) {
     shared.full.init(1);
     shared.empty.init(kWarps * kBlocks);
@@ -93,8 +92,9 @@ __global__ void __cluster_dims__(kBlocks, 1, 1)
   Cluster::sync();
 }
 
-template <int kBlocks>
-void test_multicast(int clusters) {
+// box_rows: of what one block loads of one panel.
+template <int kBlocks, class Tile>
+void test_multicast(int clusters, int box_rows) {
   const int rows = 64 * clusters - 9, cols = 296;
   const auto x = test::integers<T>(rows * cols, kBlocks, 200);
   std::vector<T> wanted;
@@ -107,14 +107,55 @@ void test_multicast(int clusters) {
   }
   const test::Array<T> in(x), out(wanted.size());
   CUtensorMap map;
-  test::check(make_matrix_map(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, in.data(), rows, cols, 64),
-              "map");
-  test::check(launch(multicast_kernel<kBlocks>, clusters * kBlocks, kWarps * tile::kWarpSize,
-                     sizeof(Storage), nullptr, map, out.data()),
+  test::check(
+      make_matrix_map(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, in.data(), rows, cols, box_rows),
+      "map");
+  test::check(launch(multicast_kernel<kBlocks, Tile>, clusters * kBlocks, kWarps * tile::kWarpSize,
+                     sizeof(Storage<Tile>), nullptr, map, out.data()),
               "multicast");
-  test::synchronize("multicast in clusters of " + std::to_string(kBlocks));
-  test::compare("multicast in clusters of " + std::to_string(kBlocks), out.host(), wanted,
-                Tile::kCols);
+  const std::string what = "multicast of " + std::to_string(Tile::kCols) +
+                           " columns in clusters of " + std::to_string(kBlocks);
+  test::synchronize(what);
+  test::compare(what, out.host(), wanted, Tile::kCols);
+}
+
+// Every block of a cluster ends with the sum of what all have.
+template <int kCols>
+__global__ void fragments_kernel(const float* in, float* out) {
+  auto& shared = tile::shared_storage<float[64 * kCols]>();
+  tile::RegisterTile<float, 64, kCols> x;
+  const int blocks = gridDim.x, thread = threadIdx.x;
+  for (int k = 0; k < kCols / 2; ++k) {
+    x.data[k] = in[(blockIdx.x * blockDim.x + thread) * (kCols / 2) + k];
+  }
+  tile::store_fragments(shared, x);
+  tile::ptx::cluster_arrive();
+  tile::ptx::cluster_wait();
+  for (int rank = 0; rank < blocks; ++rank) {
+    if (rank != static_cast<int>(blockIdx.x)) tile::add_fragments_of(x, shared, rank);
+  }
+  tile::ptx::cluster_arrive();
+  tile::ptx::cluster_wait();
+  for (int k = 0; k < kCols / 2; ++k) {
+    out[(blockIdx.x * blockDim.x + thread) * (kCols / 2) + k] = x.data[k];
+  }
+}
+
+template <int kCols>
+void test_fragments(int blocks) {
+  const int size = 64 * kCols;
+  const auto x = test::integers<float>(size * blocks, blocks, 1000);
+  std::vector<float> wanted(x.size(), 0.0f);
+  for (size_t i = 0; i < x.size(); ++i) {
+    for (int block = 0; block < blocks; ++block) wanted[block * size + i % size] += x[i];
+  }
+  const std::string what = "sum over a cluster of " + std::to_string(blocks);
+  const test::Array<float> in(x), out(x.size());
+  test::check(launch_clusters(fragments_kernel<kCols>, blocks, blocks, 128, size * 4, nullptr,
+                              in.data(), out.data()),
+              what);
+  test::synchronize(what);
+  test::compare(what, out.host(), wanted, kCols);
 }
 
 }  // namespace jaxkern
@@ -124,8 +165,15 @@ int main() {
   test_arrive<1>(3);
   test_arrive<2>(70);
   test_arrive<4>(5);
-  test_multicast<1>(2);
-  test_multicast<2>(3);
-  test_multicast<4>(2);
+  using Panels = tile::SharedTile<T, 64, 256>;
+  using Panel = tile::SharedTile<T, 64, 64>;
+  test_multicast<1, Panels>(2, 64);
+  test_multicast<2, Panels>(3, 64);
+  test_multicast<4, Panels>(2, 64);
+  test_multicast<2, Panel>(3, 32);
+  test_multicast<4, Panel>(2, 16);
+  test_fragments<16>(8);
+  test_fragments<128>(3);
+  test_fragments<64>(1);
   return test::finish();
 }

@@ -88,6 +88,31 @@ __global__ void maps_kernel(const float* in, float* zeroed, float* scaled, float
   }
 }
 
+// y += x, y += x * row + 1, and that times the column + 1; y is 2 x.
+template <int kCols>
+__global__ void sums_kernel(const float* in, float* added, float* by_rows, float* by_both) {
+  __shared__ float cols[kCols];
+  for (int i = threadIdx.x; i < kCols; i += blockDim.x) cols[i] = i + 1.0f;
+  __syncthreads();
+  tile::RegisterTile<float, kRows, kCols> x, y;
+  tile::RowVector rows;
+  for (int i = 0; i < 2; ++i) rows[i] = tile::fragment_row(i) + 1.0f;
+  read(x, in);
+  const auto start = [&] {
+    y = x;
+    tile::scale(y, 2.0f);
+  };
+  start();
+  tile::add(y, x);
+  write(added, y);
+  start();
+  tile::add_scaled(y, x, rows);
+  write(by_rows, y);
+  start();
+  tile::add_scaled(y, x, rows, cols);
+  write(by_both, y);
+}
+
 template <int kCols>
 __global__ void reductions_kernel(const float* in, float* max, float* sum) {
   tile::RegisterTile<float, kRows, kCols> x;
@@ -146,6 +171,27 @@ void test_maps(const std::string& name) {
 }
 
 template <int kCols>
+void test_sums() {
+  const auto x = test::integers<float>(kRows * kCols, kCols, 100);
+  std::vector<float> added, by_rows, by_both;
+  for (size_t i = 0; i < x.size(); ++i) {
+    const float row = i / kCols + 1.0f, col = i % kCols + 1.0f;
+    added.push_back(3.0f * x[i]);
+    by_rows.push_back((2.0f + row) * x[i]);
+    by_both.push_back((2.0f + row * col) * x[i]);
+  }
+  const test::Array<float> in(x), out0(x.size()), out1(x.size()), out2(x.size());
+  test::check(launch(sums_kernel<kCols>, 1, 128, 0, nullptr, in.data(), out0.data(), out1.data(),
+                     out2.data()),
+              "sums");
+  test::synchronize("sums");
+  const std::string where = ", columns " + std::to_string(kCols);
+  test::compare("add" + where, out0.host(), added, kCols);
+  test::compare("add_scaled by rows" + where, out1.host(), by_rows, kCols);
+  test::compare("add_scaled by rows and columns" + where, out2.host(), by_both, kCols);
+}
+
+template <int kCols>
 void test_reductions() {
   const auto x = test::integers<float>(kRows * kCols, kCols, 1000);
   std::vector<float> max(kRows * 4), sum(kRows * 4);
@@ -174,6 +220,7 @@ void test_all() {
   test_layout<kCols>();
   test_maps<tile::bf16, kCols>("bf16");
   test_maps<tile::f16, kCols>("f16");
+  test_sums<kCols>();
   test_reductions<kCols>();
 }
 

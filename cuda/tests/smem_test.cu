@@ -8,14 +8,21 @@ namespace jaxkern {
 
 constexpr int kRows = 128;
 
-// The place of an element in a tile's memory, counted in elements of two bytes: the 128-byte
-// swizzle of the PTX ISA, over panels of 64 columns.
-int swizzled(int row, int col, int rows = kRows) {
-  const int panel = col / 64, chunk = col % 64 / 8;
-  return panel * rows * 64 + row * 64 + (chunk ^ (row % 8)) * 8 + col % 8;
+// The place of an element in a tile's memory, counted in elements: the 128-byte swizzle of the PTX
+// ISA, over panels of 128 bytes.
+int swizzled(int row, int col, int rows = kRows, int element_bytes = 2) {
+  const int panel_cols = 128 / element_bytes, chunk_cols = 16 / element_bytes;
+  const int panel = col / panel_cols, chunk = col % panel_cols / chunk_cols;
+  return (panel * rows + row) * panel_cols + (chunk ^ (row % 8)) * chunk_cols + col % chunk_cols;
 }
 
 // x(r, c) = in[r, c]
+template <int kCols>
+__device__ void read(tile::RegisterTile<float, 64, kCols>& x, const float* in) {
+  for (int k = 0; k < kCols / 2; ++k) {
+    x.data[k] = in[tile::fragment_row(k / 2 % 2) * kCols + tile::fragment_col(k / 4) + k % 2];
+  }
+}
 template <class T, int kCols>
 __device__ void read(tile::RegisterTile<T, 64, kCols>& x, const T* in) {
   for (int k = 0; k < kCols / 4; ++k) {
@@ -120,7 +127,7 @@ void test_transposed(const std::string& name) {
   constexpr int kBytes = tile::SharedTile<T, kCols, kRows>::kBytes;
   const auto x = test::integers<T>(kSize, kCols, 200);
   std::vector<T> raw(kSize);
-  for (int i = 0; i < kSize; ++i) raw[swizzled(i % kCols, i / kCols, kCols)] = x[i];
+  for (int i = 0; i < kSize; ++i) raw[swizzled(i % kCols, i / kCols, kCols, sizeof(T))] = x[i];
   const test::Array<T> in(x), stored(kSize);
   test::check(
       launch(store_transposed_kernel<T, kCols>, 1, 128, kBytes, nullptr, in.data(), stored.data()),
@@ -128,6 +135,20 @@ void test_transposed(const std::string& name) {
   test::synchronize("transposed tiles");
   test::compare("store_transposed " + name + ", rows " + std::to_string(kCols), stored.host(), raw,
                 64);
+}
+
+template <int kCols>
+void test_float_store() {
+  constexpr int kSize = kRows * kCols;
+  const auto x = test::integers<float>(kSize, kCols, 1 << 20);
+  std::vector<float> raw(kSize);
+  for (int i = 0; i < kSize; ++i) raw[swizzled(i / kCols, i % kCols, kRows, 4)] = x[i];
+  const test::Array<float> in(x), stored(kSize);
+  test::check(
+      launch(store_kernel<float, kCols>, 1, 128, kSize * 4, nullptr, in.data(), stored.data()),
+      "store");
+  test::synchronize("float32 tiles");
+  test::compare("store float32, columns " + std::to_string(kCols), stored.host(), raw, 32);
 }
 
 template <int kCols>
@@ -160,6 +181,10 @@ int main() {
   test_transposed<tile::bf16, 64>("bf16");
   test_transposed<tile::bf16, 80>("bf16");
   test_transposed<tile::f16, 128>("f16");
+  test_transposed<float, 16>("float32");
+  test_transposed<float, 64>("float32");
+  test_float_store<32>();
+  test_float_store<64>();
   test_fragments<16>();
   test_fragments<64>();
   test_fragments<128>();

@@ -133,6 +133,26 @@ void test_heads(int batch, int rows, int heads, tile::tma::Coordinate at, int ro
   test::compare("rank-4 store" + where, out.host(), stored, kCols);
 }
 
+// A tile of fewer columns than the heads have, stored to column `col`, what sticks out dropped.
+void test_store_to_column(int rows, int cols, int col) {
+  using Tile = tile::SharedTile<T, 64, 64>;
+  const tile::tma::Coordinate at{1, 8, 0};
+  const auto y = test::integers<T>(Tile::kRows * Tile::kCols, cols, 200);
+  const test::Array<T> in_tile(y), out(size_t(2) * rows * cols);
+  std::vector<T> stored = out.host();
+  for (int i = 0; i < Tile::kRows * Tile::kCols; ++i) {
+    const int r = at.row + i / Tile::kCols, c = col + i % Tile::kCols;
+    if (r < rows && c < cols) stored[(size_t(at.batch) * rows + r) * cols + c] = y[i];
+  }
+  CUtensorMap map;
+  test::check(make_tensor_map(&map, kDtype, out.data(), 2, rows, 1, cols, Tile::kRows), "map");
+  test::check(launch(store_kernel<Tile, tile::tma::Coordinate, int, int>, 1, 128, sizeof(Tile),
+                     nullptr, map, at, in_tile.data(), 0, col),
+              "store");
+  test::synchronize("store to a column");
+  test::compare("store to column " + std::to_string(col), out.host(), stored, cols);
+}
+
 constexpr int kBox = 64;  // values of a row
 
 struct RowStorage {
@@ -211,6 +231,9 @@ int main() {
   test_heads<128, 64>(2, 37, 3, {1, 0, 1}, 64, 64);
   test_heads<128, 128>(1, 200, 2, {0, 128, 1}, 0, 128);
   test_heads<128, 128>(3, 201, 2, {2, 128, 0}, 64, 64);
+
+  test_store_to_column(50, 136, 64);
+  test_store_to_column(80, 136, 128);
 
   test_row(5, 96, 3, 0);
   test_row(5, 96, 4, 64);
