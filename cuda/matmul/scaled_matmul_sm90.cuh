@@ -10,7 +10,7 @@
 // scales where there are some for blocks; meanwhile the other consumer multiplies. With
 // kFastAccumulation tensor cores do all of the sum.
 // Blocks of K with scales of their own are DeepSeek-V3's recipe, the promotion is DeepGEMM's.
-// docs/matmul.md has the schedule and what was measured.
+// docs/matmul.md draws the schedule.
 #pragma once
 
 #include "cuda/matmul/params.h"
