@@ -142,7 +142,7 @@ def _rule(operand_axes, result_axes, shapes):
         shardable |= {"k"}
 
     def text(arrays):
-        return ", ".join(" ".join(factors[axis] for axis in axes) for axes in arrays)
+        return ", ".join(" ".join(factors.get(axis, axis) for axis in axes) for axes in arrays)
 
     rule = f"{text(operand_axes)} -> {text(result_axes)}"
     in_order = dict.fromkeys(re.findall(r"\w+", rule))

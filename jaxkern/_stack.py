@@ -70,6 +70,17 @@ def kernel_op(
     return once
 
 
+def without_derivative(op: str, function: Callable) -> Callable:
+    """`function`, of arrays, which raises where it is differentiated."""
+    wrapped = jax.custom_jvp(function)
+
+    @wrapped.defjvp
+    def _(primals, tangents):
+        raise NotImplementedError(f"{op} has no derivative")
+
+    return wrapped
+
+
 def broadcast_unbatched(axis_size, in_batched, operands):
     """The operands, those without the vmapped axis repeated along it."""
     return [
