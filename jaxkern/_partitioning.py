@@ -20,8 +20,18 @@ from jax.sharding import PartitionSpec as P
 Axes = tuple[str, ...]
 
 
-def sharded(local: Callable, operand_axes: Sequence[Axes], result_axes: Sequence[Axes]) -> Callable:
-    """`local`, called on each device with its shards when it is partitioned."""
+def sharded(
+    local: Callable,
+    operand_axes: Sequence[Axes],
+    result_axes: Sequence[Axes],
+    shares: tuple[Callable, Callable] | None = None,
+) -> Callable:
+    """`local`, called on each device with its shards when it is partitioned.
+
+    `shares` is for results that cannot be added up as they are, say because they are rounded: a
+    function in the place of `local` where the devices add up its results, and one of the sums and
+    the shards of the operands, which makes them the results.
+    """
     call = custom_partitioning(local)
     context = jax.sharding.get_abstract_mesh()
 
@@ -39,12 +49,16 @@ def sharded(local: Callable, operand_axes: Sequence[Axes], result_axes: Sequence
         if manual:
             split = _with_whole_sums(split, result_axes)
 
+        summed = [_summed(split, axes) for axes in result_axes]
+        has_sums = shares is not None and any(summed)
+        share, finish = shares if has_sums else (local, lambda sums, *_: sums)
+
         def lower(*shards):
-            results = local(*shards)
-            return tuple(
-                _add_shares(automatic, manual, _summed(split, axes), x)
-                for x, axes in zip(results, result_axes, strict=True)
+            sums = tuple(
+                _add_shares(automatic, manual, names, x)
+                for x, names in zip(share(*shards), summed, strict=True)
             )
+            return finish(sums, *shards)
 
         def shardings(arrays):
             return tuple(NamedSharding(automatic, _spec(split, axes)) for axes in arrays)
