@@ -52,3 +52,43 @@ def assert_same_fp8(got, wanted):
     np.testing.assert_array_equal(np.isnan(got.astype(np.float32)), nan)
     bits = [np.where(nan, 0, array.view(np.uint8)) for array in (got, wanted)]
     np.testing.assert_array_equal(*bits)
+
+
+SCALES = [  # of lhs and rhs
+    ("tensor", "tensor"),
+    ("tensor", "row"),
+    ("row", "tensor"),
+    ("row", "row"),
+    ("1x128", "128x128"),
+    ("1x128", "1x128"),
+]
+
+
+def scale_shape(scaling, rows, columns):
+    high, wide = BLOCKS[scaling]
+    return -(-rows // (high or rows)), -(-columns // (wide or columns))
+
+
+def random_operands(seed, m, n, k, lhs_scaling, rhs_scaling, formats=(E4M3, E5M2), batch=()):
+    """lhs, rhs and their scales, which are any numbers here, as NumPy arrays."""
+    rng = np.random.default_rng(seed)
+    lhs, rhs = (
+        rng.standard_normal((*batch, rows, k)).astype(getattr(ml_dtypes, format))
+        for rows, format in zip((m, n), formats, strict=True)
+    )
+    lhs_scale, rhs_scale = (
+        rng.uniform(0.5, 3, (*batch, *scale_shape(scaling, rows, k))).astype(np.float32)
+        for rows, scaling in ((m, lhs_scaling), (n, rhs_scaling))
+    )
+    return lhs, rhs, lhs_scale, rhs_scale
+
+
+def numpy_scaled_matmul(lhs, rhs, lhs_scale, rhs_scale, bias=None):
+    """The product in float64, and the sum of the absolute values of its terms."""
+    lhs, rhs = (
+        np.asarray(x).astype(np.float64) * numpy_spread(scale, x.shape)
+        for x, scale in ((lhs, lhs_scale), (rhs, rhs_scale))
+    )
+    bias = np.zeros(rhs.shape[-2]) if bias is None else np.asarray(bias, np.float64)
+    out = lhs @ rhs.swapaxes(-1, -2) + bias
+    return out, np.abs(lhs) @ np.abs(rhs).swapaxes(-1, -2) + np.abs(bias)
