@@ -35,7 +35,7 @@ def custom_call_lines(function, *args):
 
 def types(line):
     """Operand and result types of a custom call, as ["2x130x4x64xbf16", ...]."""
-    operands, results = re.search(r": \(([^)]*)\) -> \(([^)]*)\)", line).groups()
+    operands, results = re.search(r": \(([^)]*)\) -> \(?([^)]*)", line).groups()
     return re.findall(r"tensor<(\S+)>", operands), re.findall(r"tensor<(\S+)>", results)
 
 
