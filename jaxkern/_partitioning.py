@@ -112,6 +112,28 @@ def alike(operands: Sequence[jax.Array], operand_axes: Sequence[Axes]) -> list[j
     ]
 
 
+def split_axes(x: jax.Array, axes: Sequence[int], block: int) -> jax.Array:
+    """x with each of these axes, of a size n * block, as two: [..., n, block, ...].
+
+    On a mesh with Explicit axes the first stays sharded, if each device gets whole blocks.
+    """
+    sharding = jax.typeof(x).sharding
+    shape, spec = [], []
+    for axis, (size, entry) in enumerate(zip(x.shape, sharding.spec, strict=True)):
+        if axis not in axes:
+            shape.append(size)
+            spec.append(entry)
+            continue
+        names = (entry,) if isinstance(entry, str) else tuple(entry or ())
+        whole = (size // block) % math.prod(sharding.mesh.shape[name] for name in names) == 0
+        shape += [size // block, block]
+        spec += [entry if whole else None, None]
+    explicit = bool(sharding.mesh.explicit_axes)
+    return jax.lax.reshape(
+        x, shape, out_sharding=sharding.update(spec=P(*spec)) if explicit else None
+    )
+
+
 def _explicit_split(operands, operand_axes):
     """The mesh that has Explicit axes, and _split on it; or None and an empty split."""
     types = [jax.typeof(x) for x in operands]

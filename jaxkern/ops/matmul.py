@@ -150,16 +150,14 @@ class _Config(NamedTuple):
 @functools.partial(jax.jit, static_argnums=0)
 def _scaled_matmul(config, lhs, rhs, lhs_scales, rhs_scales, *bias):
     shape = (*lhs.shape[:-1], rhs.shape[-2])
-    width, depth = (
-        (size // BLOCK, BLOCK) if len(names.axes) == 2 else (size,)
-        for size, names in zip(rhs.shape[-2:], (config.width, config.depth), strict=True)
-    )
+    depth = (lhs.ndim - 1,) * (len(config.depth.axes) - 1)
+    width = (lhs.ndim - 2,) * (len(config.width.axes) - 1)
     operands = (
-        lhs.reshape(*lhs.shape[:-1], *depth),
-        rhs.reshape(*rhs.shape[:-2], *width, *depth),
+        _partitioning.split_axes(lhs, depth, BLOCK),
+        _partitioning.split_axes(rhs, width + depth, BLOCK),
         lhs_scales,
         rhs_scales,
-        *(x.reshape(width) for x in bias),
+        *(_partitioning.split_axes(x, (0,) * len(width), BLOCK) for x in bias),
     )
     operand_axes, result_axes = config.axes(operands[0].ndim, operands[1].ndim)
     if config.kernel:
