@@ -1,9 +1,10 @@
 """How a kernel's operands and results may be sharded, and the call on one shard.
 
-Every axis of an array has a name. Leading axes "b0", "b1", ... are batch axes. "k" are key heads;
-"n" are query heads, which are the key heads times a group size. Batch axes and heads may be
-sharded: each device calls the kernel on its own. All other axes are made whole first. A result that
-lacks a sharded axis of the operands is a sum over it, so the devices add up their shares.
+Every axis of an array has a name. Those that begin with b, as "b0", "b1", ... of the leading axes,
+are batch axes. "k" are key heads; "n" are query heads, which are the key heads times a group size.
+Batch axes and heads may be sharded: each device calls the kernel on its own. All other axes are
+made whole first. A result that lacks a sharded axis of the operands is a sum over it, so the
+devices add up their shares.
 """
 
 import functools

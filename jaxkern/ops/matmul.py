@@ -76,11 +76,10 @@ def scaled_matmul(
     if fast_accumulation and lhs_scales.shape[-1] != 1:
         raise ValueError("fast_accumulation is True, wanted False with scales for blocks of K")
     choice = _dispatch.choose(_OP, implementation, None)
-    blocked = lhs_scaling == "1x128"
     config = _Config(
         lhs_scaling,
         rhs_scaling,
-        depth=_names("depth", lhs.shape[-1], blocked=blocked),
+        depth=_names("depth", lhs.shape[-1], blocked=lhs_scaling == "1x128"),
         width=_names("width", rhs.shape[-2], blocked=rhs_scaling == "128x128"),
         dtype=dtype,
         fast_accumulation=fast_accumulation,
@@ -99,14 +98,16 @@ class _Names(NamedTuple):
     """What K, or N, is to the op: its axes in an operand, and the axis of its blocks' scales."""
 
     axes: tuple[str, ...]
-    blocks: str
+    blocks: str | None = None
 
 
 def _names(name, size, *, blocked):
-    """Blocks become an axis of their own, [size / 128, 128], which can be sharded with their
-    scales. Blocks that do not fill the axis stay whole."""
+    """Of an axis that can be sharded if it is one of elements, or of blocks that fill it.
+
+    Blocks are an axis of their own then, [size / 128, 128], which has the name of their scales'.
+    """
     if not blocked:
-        return _Names((f"b{name}",), "")
+        return _Names((f"b{name}",))
     if size % BLOCK:
         return _Names((name,), f"{name}_blocks")
     return _Names((f"b{name}", name), f"b{name}")
@@ -173,6 +174,7 @@ def _scaled_matmul(config, lhs, rhs, lhs_scales, rhs_scales, *bias):
 
 @functools.cache
 def _op(config):
+    # Sums over a sharded K are float32 up to their end, where the bias and the rounding belong.
     shares = config._replace(dtype=_SINGLE, has_bias=False)
 
     def finish(results, *operands):
