@@ -1,5 +1,6 @@
 """Checks of arguments that every op shares."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -7,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 FLOATS = ("bfloat16", "float16", "float32", "float64")
+
+FP8 = ("float8_e4m3fn", "float8_e5m2")
 
 FLOAT32 = np.finfo(np.float32)
 
@@ -35,3 +38,20 @@ def flag(name: str, x: Any) -> bool:
     if not isinstance(x, bool | np.bool_):
         raise ValueError(f"{name} is {x!r}, wanted True or False")
     return bool(x)
+
+
+def dtype(name: str, x: Any, wanted: Sequence[str]) -> np.dtype:
+    """x as a dtype, or ValueError if it is none of the wanted ones."""
+    try:
+        found = jnp.dtype(x)
+    except TypeError:
+        found = None
+    if x is None or found is None or found.name not in wanted:
+        raise ValueError(f"{name} is {x!r}, wanted one of {', '.join(wanted)}")
+    return found
+
+
+def one_of(name: str, x: Any, wanted: Sequence[str]) -> None:
+    """ValueError if x is none of these strings."""
+    if not isinstance(x, str) or x not in wanted:
+        raise ValueError(f"{name} is {x!r}, wanted one of {', '.join(map(repr, wanted))}")

@@ -1,9 +1,10 @@
 """How a kernel's operands and results may be sharded, and the call on one shard.
 
-Every axis of an array has a name. Leading axes "b0", "b1", ... are batch axes. "k" are key heads;
-"n" are query heads, which are the key heads times a group size. Batch axes and heads may be
-sharded: each device calls the kernel on its own. All other axes are made whole first. A result that
-lacks a sharded axis of the operands is a sum over it, so the devices add up their shares.
+Every axis of an array has a name. Those that begin with b, as "b0", "b1", ... of the leading axes,
+are batch axes. "k" are key heads; "n" are query heads, which are the key heads times a group size.
+Batch axes and heads may be sharded: each device calls the kernel on its own. All other axes are
+made whole first. A result that lacks a sharded axis of the operands is a sum over it, so the
+devices add up their shares.
 """
 
 import functools
@@ -20,8 +21,18 @@ from jax.sharding import PartitionSpec as P
 Axes = tuple[str, ...]
 
 
-def sharded(local: Callable, operand_axes: Sequence[Axes], result_axes: Sequence[Axes]) -> Callable:
-    """`local`, called on each device with its shards when it is partitioned."""
+def sharded(
+    local: Callable,
+    operand_axes: Sequence[Axes],
+    result_axes: Sequence[Axes],
+    shares: tuple[Callable, Callable] | None = None,
+) -> Callable:
+    """`local`, called on each device with its shards when it is partitioned.
+
+    `shares` is for results that cannot be added up as they are, say because they are rounded: a
+    function in the place of `local` where the devices add up its results, and one of the sums and
+    the shards of the operands, which makes them the results.
+    """
     call = custom_partitioning(local)
     context = jax.sharding.get_abstract_mesh()
 
@@ -39,12 +50,16 @@ def sharded(local: Callable, operand_axes: Sequence[Axes], result_axes: Sequence
         if manual:
             split = _with_whole_sums(split, result_axes)
 
+        summed = [_summed(split, axes) for axes in result_axes]
+        has_sums = shares is not None and any(summed)
+        share, finish = shares if has_sums else (local, lambda sums, *_: sums)
+
         def lower(*shards):
-            results = local(*shards)
-            return tuple(
-                _add_shares(automatic, manual, _summed(split, axes), x)
-                for x, axes in zip(results, result_axes, strict=True)
+            sums = tuple(
+                _add_shares(automatic, manual, names, x)
+                for x, names in zip(share(*shards), summed, strict=True)
             )
+            return finish(sums, *shards)
 
         def shardings(arrays):
             return tuple(NamedSharding(automatic, _spec(split, axes)) for axes in arrays)
@@ -98,6 +113,28 @@ def alike(operands: Sequence[jax.Array], operand_axes: Sequence[Axes]) -> list[j
     ]
 
 
+def split_axes(x: jax.Array, axes: Sequence[int], block: int) -> jax.Array:
+    """x with each of these axes, of a size n * block, as two: [..., n, block, ...].
+
+    On a mesh with Explicit axes the first stays sharded, if each device gets whole blocks.
+    """
+    sharding = jax.typeof(x).sharding
+    shape, spec = [], []
+    for axis, (size, entry) in enumerate(zip(x.shape, sharding.spec, strict=True)):
+        if axis not in axes:
+            shape.append(size)
+            spec.append(entry)
+            continue
+        names = (entry,) if isinstance(entry, str) else tuple(entry or ())
+        whole = (size // block) % math.prod(sharding.mesh.shape[name] for name in names) == 0
+        shape += [size // block, block]
+        spec += [entry if whole else None, None]
+    explicit = bool(sharding.mesh.explicit_axes)
+    return jax.lax.reshape(
+        x, shape, out_sharding=sharding.update(spec=P(*spec)) if explicit else None
+    )
+
+
 def _explicit_split(operands, operand_axes):
     """The mesh that has Explicit axes, and _split on it; or None and an empty split."""
     types = [jax.typeof(x) for x in operands]
@@ -142,7 +179,7 @@ def _rule(operand_axes, result_axes, shapes):
         shardable |= {"k"}
 
     def text(arrays):
-        return ", ".join(" ".join(factors[axis] for axis in axes) for axes in arrays)
+        return ", ".join(" ".join(factors.get(axis, axis) for axis in axes) for axes in arrays)
 
     rule = f"{text(operand_axes)} -> {text(result_axes)}"
     in_order = dict.fromkeys(re.findall(r"\w+", rule))

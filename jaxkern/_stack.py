@@ -1,12 +1,25 @@
 """From an op's custom_vjp down to the kernel: vmap, sharding, and the platform."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from jaxkern import _dispatch, _partitioning
+
+
+class Shares(NamedTuple):
+    """What an op is where its results are sums over devices and cannot be added up as they are.
+
+    kernel, reference: functions of the op's operands; the devices add up their results.
+    finish: from those sums and the operands to the op's results.
+    """
+
+    kernel: Callable
+    reference: Callable
+    finish: Callable
 
 
 def kernel_op(
@@ -17,6 +30,7 @@ def kernel_op(
     *,
     fallback: bool,
     vmap: Callable | None = None,
+    shares: Shares | None = None,
 ) -> Callable:
     """A function of arrays that calls `kernel` where it is lowered for CUDA.
 
@@ -32,12 +46,19 @@ def kernel_op(
       fallback: whether the reference is for other platforms.
       vmap: from (this function, axis_size, in_batched, operands) to the vmapped results. By default
         the function itself, of operands that all have the vmapped axis in front.
+      shares: for results that must not be added up as `kernel` has them.
     """
 
-    def local(*operands):
-        if not fallback:
-            return kernel(*operands)
-        return jax.lax.platform_dependent(*operands, cuda=kernel, default=reference)
+    def by_platform(kernel, reference):
+        def local(*operands):
+            if not fallback:
+                return kernel(*operands)
+            return jax.lax.platform_dependent(*operands, cuda=kernel, default=reference)
+
+        return local
+
+    local = by_platform(kernel, reference)
+    local_shares = shares and (by_platform(shares.kernel, shares.reference), shares.finish)
 
     @jax.custom_jvp
     def once(*operands):
@@ -57,7 +78,8 @@ def kernel_op(
         if not fallback:
             operands = (_dispatch.cuda_only(operands[0], op), *operands[1:])
         operand_axes, result_axes = axes(*(x.ndim for x in operands))
-        return _partitioning.sharded(local, operand_axes, result_axes)(*operands)
+        sharded = _partitioning.sharded(local, operand_axes, result_axes, local_shares)
+        return sharded(*operands)
 
     @batched.def_vmap
     def _(axis_size, in_batched, *operands):
@@ -68,6 +90,17 @@ def kernel_op(
         return results, (True,) * len(results)
 
     return once
+
+
+def without_derivative(op: str, function: Callable) -> Callable:
+    """`function`, of arrays, which raises where it is differentiated."""
+    wrapped = jax.custom_jvp(function)
+
+    @wrapped.defjvp
+    def _(primals, tangents):
+        raise NotImplementedError(f"{op} has no derivative")
+
+    return wrapped
 
 
 def broadcast_unbatched(axis_size, in_batched, operands):

@@ -33,6 +33,19 @@ def custom_call_lines(function, *args):
     return dict(lines)
 
 
+def types(line):
+    """Operand and result types of a custom call, as ["2x130x4x64xbf16", ...]."""
+    operands, results = re.search(r": \(([^)]*)\) -> \(?([^)]*)", line).groups()
+    return re.findall(r"tensor<(\S+)>", operands), re.findall(r"tensor<(\S+)>", results)
+
+
+def attributes(line):
+    """Attributes of a custom call, as {"scale": "2.500000e-01 : f32", ...}."""
+    return dict(
+        re.findall(r"(\w+) = ([^,}]+)", line.split("mhlo.backend_config = {")[1].split("}")[0])
+    )
+
+
 COLLECTIVES = ("all-gather", "all-to-all", "collective-permute", "reduce-scatter", "all-reduce")
 
 

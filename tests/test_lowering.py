@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lowering import cuda_text, custom_call_lines, custom_calls
+from lowering import attributes, cuda_text, custom_call_lines, custom_calls, types
 
 import jaxkern
 from jaxkern import _ffi
@@ -31,19 +31,6 @@ def norm_gradient(x, scale, **options):
         return jaxkern.rms_norm(*operands, **options).astype(jnp.float32).sum()
 
     return jax.value_and_grad(loss, (0, 1))(x, scale)
-
-
-def types(line):
-    """Operand and result types of a custom call, as ["2x130x4x64xbf16", ...]."""
-    operands, results = re.search(r": \(([^)]*)\) -> \(([^)]*)\)", line).groups()
-    return re.findall(r"tensor<(\S+)>", operands), re.findall(r"tensor<(\S+)>", results)
-
-
-def attributes(line):
-    """Attributes of a custom call, as {"scale": "2.500000e-01 : f32", ...}."""
-    return dict(
-        re.findall(r"(\w+) = ([^,}]+)", line.split("mhlo.backend_config = {")[1].split("}")[0])
-    )
 
 
 def operands(dtype="bfloat16", width=H):

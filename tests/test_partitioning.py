@@ -1,6 +1,8 @@
 """The sharding rules, and which mesh axes a kernel call keeps."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -33,6 +35,32 @@ def test_rule_of_norm():
     text, options = _partitioning._rule([x, ("w",)], [x, x[:-1]], [(2, 3, 8), (8,)])
     assert text == "b0 b1 w, w -> b0 b1 w, b0 b1"
     assert options == {"need_replication_factors": ("w",)}
+
+
+def test_rule_of_a_result_with_an_axis_of_its_own():
+    text, options = _partitioning._rule([("b0", "c")], [("b0", "c"), ("b0", "d")], [(2, 256)])
+    assert text == "b0 c -> b0 c, b0 d"
+    assert options == {"need_replication_factors": ("c", "d")}
+
+
+@pytest.mark.parametrize(
+    ("axes", "spec", "shape", "wanted"),
+    [
+        ((0, 1), P("data", "model"), (2, 4, 8, 4), P("data", None, "model", None)),
+        ((0,), P(("data", "model"), None), (2, 4, 32), P(None, None, None)),
+        ((1,), P(None, "model"), (8, 8, 4), P(None, "model", None)),
+        ((), P("data", "model"), (8, 32), P("data", "model")),
+    ],
+)
+def test_split_axes(axes, spec, shape, wanted):
+    """Into blocks of 4; what is sharded over a part of a block becomes whole."""
+    kind = jax.sharding.AxisType.Explicit
+    mesh = jax.make_mesh((2, 4), ("data", "model"), (kind, kind), devices=jax.devices("cpu"))
+    x = np.arange(8 * 32).reshape(8, 32)
+    got = _partitioning.split_axes(jax.device_put(x, NamedSharding(mesh, spec)), axes, 4)
+    assert jax.typeof(got).sharding.spec == wanted
+    np.testing.assert_array_equal(got, x.reshape(shape))
+    np.testing.assert_array_equal(_partitioning.split_axes(jnp.asarray(x), axes, 4), got)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from jaxkern.testing import (
+    FP8_PRODUCT_LIMITS,
     assert_close_to_reference,
     poison_beyond,
     poison_memory,
     random_normal,
+    relative_error,
 )
 
 REF = jnp.linspace(-1.0, 1.0, 12).reshape(3, 4)
@@ -66,3 +68,20 @@ def test_poison_memory_holds_on_to_nothing():
     before = len(jax.live_arrays())
     poison_memory(3 << 24)
     assert len(jax.live_arrays()) == before
+
+
+def test_relative_error():
+    wanted = np.full((2, 2), 3.0)
+    assert relative_error(wanted, wanted) == 0
+    np.testing.assert_allclose(relative_error(wanted + [[0, 0], [0, 0.6]], wanted), 0.1)
+    assert np.isnan(relative_error([[np.nan, 1.0]], [[1.0, 1.0]]))
+
+
+def test_limits_of_fp8_products():
+    """Each is the expected error, from the distances of FP8 numbers, and a tenth."""
+    numbers = np.random.default_rng(1).standard_normal(1 << 20)
+    for formats, limit in FP8_PRODUCT_LIMITS.items():
+        bits = [jnp.finfo(format).nmant for format in formats]
+        distances = [np.ldexp(1.0, np.frexp(numbers)[1] - 1 - m) for m in bits]
+        expected = np.sqrt(sum((distance**2).mean() / 12 for distance in distances))
+        assert 1.07 * expected < limit < 1.12 * expected
