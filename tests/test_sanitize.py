@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fp8 import E4M3, assert_same_fp8, numpy_quantize, numpy_scaled_matmul, random_operands
 
 import jaxkern
+from jaxkern.ops.matmul import scaled_matmul
+from jaxkern.ops.quantize import quantize
 
 pytestmark = pytest.mark.gpu
 
@@ -65,6 +68,20 @@ RMS_NORM = {
     "one element": ((1, 1), jnp.float32),
     "many rows": ((300, 136), jnp.float16),
     "wide": ((3, 5000), jnp.float32),
+}
+
+QUANTIZE = {
+    "tensor": ((130, 200), jnp.bfloat16),
+    "row": ((70, 1000), jnp.float32),
+    "1x128": ((257, 130), jnp.bfloat16),
+    "128x128": ((129, 131), jnp.float16),
+}
+SCALED_MATMUL = {  # M, N, K, both scalings
+    "few rows": (5, 200, 400, "row", "tensor"),
+    "few rows, blocks": (20, 136, 1040, "1x128", "128x128"),
+    "rows": (300, 264, 144, "row", "row"),
+    "blocks": (130, 264, 400, "1x128", "128x128"),
+    "blocks of both": (257, 136, 300, "1x128", "1x128"),
 }
 
 
@@ -131,3 +148,24 @@ def test_rms_norm(case):
         return lambda x, scale: jaxkern.rms_norm(x, scale, implementation=implementation)
 
     check(fn, (x, scale), dy)
+
+
+@pytest.mark.parametrize("scaling", QUANTIZE)
+def test_quantize(scaling):
+    shape, dtype = QUANTIZE[scaling]
+    [x] = normal(0, [shape], dtype)
+    options = {"scaling": scaling, "orientation": "both", "implementation": "cuda"}
+    got = jax.jit(functools.partial(quantize, **options))(x)
+    for array, matrix in zip(got, (x, x.T), strict=True):
+        values, scale = numpy_quantize(matrix, E4M3, scaling)
+        np.testing.assert_array_equal(array.scale, scale)
+        assert_same_fp8(array.values, values)
+
+
+@pytest.mark.parametrize("case", SCALED_MATMUL)
+def test_scaled_matmul(case):
+    m, n, k, *scalings = SCALED_MATMUL[case]
+    operands = random_operands(0, m, n, k, *scalings, formats=(E4M3, E4M3))
+    exact, terms = numpy_scaled_matmul(*operands)
+    out = jax.jit(functools.partial(scaled_matmul, implementation="cuda"))(*operands)
+    assert (np.abs(np.asarray(out, np.float64) - exact) <= 1e-3 * terms).all()
