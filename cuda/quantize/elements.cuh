@@ -61,7 +61,9 @@ struct Run {
   }
 
  private:
-  static __device__ constexpr int shift(int e) { return e % kElementsPerWord * 8 * sizeof(Element); }
+  static __device__ constexpr int shift(int e) {
+    return e % kElementsPerWord * 8 * sizeof(Element);
+  }
 };
 
 // The bits of T as an integer.

@@ -26,8 +26,8 @@ template <class T, class F>
 cudaError_t launch_rows(const QuantizeParams& p, cudaStream_t stream) {
   constexpr int kThreads = 128;  // per block, unless one row takes more
   const int64_t wanted = tile::ceil_div(p.cols, kSlots * kVec<T>);
-  const int threads = static_cast<int>(std::bit_ceil(
-      static_cast<uint64_t>(std::min<int64_t>(wanted, kMaxThreadsPerRow))));
+  const int threads = static_cast<int>(
+      std::bit_ceil(static_cast<uint64_t>(std::min<int64_t>(wanted, kMaxThreadsPerRow))));
   const int rows = std::max(1, kThreads / threads);
   return launch(quantize_rows_kernel<T, F>, tile::ceil_div(p.rows, rows), dim3(threads, rows), 0,
                 stream, p);
@@ -37,8 +37,8 @@ template <class T, class F>
 cudaError_t launch_rows_and_columns(const QuantizeParams& p, cudaStream_t stream) {
   const size_t bytes = (p.rows + p.cols) * sizeof(int32_t);
   if (cudaError_t error = cudaMemsetAsync(p.workspace, 0, bytes, stream)) return error;
-  if (cudaError_t error = launch(quantize_amax_kernel<T>, tiles(p), Threads<T>::kThreads, 0,
-                                 stream, p)) {
+  if (cudaError_t error =
+          launch(quantize_amax_kernel<T>, tiles(p), Threads<T>::kThreads, 0, stream, p)) {
     return error;
   }
   return launch_tiles<T, F, Scaling::kRow>(p, stream);

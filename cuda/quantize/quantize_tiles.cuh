@@ -95,13 +95,11 @@ __device__ __forceinline__ RowMax<T> row_max(const Patch<T>& x) {
       most.words[w] = most_of(x[w]);
     } else {
       const uint32_t even = most_of(x[2 * w]), odd = most_of(x[2 * w + 1]);
-      most.words[w] =
-          larger<T>(__byte_perm(even, odd, 0x5410), __byte_perm(even, odd, 0x7632));
+      most.words[w] = larger<T>(__byte_perm(even, odd, 0x5410), __byte_perm(even, odd, 0x7632));
     }
 #pragma unroll
     for (int offset = Threads<T>::kLanes / 2; offset > 0; offset /= 2) {
-      most.words[w] =
-          larger<T>(most.words[w], __shfl_xor_sync(0xffffffffu, most.words[w], offset));
+      most.words[w] = larger<T>(most.words[w], __shfl_xor_sync(0xffffffffu, most.words[w], offset));
     }
   }
   return most;
@@ -267,8 +265,7 @@ __global__ void __launch_bounds__(Threads<T>::kThreads, Threads<T>::kBlocksPerSm
         scale = scale_of<F>(amax_bits<T>(most.words[i / kPerWord<T>], i % kPerWord<T>));
       }
       scales[i] = scale.bits;
-      cast<F, T>(x[i], scale.inverse)
-          .store(to + i * p.cols, exists ? p.cols - at.col : 0, aligned);
+      cast<F, T>(x[i], scale.inverse).store(to + i * p.cols, exists ? p.cols - at.col : 0, aligned);
     }
     if (kScaling == Scaling::kBlock1x128 && at.lane == 0) {
       const int64_t pitch = scale_pitch(p.rows);
