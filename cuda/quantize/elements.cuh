@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/quantize/params.h"
 #include "cuda/tile/types.cuh"
@@ -32,12 +33,12 @@ struct Run {
 
   // Whether runs at multiples of kCount are aligned in an array that is `pitch` elements wide. If
   // so, a run lies in a row or beside it, but never across its end.
-  static __device__ __forceinline__ bool aligned(const void* data, int64_t pitch) {
+  static __host__ __device__ __forceinline__ bool aligned(const void* data, int64_t pitch) {
     return reinterpret_cast<uintptr_t>(data) % alignof(Words) == 0 && pitch % kCount == 0;
   }
 
   // The first `inside` of the elements exist; the others become 0, or are not stored.
-  __device__ __forceinline__ void load(const Element* from, int64_t inside, bool aligned) {
+  __device__ __forceinline__ void load(const Element* from, int inside, bool aligned) {
     words = {};
     if (aligned) {
       if (inside > 0) words = *reinterpret_cast<const Words*>(from);
@@ -49,7 +50,7 @@ struct Run {
       words.data[e / kElementsPerWord] |= uint32_t{from[e]} << shift(e);
     }
   }
-  __device__ __forceinline__ void store(Element* to, int64_t inside, bool aligned) const {
+  __device__ __forceinline__ void store(Element* to, int inside, bool aligned) const {
     if (aligned) {
       if (inside > 0) *reinterpret_cast<Words*>(to) = words;
       return;
@@ -74,11 +75,21 @@ using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
 template <class T>
 using Load = Run<Bits<T>, kVec<T>>;
 
-// Element e of a word.
+// How many of the elements of a run, the first of which is number `first` of `size`, exist; 0 or
+// less if none.
+__device__ __forceinline__ int inside(int64_t first, int64_t size) {
+  constexpr int64_t kMost = kQuantizeBlock;  // no run is longer
+  return static_cast<int>(min(size - first, kMost));
+}
+
+// Element e of a word. NOTE: bfloat16 by hand; nvcc makes two instructions of unpack()'s upper
+// half.
 template <class T>
 __device__ __forceinline__ float element(uint32_t word, int e) {
-  if constexpr (sizeof(T) == 4) {
+  if constexpr (std::is_same_v<T, float>) {
     return __uint_as_float(word);
+  } else if constexpr (std::is_same_v<T, tile::bf16>) {
+    return __uint_as_float(e == 0 ? word << 16 : word & 0xffff0000);
   } else {
     const float2 pair = tile::unpack<T>(word);
     return e == 0 ? pair.x : pair.y;

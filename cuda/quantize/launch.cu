@@ -15,10 +15,19 @@ int64_t tiles(const QuantizeParams& p) {
   return tile::ceil_div(p.rows, kTile) * tile::ceil_div(p.cols, kTile);
 }
 
+template <class T>
+bool all_aligned(const QuantizeParams& p) {
+  return Load<T>::aligned(p.x, p.cols) && Run<uint8_t, kVec<T>>::aligned(p.values, p.cols) &&
+         (p.values_t == nullptr || Run<uint8_t, 16>::aligned(p.values_t, p.rows));
+}
+
 template <class T, class F, Scaling kScaling>
 cudaError_t launch_tiles(const QuantizeParams& p, cudaStream_t stream) {
-  return launch(quantize_tiles_kernel<T, F, kScaling>, tiles(p), Threads<T>::kThreads, 0, stream,
-                p);
+  const auto start = [&](auto kernel) {
+    return launch(kernel, tiles(p), Threads<T>::kThreads, 0, stream, p);
+  };
+  return all_aligned<T>(p) ? start(quantize_tiles_kernel<T, F, kScaling, true>)
+                           : start(quantize_tiles_kernel<T, F, kScaling, false>);
 }
 
 // As few threads per row as hold it in their slots, or else the most there may be.

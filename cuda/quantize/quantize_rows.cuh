@@ -34,25 +34,26 @@ __global__ void __launch_bounds__(kMaxThreadsPerRow) quantize_rows_kernel(const 
   };
   Load<T> x[kSlots];
 #pragma unroll
-  for (int s = 0; s < kSlots; ++s) x[s].load(from + slot_col(s), cols - slot_col(s), aligned);
+  for (int s = 0; s < kSlots; ++s)
+    x[s].load(from + slot_col(s), inside(slot_col(s), cols), aligned);
 #pragma unroll
   for (int s = 0; s < kSlots; ++s) see(x[s]);
   for (int64_t col = slot_col(kSlots); col < cols; col += stride) {
     Load<T> run;
-    run.load(from + col, cols - col, aligned);
+    run.load(from + col, inside(col, cols), aligned);
     see(run);
   }
   const Scale scale = scale_of<F>(tile::row_max(largest<T>(most), scratch));
   if (threadIdx.x == 0 && row < p.rows) p.scale[row] = __uint_as_float(scale.bits);
 
   auto write = [&](int64_t col, const Load<T>& run) {
-    cast<F, T>(run, scale.inverse).store(to + col, cols - col, aligned_out);
+    cast<F, T>(run, scale.inverse).store(to + col, inside(col, cols), aligned_out);
   };
 #pragma unroll
   for (int s = 0; s < kSlots; ++s) write(slot_col(s), x[s]);
   for (int64_t col = slot_col(kSlots); col < cols; col += stride) {
     Load<T> run;
-    run.load(from + col, cols - col, aligned);
+    run.load(from + col, inside(col, cols), aligned);
     write(col, run);
   }
 }

@@ -29,11 +29,12 @@ struct Threads {
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
 };
 
-// Where a tile is, and the first element of the thread.
+// Where a tile is, the thread's first element, and how many rows and columns of its patch exist.
 template <class T>
 struct Place : Threads<T> {
   int64_t tile_row, tile_col;  // in tiles
   int64_t row, col;
+  int rows_inside, cols_inside;
 
   __device__ __forceinline__ Place(const QuantizeParams& p, unsigned tile) {
     const auto tiles_per_row = static_cast<unsigned>(tile::ceil_div(p.cols, kTile));
@@ -41,6 +42,8 @@ struct Place : Threads<T> {
     tile_col = tile % tiles_per_row;
     row = tile_row * kTile + this->group * Threads<T>::kRows;
     col = tile_col * kTile + this->lane * kVec<T>;
+    rows_inside = inside(row, p.rows);
+    cols_inside = inside(col, p.cols);
   }
 };
 
@@ -48,12 +51,12 @@ template <class T>
 using Patch = Load<T>[Threads<T>::kRows];  // what a thread owns of a tile
 
 template <class T>
-__device__ __forceinline__ void load(Patch<T>& x, const QuantizeParams& p, const Place<T>& at) {
+__device__ __forceinline__ void load(Patch<T>& x, const QuantizeParams& p, const Place<T>& at,
+                                     bool aligned) {
   const auto* from = static_cast<const Bits<T>*>(p.x) + at.row * p.cols + at.col;
-  const bool aligned = Load<T>::aligned(p.x, p.cols);
 #pragma unroll
   for (int i = 0; i < Threads<T>::kRows; ++i) {
-    x[i].load(from + i * p.cols, at.row + i < p.rows ? p.cols - at.col : 0, aligned);
+    x[i].load(from + i * p.cols, i < at.rows_inside ? at.cols_inside : 0, aligned);
   }
 }
 
@@ -118,7 +121,7 @@ __global__ void __launch_bounds__(Threads<T>::kThreads, Threads<T>::kBlocksPerSm
 
   const Place<T> at(p, blockIdx.x);
   Patch<T> x;
-  load(x, p, at);
+  load(x, p, at, Load<T>::aligned(p.x, p.cols));
   columns[at.group][at.lane] = column_max<T>(x);
   const RowMax<T> most = row_max<T>(x);
   if (at.lane == 0) rows[at.group] = most;
@@ -158,7 +161,7 @@ __device__ __forceinline__ void store_scales(float* to, int64_t first, int64_t s
 #pragma unroll
   for (int i = 0; i < kCount; i += 4) {
     const Four four = {{scales[i], scales[i + 1], scales[i + 2], scales[i + 3]}};
-    four.store(reinterpret_cast<uint32_t*>(to) + first + i, size - first - i, aligned);
+    four.store(reinterpret_cast<uint32_t*>(to) + first + i, inside(first + i, size), aligned);
   }
 }
 
@@ -205,7 +208,8 @@ class TransposedTile {
   Run<uint8_t, 16>::Words rows_[kTile][kTile / 16];
 };
 
-template <class T, class F, Scaling kScaling>
+// kAligned: every array is aligned for runs, so that the code for others need not be there.
+template <class T, class F, Scaling kScaling, bool kAligned>
 __global__ void __launch_bounds__(Threads<T>::kThreads, Threads<T>::kBlocksPerSm)
     quantize_tiles_kernel(const QuantizeParams p) {
   constexpr int kRows = Threads<T>::kRows, kGroups = Threads<T>::kGroups;
@@ -217,7 +221,7 @@ __global__ void __launch_bounds__(Threads<T>::kThreads, Threads<T>::kBlocksPerSm
   constexpr bool kBackwards = kScaling == Scaling::kRow;
   const Place<T> at(p, kBackwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
   Patch<T> x;
-  load(x, p, at);
+  load(x, p, at, kAligned || Load<T>::aligned(p.x, p.cols));
 
   Scale one;  // of all of the tile
   if constexpr (kScaling == Scaling::kTensor) one = {0, __frcp_rn(*p.scale_in)};
@@ -251,12 +255,12 @@ __global__ void __launch_bounds__(Threads<T>::kThreads, Threads<T>::kBlocksPerSm
     RowMax<T> most;
     if constexpr (kScaling == Scaling::kBlock1x128) most = row_max<T>(x);
     using Out = Run<uint8_t, kVec<T>>;
-    const bool aligned = Out::aligned(p.values, p.cols);
+    const bool aligned = kAligned || Out::aligned(p.values, p.cols);
     uint8_t* to = static_cast<uint8_t*>(p.values) + at.row * p.cols + at.col;
     uint32_t scales[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const bool exists = at.row + i < p.rows;
+      const bool exists = i < at.rows_inside;
       Scale scale = one;
       if constexpr (kScaling == Scaling::kRow) {
         scale = scale_of<F>(exists ? p.workspace[at.row + i] : 0);
@@ -265,7 +269,7 @@ __global__ void __launch_bounds__(Threads<T>::kThreads, Threads<T>::kBlocksPerSm
         scale = scale_of<F>(amax_bits<T>(most.words[i / kPerWord<T>], i % kPerWord<T>));
       }
       scales[i] = scale.bits;
-      cast<F, T>(x[i], scale.inverse).store(to + i * p.cols, exists ? p.cols - at.col : 0, aligned);
+      cast<F, T>(x[i], scale.inverse).store(to + i * p.cols, exists ? at.cols_inside : 0, aligned);
     }
     if (kScaling == Scaling::kBlock1x128 && at.lane == 0) {
       const int64_t pitch = scale_pitch(p.rows);
@@ -291,7 +295,7 @@ __global__ void __launch_bounds__(Threads<T>::kThreads, Threads<T>::kBlocksPerSm
   for (int e = 0; e < kVec<T>; ++e) {
     Scale scale = one;
     if constexpr (kScaling == Scaling::kRow) {
-      scale = scale_of<F>(at.col + e < p.cols ? p.workspace[p.rows + at.col + e] : 0);
+      scale = scale_of<F>(e < at.cols_inside ? p.workspace[p.rows + at.col + e] : 0);
     }
     if constexpr (kScaling == Scaling::kBlock1x128) {
       scale = scale_of<F>(amax_bits<T>(most.data[e / kPerWord<T>], e % kPerWord<T>));
@@ -307,13 +311,13 @@ __global__ void __launch_bounds__(Threads<T>::kThreads, Threads<T>::kBlocksPerSm
 
   constexpr int kChunks = kTile / 16;
   const int chunk = threadIdx.x % kChunks;
-  const bool aligned = Run<uint8_t, 16>::aligned(p.values_t, p.rows);
+  const bool aligned = kAligned || Run<uint8_t, 16>::aligned(p.values_t, p.rows);
   const int64_t first = at.tile_row * kTile + 16 * chunk;
 #pragma unroll
   for (int c = threadIdx.x / kChunks; c < kTile; c += Threads<T>::kThreads / kChunks) {
     const int64_t col = at.tile_col * kTile + c;
     uint8_t* to = static_cast<uint8_t*>(p.values_t) + col * p.rows + first;
-    transposed.read(c, chunk).store(to, col < p.cols ? p.rows - first : 0, aligned);
+    transposed.read(c, chunk).store(to, col < p.cols ? inside(first, p.rows) : 0, aligned);
   }
 }
 
