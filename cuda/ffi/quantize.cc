@@ -66,7 +66,9 @@ ffi::Error quantize(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer scale_
   natural.check(checks, scaling);
   transposed.check(checks, scaling);
   const bool needs_workspace = scaling == Scaling::kRow && transposed.wanted();
-  checks.that(natural.wanted() || transposed.wanted(), "values and values_t", "are empty", "one")
+  checks
+      .that(natural.wanted() || transposed.wanted(), "values and values_t", "are empty",
+            "one of them")
       .dtype("scale_in", scale_in, {F32})
       .shape("scale_in", scale_in, {scaling == Scaling::kTensor ? 1 : 0})
       .dtype("workspace", *workspace, {S32})

@@ -27,12 +27,12 @@ enum class Scaling : int32_t {
 //   scale_t   null     [C]    [Rc, C4]      [Cc, Rc]
 struct QuantizeParams {
   const void* x;          // [R, C] dtype
-  const float* scale_in;  // [1], for kTensor; else null
+  const float* scale_in;  // [1]; read for kTensor alone
   void* values;           // [R, C] format
   float* scale;           // as above
   void* values_t;         // [C, R] format
   float* scale_t;         // as above
-  int32_t* workspace;     // [R + C], for kRow with values_t; else null
+  int32_t* workspace;     // [R + C]; used for kRow with values_t alone
   int64_t rows;           // at least 1
   int64_t cols;           // at least 1
   DType dtype;            // kFloat32, kBFloat16 or kFloat16
