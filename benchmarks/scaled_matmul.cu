@@ -217,9 +217,8 @@ Provider cublaslt(const Recipe& recipe, const ScaledMatmulParams& p, Comparison&
 
 // Positive scales of `rows` rows, as many as the recipe wants.
 float* scales(Scaling scaling, int64_t rows, int64_t K) {
-  const int64_t blocks = tile::ceil_div<int64_t>(K, kScaleBlock);
-  const int64_t sizes[] = {1, rows, blocks * padded_scale_row(rows),
-                           tile::ceil_div<int64_t>(rows, kScaleBlock) * blocks};
+  const int64_t blocks = scale_blocks(K);
+  const int64_t sizes[] = {1, rows, blocks * padded_scale_row(rows), scale_blocks(rows) * blocks};
   const int64_t size = sizes[static_cast<int>(scaling)];
   std::vector<float> values;
   for (int64_t i = 0; i < size; ++i) values.push_back((1.0f + i % 7 / 8.0f) / 64.0f);

@@ -10,12 +10,9 @@ constexpr auto F16 = ffi::DataType::F16;
 constexpr auto F8E4M3FN = ffi::DataType::F8E4M3FN;
 constexpr auto F8E5M2 = ffi::DataType::F8E5M2;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The scales of B matrices of `rows` rows have the shape that `scaling` says (matmul/params.h).
+// The scales of B matrices (rows, K) have the shape that `scaling` says.
 void check_scales(Checks& checks, std::string_view name, const ffi::AnyBuffer& scales,
                   Scaling scaling, int64_t B, int64_t rows, int64_t K) {
-  const int64_t blocks = ceil_div(K, kScaleBlock);
   checks.dtype(name, scales, {F32});
   switch (scaling) {
     case Scaling::kTensor:
@@ -25,10 +22,10 @@ void check_scales(Checks& checks, std::string_view name, const ffi::AnyBuffer& s
       checks.shape(name, scales, {B, rows});
       return;
     case Scaling::kBlock1x128:
-      checks.shape(name, scales, {B, blocks, padded_scale_row(rows)});
+      checks.shape(name, scales, {B, scale_blocks(K), padded_scale_row(rows)});
       return;
     case Scaling::kBlock128x128:
-      checks.shape(name, scales, {B, ceil_div(rows, kScaleBlock), blocks});
+      checks.shape(name, scales, {B, scale_blocks(rows), scale_blocks(K)});
       return;
   }
   checks.that(false, name, "scaling " + std::to_string(static_cast<int>(scaling)), "0 to 3");

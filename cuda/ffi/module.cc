@@ -17,6 +17,7 @@ namespace nb = nanobind;
 #define JAXKERN_TARGETS(TARGET)                 \
   TARGET("jaxkern.attention_fwd", AttentionFwd) \
   TARGET("jaxkern.attention_bwd", AttentionBwd) \
+  TARGET("jaxkern.quantize", Quantize)          \
   TARGET("jaxkern.rms_norm_fwd", RmsNormFwd)    \
   TARGET("jaxkern.rms_norm_bwd", RmsNormBwd)    \
   TARGET("jaxkern.scaled_matmul", ScaledMatmul)

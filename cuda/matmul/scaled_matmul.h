@@ -28,7 +28,7 @@ cudaError_t fill_params(typename Matmul::Params* p, const ScaledMatmulParams& pa
   constexpr auto kByte = CU_TENSOR_MAP_DATA_TYPE_UINT8;
   constexpr auto kOut = tensor_map_type<typename Matmul::Out>();
   const int64_t B = params.B, M = params.M, N = params.N, K = params.K;
-  const int64_t K_blocks = tile::ceil_div<int64_t>(K, kScaleBlock);
+  const int64_t K_blocks = scale_blocks(K);
   if (cudaError_t error = make_matrix_map(&p->lhs, kByte, params.lhs, B * M, K, lhs_box))
     return error;
   if (cudaError_t error = make_matrix_map(&p->rhs, kByte, params.rhs, B * N, K, rhs_box))

@@ -25,7 +25,7 @@ struct Scales {
   std::vector<float> values;
 
   Scales(Scaling scaling, int64_t B, int64_t rows, int64_t K, int seed)
-      : scaling(scaling), rows(rows), blocks(tile::ceil_div<int64_t>(K, kScaleBlock)) {
+      : scaling(scaling), rows(rows), blocks(scale_blocks(K)) {
     std::mt19937 random(seed);
     for (int64_t i = 0; i < B * per_matrix(); ++i) values.push_back(std::exp2(random() % 4 - 2.0f));
   }
@@ -38,7 +38,7 @@ struct Scales {
       case Scaling::kBlock1x128:
         return blocks * padded_scale_row(rows);
       case Scaling::kBlock128x128:
-        return tile::ceil_div<int64_t>(rows, kScaleBlock) * blocks;
+        return scale_blocks(rows) * blocks;
     }
     return 0;
   }

@@ -8,7 +8,7 @@
 //   pipeline.cuh   mbarriers, rings of stages
 //   cluster.cuh    blocks that share tiles
 //   scheduler.cuh  the order of tiles over a persistent grid
-//   reduce.cuh     sums over the threads of a warp and of a row of threads
+//   reduce.cuh     sums and maxima over the threads of a warp and of a row of threads
 //   ptx/           one instruction a function; the only place with inline assembly
 #pragma once
 

@@ -1,0 +1,11 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "cuda/quantize/params.h"
+
+namespace jaxkern {
+
+cudaError_t launch_quantize(const QuantizeParams& params, cudaStream_t stream);
+
+}  // namespace jaxkern
