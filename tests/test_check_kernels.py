@@ -1,6 +1,7 @@
 """tools/check_kernels.py on listings written here."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ SASS = """
 arch = sm_90a
 		Function : _ZN7jaxkern15a_fwd_sm90_kernelE
         /*0a10*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;
-        /*0a20*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0a20*/                   QGMMA.64x128x32.F32.E4M3.E5M2 R24, gdesc[UR8], R24 ;
 		Function : _ZN7jaxkern8b_kernelE
         /*0a10*/                   FFMA R2, R2, R3, R4 ;
 """
@@ -28,7 +29,7 @@ LOG = "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
 
 
 def test_good_kernels():
-    assert check_kernels.hgmma_counts(SASS) == {
+    assert check_kernels.wgmma_counts(SASS) == {
         "_ZN7jaxkern15a_fwd_sm90_kernelE": 2,
         "_ZN7jaxkern8b_kernelE": 0,
     }
@@ -39,7 +40,7 @@ def test_good_kernels():
     "sass, resources, log, problem",
     [
         ("", RESOURCES, LOG, "there are no kernels"),
-        (SASS.replace("HGMMA", "HMMA"), RESOURCES, LOG, "no HGMMA"),
+        (re.sub("[HQ]GMMA", "HMMA", SASS), RESOURCES, LOG, "no wgmma"),
         (SASS + "arch = sm_80\n", RESOURCES, LOG, "wanted sm_90a alone"),
         (
             SASS,

@@ -3,7 +3,8 @@
     python tools/check_kernels.py build/libjaxkern_kernels.a build/kernels.log
 
 Every kernel must be compiled for sm_90a alone and use no stack, every kernel called `*_sm90_kernel`
-must use the tensor cores' HGMMA instruction, and ptxas must not have complained in the build's log.
+must use the tensor cores' wgmma, HGMMA of 16-bit elements or QGMMA of 8-bit ones, and ptxas must not
+have complained in the build's log.
 Needs cuobjdump and nvdisasm: in PATH, or from `pip install --group inspect`.
 """
 
@@ -24,11 +25,11 @@ def code_objects(sass: str) -> set[str]:
     return set(re.findall(r"^arch = (\S+)", sass, re.M))
 
 
-def hgmma_counts(sass: str) -> dict[str, int]:
-    """The number of HGMMA instructions of each kernel in cuobjdump's listing."""
+def wgmma_counts(sass: str) -> dict[str, int]:
+    """The number of wgmma instructions of each kernel in cuobjdump's listing."""
     _, *parts = re.split(r"^\s*Function : (\S+)$", sass, flags=re.M)
     return {
-        name: len(re.findall(r"\bHGMMA\b", body))
+        name: len(re.findall(r"\b[HQ]GMMA\b", body))
         for name, body in zip(parts[::2], parts[1::2], strict=True)
     }
 
@@ -41,13 +42,13 @@ def stack_bytes(resources: str) -> dict[str, int]:
 
 def problems(sass: str, resources: str, log: str) -> list[str]:
     """What is wrong with the kernels, one line each."""
-    counts = hgmma_counts(sass)
+    counts = wgmma_counts(sass)
     found = [] if counts else ["there are no kernels"]
     if (archs := code_objects(sass)) != {"sm_90a"}:
         found.append(f"compiled for {sorted(archs)}, wanted sm_90a alone")
     for name, count in counts.items():
         if "_sm90_kernel" in name and count == 0:
-            found.append(f"{name} has no HGMMA instruction")
+            found.append(f"{name} has no wgmma instruction")
     found += [f"{name} uses {n} bytes of stack" for name, n in stack_bytes(resources).items() if n]
     found += [f"ptxas: {line.strip()}" for line in COMPLAINTS.findall(log)]
     return found
@@ -79,8 +80,8 @@ def main() -> None:
     parser.add_argument("log", type=Path, help="the log of its build")
     args = parser.parse_args()
     sass = _cuobjdump("--dump-sass", args.library)
-    for name, count in sorted(hgmma_counts(sass).items()):
-        print(f"{count:6} HGMMA  {name}")
+    for name, count in sorted(wgmma_counts(sass).items()):
+        print(f"{count:6} wgmma  {name}")
     found = problems(sass, _cuobjdump("--dump-resource-usage", args.library), args.log.read_text())
     if found:
         raise SystemExit("\n".join(found))
