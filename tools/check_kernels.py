@@ -3,8 +3,8 @@
     python tools/check_kernels.py build/libjaxkern_kernels.a build/kernels.log
 
 Every kernel must be compiled for sm_90a alone and use no stack, every kernel called `*_sm90_kernel`
-must use the tensor cores' wgmma, HGMMA of 16-bit elements or QGMMA of 8-bit ones, and ptxas must not
-have complained in the build's log.
+must use the tensor cores' wgmma, HGMMA of 16-bit elements or QGMMA of 8-bit ones, and ptxas must
+not have complained in the build's log.
 Needs cuobjdump and nvdisasm: in PATH, or from `pip install --group inspect`.
 """
 
