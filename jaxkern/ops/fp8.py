@@ -223,8 +223,8 @@ def _axes(config, x_rank, weight_rank):
 
     def quantized(rows, columns):
         scale = {
-            "tensor": ("one", "one"),
-            "row": (rows.axes[0], "one"),
+            "tensor": ("one", "one_block"),
+            "row": (rows.axes[0], "one_block"),
             "128x128": (rows.blocks, columns.blocks),
         }[config.recipe.weight]
         return (*weight_lead, *rows.axes, *columns.axes), (*weight_lead, *scale)
