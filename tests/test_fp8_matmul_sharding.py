@@ -111,7 +111,7 @@ def test_the_reference_by_name_has_the_same_scales(case):
 def test_batch_and_sequence_are_tokens(mesh, recipe):
     """Both stay sharded next to N."""
     x, w, dy = arrays()
-    x, dy = x.reshape(8, 8, K), dy.reshape(8, 8, N)
+    x, dy = x.reshape(8, 4, K), dy.reshape(8, 4, N)
     spec = P("data", "model")
     found, y = collectives(forward(recipe), put(mesh, x, spec), put(mesh, w, P()))
     assert found == set()
@@ -122,11 +122,11 @@ def test_batch_and_sequence_are_tokens(mesh, recipe):
     assert found == SUMS
     shares = [
         numpy_fp8_products(
-            *(a[i : i + 4, j : j + 2].reshape(8, -1) if a.ndim == 3 else a for a in (x, w, dy)),
+            *(a[i : i + 4, j].reshape(4, -1) if a.ndim == 3 else a for a in (x, w, dy)),
             recipe,
         )[2]
         for i in (0, 4)
-        for j in (0, 2, 4, 6)
+        for j in range(4)
     ]
     assert_products([dw], [[sum(parts) for parts in zip(*shares, strict=True)]])
 
