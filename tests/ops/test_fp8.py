@@ -91,6 +91,13 @@ def test_leading_axes_are_tokens(recipe, quantized):
     assert_products((y.reshape(30, 60), dx.reshape(30, 150), dw), wanted)
 
 
+@recipes
+def test_constants_of_a_compiled_function(recipe):
+    x, w, dy = arrays(40, 48, 40)
+    got = jax.jit(lambda: products(x, w, dy, recipe=recipe))()
+    assert_products(got, numpy_fp8_products(x, w, dy, recipe))
+
+
 def test_a_vector():
     x, w, dy = arrays(1, 150, 60)
     y, dx, dw = products(x[0], w, dy[0])
