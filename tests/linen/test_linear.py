@@ -132,9 +132,7 @@ def test_the_kernel_runs(kernels, layer):
 )
 def test_other_products_are_refused(shapes, dimension_numbers):
     operands = [jnp.zeros(shape) for shape in shapes]
-    with pytest.raises(
-        NotImplementedError, match="dimension_numbers .* wanted"
-    ):
+    with pytest.raises(NotImplementedError, match="dimension_numbers .* wanted"):
         Fp8DotGeneral()(*operands, dimension_numbers)
 
 
