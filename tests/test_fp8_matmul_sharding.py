@@ -29,6 +29,12 @@ SUMS = {"all-reduce"}
 M, K, N = 32, 512, 512
 
 recipes = pytest.mark.parametrize("recipe", RECIPES)
+recipes_on_meshes = pytest.mark.parametrize(
+    ("mesh", "recipe"),
+    [*((AxisType.Auto, recipe) for recipe in RECIPES), (AxisType.Explicit, "block")],
+    indirect=["mesh"],
+    ids=[*RECIPES, "explicit block"],
+)
 
 
 def make_mesh(kind):
@@ -73,7 +79,7 @@ SPECS = {  # of x and w; shards of M, K and N; which of y, dx and dw are sums ov
 }
 
 
-@recipes
+@recipes_on_meshes
 @pytest.mark.parametrize("case", SPECS)
 def test_devices_exchange_sums_only(mesh, recipe, case):
     """And quantise the shards that they have."""
@@ -200,7 +206,7 @@ def put_weight(mesh, weight, spec):
     return type(weight)(side(weight.forward, (width, depth)), side(weight.backward, (depth, width)))
 
 
-@recipes
+@recipes_on_meshes
 @pytest.mark.parametrize("case", QUANTISED)
 def test_quantised_weights_stay_sharded(mesh, recipe, case):
     x_spec, w_spec, sums = QUANTISED[case]

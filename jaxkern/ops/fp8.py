@@ -186,7 +186,8 @@ def _fp8_matmul(config, x, w, *quantized):
 
 
 def _fp8_matmul_fwd(config, x, w, *quantized):
-    y = checkpoint_name(_fp8_matmul(config, x, w, *quantized), "jaxkern_fp8_matmul_out")
+    (y,) = _forward_op(config)(x, *(quantized[:2] or (w,)))
+    y = checkpoint_name(y, "jaxkern_fp8_matmul_out")
     return y, (x, *(quantized[2:] or (w,)))
 
 
@@ -204,13 +205,13 @@ _fp8_matmul.defvjp(_fp8_matmul_fwd, _fp8_matmul_bwd)
 
 
 class _Axes(NamedTuple):
-    """Names of the axes of every array, or of several."""
+    """Names of the axes of every array."""
 
     x: tuple[str, ...]
     w: tuple[str, ...]
     y: tuple[str, ...]
     dw: tuple[str, ...]
-    forward: tuple[tuple[str, ...], ...]  # of the weight
+    forward: tuple[tuple[str, ...], ...]  # of the arrays that are the weight
     backward: tuple[tuple[str, ...], ...]
 
 
