@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkern import dot_product_attention, rms_norm
+from jaxkern.ops.fp8 import fp8_matmul
 
 Implementation = str | Sequence[str] | None
 Window = int | tuple[int, int] | None
@@ -205,6 +206,61 @@ def normalize(
     """`jaxkern.rms_norm` in the wider of x's dtype and `dtype`, rounded to `dtype` once."""
     x = x.astype(jnp.promote_types(x.dtype, dtype))
     return rms_norm(x, scale, epsilon=epsilon, implementation=implementation).astype(dtype)
+
+
+def reject_precision(layer: str, precision: Any, dot_general: Callable | None) -> None:
+    """Raises ValueError for options of a product that an FP8 layer does not compute."""
+    for name, given in (("precision", precision), ("dot_general", dot_general)):
+        if given is not None and given is not jax.lax.dot_general:
+            raise ValueError(f"{layer} multiplies in FP8, got {name}={given!r}; wanted None")
+
+
+def fp8_linear(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array | None, **options: Any
+) -> jax.Array:
+    """`jaxkern.fp8_matmul` of x [..., K] and kernel [K, N], and bias [N] added to its result."""
+    y = fp8_matmul(x, kernel, **options)
+    return y if bias is None else y + bias
+
+
+def fp8_dot_general(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    dimension_numbers: Any,
+    precision: Any = None,
+    preferred_element_type: jax.typing.DTypeLike | None = None,
+    *,
+    out_sharding: Any = None,
+    **options: Any,
+) -> jax.Array:
+    """`jaxkern.fp8_matmul` with `jax.lax.dot_general`'s arguments, for a dense layer's product.
+
+    Args:
+      lhs: [..., K], bfloat16, float16 or float32.
+      rhs: [K, N], of these dtypes.
+      dimension_numbers: lhs's last axis with rhs's first one, and no batch.
+      precision: None.
+      preferred_element_type: of the result; None is what lhs and rhs promote to.
+      out_sharding: None, or the result's on a mesh with Explicit axes.
+      **options: of fp8_matmul.
+
+    Raises:
+      NotImplementedError: another product.
+      ValueError: a precision, or as fp8_matmul.
+    """
+    (contracted, batch) = (tuple(map(tuple, pair)) for pair in dimension_numbers)
+    wanted = ((lhs.ndim - 1,), (0,))
+    if contracted != wanted or batch != ((), ()) or rhs.ndim != 2:
+        raise NotImplementedError(
+            f"fp8_dot_general has dimension_numbers {dimension_numbers} for shapes {lhs.shape} and "
+            f"{rhs.shape}, wanted {(wanted, ((), ()))} with a matrix as the second operand"
+        )
+    reject_precision("fp8_dot_general", precision, None)
+    dtype = preferred_element_type
+    if dtype is None:
+        dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
+    y = fp8_matmul(lhs, rhs, preferred_element_type=dtype, **options)
+    return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 
 
 def bind(function: Callable, given: Callable | None, **options: object) -> Callable:

@@ -11,6 +11,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -21,17 +22,28 @@ from jax.sharding import PartitionSpec as P
 Axes = tuple[str, ...]
 
 
+class LocalShares(NamedTuple):
+    """What is called in the place of a local function where the devices add up its results.
+
+    share: from the shards of the operands to what the devices add up.
+    finish: from the sums and the shards of the operands to the results.
+    rounded: the indices of the results whose sums need this; all when None.
+    """
+
+    share: Callable
+    finish: Callable
+    rounded: Sequence[int] | None = None
+
+
 def sharded(
     local: Callable,
     operand_axes: Sequence[Axes],
     result_axes: Sequence[Axes],
-    shares: tuple[Callable, Callable] | None = None,
+    shares: LocalShares | None = None,
 ) -> Callable:
     """`local`, called on each device with its shards when it is partitioned.
 
-    `shares` is for results that cannot be added up as they are, say because they are rounded: a
-    function in the place of `local` where the devices add up its results, and one of the sums and
-    the shards of the operands, which makes them the results.
+    `shares` is for results that cannot be added up as they are, say because they are rounded.
     """
     call = custom_partitioning(local)
     context = jax.sharding.get_abstract_mesh()
@@ -51,8 +63,7 @@ def sharded(
             split = _with_whole_sums(split, result_axes)
 
         summed = [_summed(split, axes) for axes in result_axes]
-        has_sums = shares is not None and any(summed)
-        share, finish = shares if has_sums else (local, lambda sums, *_: sums)
+        share, finish, _ = shares if _needs(shares, summed) else _as_they_are(local)
 
         def lower(*shards):
             sums = tuple(
@@ -215,6 +226,19 @@ def _summed(split, axes):
     """The mesh axes over which the devices have shares of a result with these axes."""
     own = {name for axis in axes for name in split.get(axis, ())}
     return tuple(name for name in _names(split) if name not in own)
+
+
+def _needs(shares, summed):
+    """Whether the devices add up a result that `shares` is for."""
+    if shares is None:
+        return False
+    rounded = range(len(summed)) if shares.rounded is None else shares.rounded
+    return any(summed[i] for i in rounded)
+
+
+def _as_they_are(local):
+    """The shares of a function whose results are added up as they are."""
+    return LocalShares(local, lambda sums, *_: sums)
 
 
 def _names(split):

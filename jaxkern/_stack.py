@@ -9,17 +9,24 @@ from jax.custom_batching import custom_vmap
 
 from jaxkern import _dispatch, _partitioning
 
+_ONE_DERIVATIVE = (
+    "the kernel can be differentiated once, in reverse mode; implementation='xla' has derivatives "
+    "of any order"
+)
+
 
 class Shares(NamedTuple):
     """What an op is where its results are sums over devices and cannot be added up as they are.
 
     kernel, reference: functions of the op's operands; the devices add up their results.
     finish: from those sums and the operands to the op's results.
+    rounded: the indices of the results whose sums need this; all when None.
     """
 
     kernel: Callable
     reference: Callable
     finish: Callable
+    rounded: Sequence[int] | None = None
 
 
 def kernel_op(
@@ -31,6 +38,7 @@ def kernel_op(
     fallback: bool,
     vmap: Callable | None = None,
     shares: Shares | None = None,
+    derivatives: str = _ONE_DERIVATIVE,
 ) -> Callable:
     """A function of arrays that calls `kernel` where it is lowered for CUDA.
 
@@ -47,6 +55,7 @@ def kernel_op(
       vmap: from (this function, axis_size, in_batched, operands) to the vmapped results. By default
         the function itself, of operands that all have the vmapped axis in front.
       shares: for results that must not be added up as `kernel` has them.
+      derivatives: which there are, for the message where there is none.
     """
 
     def by_platform(kernel, reference):
@@ -58,7 +67,9 @@ def kernel_op(
         return local
 
     local = by_platform(kernel, reference)
-    local_shares = shares and (by_platform(shares.kernel, shares.reference), shares.finish)
+    local_shares = shares and _partitioning.LocalShares(
+        by_platform(shares.kernel, shares.reference), shares.finish, shares.rounded
+    )
 
     @jax.custom_jvp
     def once(*operands):
@@ -66,10 +77,7 @@ def kernel_op(
 
     @once.defjvp
     def _(primals, tangents):
-        raise NotImplementedError(
-            f"{op}: the kernel can be differentiated once, in reverse mode; implementation='xla' "
-            "has derivatives of any order"
-        )
+        raise NotImplementedError(f"{op}: {derivatives}")
 
     @custom_vmap
     def batched(*operands):

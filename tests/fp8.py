@@ -1,5 +1,7 @@
 """FP8 in NumPy: quantisation and products by their definition, in float64, a block at a time."""
 
+import itertools
+
 import ml_dtypes
 import numpy as np
 
@@ -92,3 +94,63 @@ def numpy_scaled_matmul(lhs, rhs, lhs_scale, rhs_scale, bias=None):
     bias = np.zeros(rhs.shape[-2]) if bias is None else np.asarray(bias, np.float64)
     out = lhs @ rhs.swapaxes(-1, -2) + bias
     return out, np.abs(lhs) @ np.abs(rhs).swapaxes(-1, -2) + np.abs(bias)
+
+
+RECIPES = {  # scaling of activations and gradients, scaling of weights, format of gradients
+    "tensor": ("tensor", "tensor", E5M2),
+    "row": ("row", "row", E5M2),
+    "block": ("1x128", "128x128", E4M3),
+}
+
+
+def numpy_fp8_products(x, w, dy, recipe, gradient_format=None, shards=(1, 1, 1)):
+    """y, dx and dw of x [M, K], w [K, N] and dy [M, N], as numpy_scaled_matmul has a product.
+
+    `shards` of M, K and N have scales of their own.
+    """
+    sizes = *x.shape, w.shape[1]
+    cuts = [np.array_split(np.arange(size), n) for size, n in zip(sizes, shards, strict=True)]
+    totals = [[np.zeros(a.shape), np.zeros(a.shape)] for a in (dy, x, w)]
+    for m, k, n in itertools.product(*cuts):
+        shard = (np.asarray(a)[np.ix_(*cut)] for a, cut in ((x, (m, k)), (w, (k, n)), (dy, (m, n))))
+        products = _fp8_products(*shard, recipe, gradient_format)
+        for total, product, cut in zip(totals, products, ((m, n), (m, k), (k, n)), strict=True):
+            for part, share in zip(total, product, strict=True):
+                part[np.ix_(*cut)] += share
+    return totals
+
+
+def _fp8_products(x, w, dy, recipe, gradient_format):
+    activation, weight, default = RECIPES[recipe]
+    gradient = gradient_format or default
+
+    def product(lhs, rhs):
+        lhs, rhs = numpy_quantize(*lhs), numpy_quantize(*rhs)
+        return numpy_scaled_matmul(lhs[0], rhs[0], lhs[1], rhs[1])
+
+    return (
+        product((x, E4M3, activation), (w.T, E4M3, weight)),
+        product((dy, gradient, activation), (w, E4M3, weight)),
+        product((x.T, E4M3, activation), (dy.T, gradient, activation)),
+    )
+
+
+def uneven(seed, *shape, dtype="float32"):
+    """Normal numbers in rows and columns of very different sizes, which tell scalings apart."""
+    rng = np.random.default_rng(seed)
+    exponents = sum(
+        rng.integers(-6, 6, [size if i == axis else 1 for i in range(len(shape))])
+        for axis, size in enumerate(shape)
+    )
+    numbers = np.ldexp(rng.standard_normal(shape), exponents).astype(np.float32)
+    return numbers.astype(getattr(ml_dtypes, dtype) if dtype == "bfloat16" else dtype)
+
+
+def assert_products(got, wanted, atol=1e-5):
+    """Each array against its product, but for float32 sums in another order and its own dtype."""
+    eps = {"float32": 0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+    for array, (product, size) in zip(got, wanted, strict=True):
+        assert array.shape == product.shape
+        error = np.abs(np.asarray(array).astype(np.float64) - product)
+        allowed = atol * size + eps[array.dtype.name] * np.abs(product)
+        assert (error <= allowed).all(), (error / np.maximum(allowed, 1e-30)).max()

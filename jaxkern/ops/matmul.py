@@ -76,11 +76,11 @@ def scaled_matmul(
     if fast_accumulation and lhs_scales.shape[-1] != 1:
         raise ValueError("fast_accumulation is True, wanted False with scales for blocks of K")
     choice = _dispatch.choose(_OP, implementation, None)
-    config = _Config(
+    config = Config(
         lhs_scaling,
         rhs_scaling,
-        depth=_names("depth", lhs.shape[-1], blocked=lhs_scaling == "1x128"),
-        width=_names("width", rhs.shape[-2], blocked=rhs_scaling == "128x128"),
+        depth=names("depth", lhs.shape[-1], blocked=lhs_scaling == "1x128"),
+        width=names("width", rhs.shape[-2], blocked=rhs_scaling == "128x128"),
         dtype=dtype,
         fast_accumulation=fast_accumulation,
         has_bias=bias is not None,
@@ -94,30 +94,30 @@ def scaled_matmul(
 # --- Axes -----------------------------------------------------------------------------------------
 
 
-class _Names(NamedTuple):
+class Names(NamedTuple):
     """What K, or N, is to the op: its axes in an operand, and the axis of its blocks' scales."""
 
     axes: tuple[str, ...]
     blocks: str | None = None
 
 
-def _names(name, size, *, blocked):
+def names(name, size, *, blocked):
     """Of an axis that can be sharded if it is one of elements, or of blocks that fill it.
 
     Blocks are an axis of their own then, [size / 128, 128], which has the name of their scales'.
     """
     if not blocked:
-        return _Names((f"b{name}",))
+        return Names((f"b{name}",))
     if size % BLOCK:
-        return _Names((name,), f"{name}_blocks")
-    return _Names((f"b{name}", name), f"b{name}")
+        return Names((name,), f"{name}_blocks")
+    return Names((f"b{name}", name), f"b{name}")
 
 
-class _Config(NamedTuple):
+class Config(NamedTuple):
     lhs_scaling: str
     rhs_scaling: str
-    depth: _Names  # of K
-    width: _Names  # of N
+    depth: Names  # of K
+    width: Names  # of N
     dtype: np.dtype  # of the result
     fast_accumulation: bool
     has_bias: bool
@@ -164,7 +164,7 @@ def _scaled_matmul(config, lhs, rhs, lhs_scales, rhs_scales, *bias):
     if config.kernel:
         (out,) = _op(config)(*_partitioning.alike(operands, operand_axes))
     else:
-        plain = functools.partial(_plain, config)
+        plain = functools.partial(by_reference, config)
         (out,) = _partitioning.on_auto_mesh(plain, operand_axes, result_axes)(*operands)
     return out.reshape(shape)
 
@@ -196,20 +196,20 @@ def _op(config):
 
     return _stack.kernel_op(
         _OP,
-        functools.partial(_call, config),
-        functools.partial(_plain, config),
+        functools.partial(by_kernel, config),
+        functools.partial(by_reference, config),
         config.axes,
         fallback=config.fallback,
         vmap=vmapped,
         shares=_stack.Shares(
-            lambda *operands: _call(shares, *operands[:4]),
-            lambda *operands: _plain(shares, *operands[:4]),
+            lambda *operands: by_kernel(shares, *operands[:4]),
+            lambda *operands: by_reference(shares, *operands[:4]),
             finish,
         ),
     )
 
 
-def _call(config, *operands):
+def by_kernel(config, *operands):
     """The product by the kernel."""
     (lhs, rhs, lhs_scale, rhs_scale, *bias), lhs_scaling, shape = _fold(config, *operands)
     n, k = rhs.shape[1:]
@@ -232,7 +232,7 @@ def _call(config, *operands):
     return (out[..., :n].reshape(shape),)
 
 
-def _plain(config, *operands):
+def by_reference(config, *operands):
     """The product by the reference."""
     operands, _, shape = _fold(config, *operands)
     return (reference.scaled_matmul(*operands, dtype=config.dtype).reshape(shape),)

@@ -73,11 +73,11 @@ def quantize(
     _checks.one_of("scaling", scaling, scales.SCALINGS)
     _checks.one_of("orientation", orientation, _ORIENTATIONS)
     choice = _dispatch.choose(_OP, implementation, None)
-    config = _Config(format, scaling, orientation, *choice)
+    config = Config(format, scaling, orientation, *choice)
     return _stack.without_derivative(_OP, functools.partial(_quantize, config))(x)
 
 
-class _Config(NamedTuple):
+class Config(NamedTuple):
     format: np.dtype
     scaling: str
     orientation: str
@@ -112,13 +112,17 @@ def _quantize(config, x):
     if config.kernel:
         results = _op(config)(*_partitioning.alike(operands, operand_axes))
     else:
-        plain = functools.partial(_plain, config)
+        plain = functools.partial(by_reference, config)
         results = _partitioning.on_auto_mesh(plain, operand_axes, result_axes)(*operands)
+    arrays = as_arrays(config, results, *operands[1:])
+    return arrays if config.orientation == "both" else arrays[0]
+
+
+def as_arrays(config, results, *scale):
+    """QuantizedArrays of what by_kernel and by_reference give, and the scale they were given."""
     if config.scaling == "tensor":
-        arrays = [QuantizedArray(values, operands[1]) for values in results]
-    else:
-        arrays = [QuantizedArray(*results[i : i + 2]) for i in range(0, len(results), 2)]
-    return tuple(arrays) if config.orientation == "both" else arrays[0]
+        return tuple(QuantizedArray(values, *scale) for values in results)
+    return tuple(QuantizedArray(*results[i : i + 2]) for i in range(0, len(results), 2))
 
 
 def _axes(config, rank):
@@ -137,8 +141,11 @@ def _axes(config, rank):
     return (x,), (x, scale) * config.has_natural + (x_t, scale_t) * config.has_transposed
 
 
-def _plain(config, x, *scale):
+def by_reference(config, x, *scale):
     """The results by the reference: values and scale, or values alone of a given scale."""
+    if config.has_transposed:
+        # NOTE: XLA's CPU compiler folds bits of a constant that is transposed into wrong ones.
+        x = jax.lax.optimization_barrier(x)
     results = []
     for wanted, matrix in (
         (config.has_natural, x),
@@ -156,24 +163,26 @@ def _plain(config, x, *scale):
 
 @functools.cache
 def _op(config):
-    def kernel(x, *scale):
-        lead = x.shape[:-2]
-        if config.rows_are_alone:
-            results = _call(config, x.reshape(-1, x.shape[-1]))
-            return tuple(r.reshape(*x.shape[:-1], r.shape[-1]) for r in results)
-        if not lead:
-            return _call(config, x, *scale)
-        flat = [a.reshape(math.prod(lead), *a.shape[-2:]) for a in (x, *scale)]
-        results = jax.lax.map(lambda operands: _call(config, *operands), flat)
-        return tuple(r.reshape(*lead, *r.shape[1:]) for r in results)
-
     return _stack.kernel_op(
         _OP,
-        kernel,
-        functools.partial(_plain, config),
+        functools.partial(by_kernel, config),
+        functools.partial(by_reference, config),
         lambda rank, *_: _axes(config, rank),
         fallback=config.fallback,
     )
+
+
+def by_kernel(config, x, *scale):
+    """The results by the kernel, as by_reference has them."""
+    lead = x.shape[:-2]
+    if config.rows_are_alone:
+        results = _call(config, x.reshape(-1, x.shape[-1]))
+        return tuple(r.reshape(*x.shape[:-1], r.shape[-1]) for r in results)
+    if not lead:
+        return _call(config, x, *scale)
+    flat = [a.reshape(math.prod(lead), *a.shape[-2:]) for a in (x, *scale)]
+    results = jax.lax.map(lambda operands: _call(config, *operands), flat)
+    return tuple(r.reshape(*lead, *r.shape[1:]) for r in results)
 
 
 def _call(config, x, *scale):

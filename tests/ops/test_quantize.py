@@ -40,6 +40,17 @@ def test_orientations(implementation, scaling, format, shape):
         check(got, x.swapaxes(-1, -2), format, scaling)
 
 
+@implementations
+@scalings
+@pytest.mark.parametrize("orientation", ["natural", "transposed"])
+def test_a_constant_of_a_compiled_function(implementation, scaling, orientation):
+    x = random_normal(1, (48, 40), dtype="float32")[0]
+    run = functools.partial(
+        quantize, scaling=scaling, orientation=orientation, implementation=implementation
+    )
+    check(jax.jit(lambda: run(x))(), x if orientation == "natural" else x.T, E4M3, scaling)
+
+
 def test_defaults():
     x = random_normal(1, (4, 200), dtype="float32")[0]
     check(quantize(x), x, E4M3, "row")
