@@ -86,6 +86,8 @@ def main(program: Program, argv: list[str]) -> int:
     common.add_destination(parser)
     chosen = parser.parse_args(argv)
     cases = [c for c in chosen.case or program.cases if re.search(chosen.filter, c)]
+    if not cases:
+        parser.error(f"--filter {chosen.filter!r} leaves no case")
     try:
         arguments = {case: program.arguments(case) for case in cases}
     except ValueError as error:
@@ -93,7 +95,7 @@ def main(program: Program, argv: list[str]) -> int:
     common.share_memory()
     run = common.start_run(parser, f"{program.name}.py", argv)
     print(f"{run.gpu} | commit {run.commit} | {run.versions}")
-    width = max(map(len, cases), default=0)
+    width = max(map(len, cases))
     failed = []
     with tempfile.TemporaryDirectory() as folder:
         binary = program.compile(pathlib.Path(folder))

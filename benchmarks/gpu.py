@@ -30,6 +30,7 @@ from typing import TextIO
 ROOT = pathlib.Path(__file__).parents[1]
 WORK = pathlib.Path(tempfile.gettempdir()) / "jaxkern-gpu"
 LIMITS = {"install": 120, "test": 300, "sanitize": 300, "bench": 420, "train": 480}
+BENCHMARKS = ("attention", "rms_norm", "gemm", "scaled_matmul")
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 SANITIZER_FOUND = 99
 
@@ -224,7 +225,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--step-limit", action="append", default=[], metavar="STEP=SECONDS")
     add("--jobs", type=int, default=4, help="test processes (%(default)s)")
     add("--whole-suite", action="store_true", help="run all tests, not only those for the GPU")
-    for name in ("pytest", "attention", "rms_norm", "gemm", "train"):
+    for name in ("pytest", *BENCHMARKS, "train"):
         add(f"--{name.replace('_', '-')}", default="", metavar="ARGS", help=f"passed to {name}")
     chosen = parser.parse_args(argv)
     chosen.steps = chosen.steps.split(",")
@@ -257,7 +258,7 @@ def main(argv: Sequence[str]) -> int:
         "install": lambda: install_commands(chosen, site),
         "test": lambda: test_commands(chosen),
         "sanitize": sanitize_commands,
-        "bench": lambda: measure_commands(chosen, ("attention", "rms_norm", "gemm"), output),
+        "bench": lambda: measure_commands(chosen, BENCHMARKS, output),
         "train": lambda: measure_commands(chosen, ("train",), output),
     }
     ends = time.monotonic() + chosen.limit

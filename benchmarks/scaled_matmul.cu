@@ -38,32 +38,25 @@ constexpr Recipe kRecipes[] = {
     {"block-wgrad", Scaling::kBlock1x128, Scaling::kBlock1x128, false, DType::kFloat32},
 };
 
-template <class Matmul>
-Provider ours(const std::string& name, int group = 8) {
-  return {name, [group](const ScaledMatmulParams& p) {
+template <class Out, BlockScales kScales, bool kFast, ScaledMatmulConfig kConfig>
+Provider variant(int group) {
+  using Matmul = ScaledMatmul<e4m3, e4m3, Out, kScales, kFast, kConfig>;
+  return {"waves" + std::to_string(kConfig.waves) + " n" + std::to_string(kConfig.block_n) +
+              " stages" + std::to_string(kConfig.stages) + " cluster" +
+              std::to_string(kConfig.blocks) + " group" + std::to_string(group),
+          [group](const ScaledMatmulParams& p) {
             bench::check(launch_scaled_matmul_sm90<Matmul>(p, nullptr, group), "scaled_matmul");
           }};
-}
-
-template <class Out, BlockScales kScales, bool kFast, ScaledMatmulConfig kConfig>
-Provider variant(const std::string& name, int group) {
-  return ours<ScaledMatmul<e4m3, e4m3, Out, kScales, kFast, kConfig>>(
-      name + " waves" + std::to_string(kConfig.waves) + " n" + std::to_string(kConfig.block_n) +
-          " stages" + std::to_string(kConfig.stages) + " cluster" + std::to_string(kConfig.blocks) +
-          " group" + std::to_string(group),
-      group);
 }
 
 // The first is what the library runs.
 template <class Out, BlockScales kScales>
 std::vector<Provider> promoted() {
   constexpr ScaledMatmulConfig kPair = {2, 128, 4, 2}, kAlone = {2, 128, 4, 1};
-  std::vector<Provider> found = {
-      variant<Out, kScales, false, kPair>("", 8), variant<Out, kScales, false, kPair>("", 4),
-      variant<Out, kScales, false, kPair>("", 16), variant<Out, kScales, false, kAlone>("", 8)};
   constexpr ScaledMatmulConfig kSmall = {1, 128, 6, 2};
-  found.push_back(variant<Out, kScales, false, kSmall>("", 8));
-  return found;
+  return {variant<Out, kScales, false, kPair>(8), variant<Out, kScales, false, kPair>(4),
+          variant<Out, kScales, false, kPair>(16), variant<Out, kScales, false, kAlone>(8),
+          variant<Out, kScales, false, kSmall>(8)};
 }
 
 template <class Out>
@@ -71,9 +64,9 @@ std::vector<Provider> fast() {
   constexpr auto kNone = BlockScales::kNone;
   constexpr ScaledMatmulConfig kWide = {1, 256, 4, 2}, kTall = {2, 128, 4, 2};
   constexpr ScaledMatmulConfig kAlone = {1, 256, 4, 1}, kSmall = {1, 128, 6, 2};
-  return {variant<Out, kNone, true, kWide>("", 8),  variant<Out, kNone, true, kWide>("", 4),
-          variant<Out, kNone, true, kWide>("", 16), variant<Out, kNone, true, kTall>("", 8),
-          variant<Out, kNone, true, kAlone>("", 8), variant<Out, kNone, true, kSmall>("", 8)};
+  return {variant<Out, kNone, true, kWide>(8),  variant<Out, kNone, true, kWide>(4),
+          variant<Out, kNone, true, kWide>(16), variant<Out, kNone, true, kTall>(8),
+          variant<Out, kNone, true, kAlone>(8), variant<Out, kNone, true, kSmall>(8)};
 }
 
 // The first is what the library runs.

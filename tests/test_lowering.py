@@ -104,10 +104,11 @@ def check_calls(arrays, name, options, changes, masks):
     width = arrays[0].shape[-1]
     query, key = f"{B}x{T}x{N}x{width}x{name}", f"{B}x{S}x{K}x{width}x{name}"
     lse = f"{B}x{N}x{T}xf32"
-    workspace = f"{4 + 132 * B * 3}xi32"  # T is 3 tiles of 64
+    granule = 4 + 2 * 64  # where the keys of 64 rows lie, and of each of them
+    workspace = f"{4 + granule * B * 3}xi32"  # T is 3 tiles of 64
     assert types(lines["attention_fwd"]) == ([query, key, key, *masks], [query, lse, workspace])
     padded = f"{B}x{N}x256"  # T in whole tiles of 128 or 80
-    workspace = f"{B * K * width + 132 * B * 2 + B * N * 32}xi32"  # S is 2 tiles of 64
+    workspace = f"{B * K * width + granule * B * 2 + B * N * 32}xi32"  # S is 2 tiles of 64
     assert types(lines["attention_bwd"]) == (
         [query, key, key, query, lse, query, lse, *masks],
         [query, key, key, *[f"{padded}xf32"] * 2, f"{padded}x{width}xf32", workspace],

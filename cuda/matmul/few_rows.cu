@@ -7,7 +7,7 @@ namespace jaxkern {
 
 template <int kTokens>
 cudaError_t launch_scaled_matmul_few_rows(const ScaledMatmulParams& p, cudaStream_t stream) {
-  const auto with_out = [&]<class Out>() {
+  return select_out(p.out_dtype, [&]<class Out>() {
     const auto run = [&]<BlockScales kScales, bool kFastAccumulation>() {
       using Matmul = ScaledMatmulFewRows<Out, kScales, kFastAccumulation, kTokens>;
       return launch_scaled_matmul_few_rows_sm90<Matmul>(p, stream);
@@ -17,17 +17,7 @@ cudaError_t launch_scaled_matmul_few_rows(const ScaledMatmulParams& p, cudaStrea
     }
     return p.fast_accumulation ? run.template operator()<BlockScales::kNone, true>()
                                : run.template operator()<BlockScales::kNone, false>();
-  };
-  switch (p.out_dtype) {
-    case DType::kBFloat16:
-      return with_out.template operator()<tile::bf16>();
-    case DType::kFloat16:
-      return with_out.template operator()<tile::f16>();
-    case DType::kFloat32:
-      return with_out.template operator()<float>();
-    default:
-      return cudaErrorInvalidValue;
-  }
+  });
 }
 
 template cudaError_t launch_scaled_matmul_few_rows<JAXKERN_TOKENS>(const ScaledMatmulParams&,

@@ -5,8 +5,24 @@
 #include <cuda_runtime_api.h>
 
 #include "cuda/matmul/params.h"
+#include "cuda/tile/types.cuh"
 
 namespace jaxkern {
+
+// Calls launch<Out>() with the element type of the result.
+template <class Launch>
+cudaError_t select_out(DType dtype, const Launch& launch) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return launch.template operator()<tile::bf16>();
+    case DType::kFloat16:
+      return launch.template operator()<tile::f16>();
+    case DType::kFloat32:
+      return launch.template operator()<float>();
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
 
 // All that launch_scaled_matmul() has found to be supported.
 template <class Lhs, class Rhs>

@@ -32,16 +32,8 @@ cudaError_t launch_with_scales(const ScaledMatmulParams& p, cudaStream_t stream)
 
 template <class Lhs, class Rhs>
 cudaError_t launch_scaled_matmul_of(const ScaledMatmulParams& params, cudaStream_t stream) {
-  switch (params.out_dtype) {
-    case DType::kBFloat16:
-      return launch_with_scales<Lhs, Rhs, tile::bf16>(params, stream);
-    case DType::kFloat16:
-      return launch_with_scales<Lhs, Rhs, tile::f16>(params, stream);
-    case DType::kFloat32:
-      return launch_with_scales<Lhs, Rhs, float>(params, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return select_out(params.out_dtype,
+                    [&]<class Out>() { return launch_with_scales<Lhs, Rhs, Out>(params, stream); });
 }
 
 template cudaError_t launch_scaled_matmul_of<tile::JAXKERN_LHS, tile::JAXKERN_RHS>(

@@ -2,6 +2,7 @@
 // and a queue hands each tile to one block, whose roles all see it.
 #include "cuda/tile/scheduler.cuh"
 
+#include "cuda/host/device.h"
 #include "cuda/host/launch.h"
 #include "cuda/tests/test.h"
 
@@ -129,8 +130,10 @@ int main() {
   test_matrix_order(17, 5, 8);
   test_matrix_order(3, 40, 8);
   test_matrix_order(9, 1, 1);
-  test_queue(132, 1000);
-  test_queue(132, 132);
+  int multiprocessors;
+  test::check(multiprocessor_count(&multiprocessors), "device");
+  test_queue(multiprocessors, 1000);
+  test_queue(multiprocessors, multiprocessors);
   test_queue(8, 3);
   test_queue(1, 50);
   return test::finish();

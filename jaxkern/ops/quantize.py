@@ -47,7 +47,7 @@ def quantize(
         128 columns of a row; "128x128", each block of that size. The last blocks of a row or a
         column may be smaller.
       orientation: "natural" quantises x, "transposed" x^T, of which `scaling` then speaks, and
-        "both" each of them, from one pass over x.
+        "both" each of them, which reads x no more often than "transposed" does.
       implementation: "cuda", "xla", or a sequence of them to take the first that supports the
         call. None is ("cuda", "xla"). "cuda" is a kernel for compute capability 9.0, used where the
         computation is lowered for CUDA. "xla" is plain jax.numpy. Both give the same bits.
@@ -189,11 +189,11 @@ def _call(config, x, *scale):
     """The results for one matrix."""
     rows, columns = x.shape
     scale = scale[0].reshape(1) if scale else x.reshape(-1)[:0].astype(_SINGLE)
-    has_sums = config.scaling == "row" and config.has_transposed
+    needs_workspace = config.scaling == "row" and config.has_transposed
     results = [
         *_result_types(config, config.has_natural, rows, columns),
         *_result_types(config, config.has_transposed, columns, rows),
-        ((rows + columns if has_sums else 0,), np.dtype(np.int32)),
+        ((rows + columns if needs_workspace else 0,), np.dtype(np.int32)),
     ]
     values, scale, values_t, scale_t, _ = _ffi.call(
         "jaxkern.quantize", results, x, scale, scaling=scales.code(config.scaling)

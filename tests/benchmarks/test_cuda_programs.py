@@ -86,3 +86,9 @@ def test_misspelled_recipe(measure, capsys, case):
     with pytest.raises(SystemExit):
         measure("--case", case, program=scaled_matmul.PROGRAM)
     assert "--case: wanted" in capsys.readouterr().err
+
+
+def test_filter_that_leaves_no_case(measure, capsys):
+    with pytest.raises(SystemExit):
+        measure("--filter", "m7 ")
+    assert "--filter 'm7 ' leaves no case" in capsys.readouterr().err
