@@ -71,7 +71,7 @@ def test_quantize_of_several_matrices():
 # What tensor cores lose: the sum of an instruction, of 32 products, keeps about 14 bits, of which
 # one is allowed for. Promoted sums have four instructions each, fast ones all of them.
 def tensor_core_error(k, fast):
-    return (k / 32 if fast else 4) * 2.0**-13
+    return (-(-k // 32) if fast else 4) * 2.0**-13
 
 
 def check_product(out, exact, terms, k, fast):
