@@ -17,8 +17,7 @@ from fp8 import (
     random_operands,
 )
 
-from jaxkern.ops.matmul import scaled_matmul
-from jaxkern.ops.quantize import quantize
+from jaxkern import quantize, scaled_matmul
 
 pytestmark = pytest.mark.gpu
 

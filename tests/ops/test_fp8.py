@@ -10,8 +10,7 @@ from fp8 import E4M3, E5M2, RECIPES, assert_products, numpy_fp8_products, uneven
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxkern.ops.fp8 import fp8_matmul, quantize_weight
-from jaxkern.ops.fp8_arguments import QuantizedWeight
+from jaxkern import QuantizedWeight, fp8_matmul, quantize_weight
 from jaxkern.testing import FP8_PRODUCT_LIMITS, random_normal, relative_error
 
 pytestmark = pytest.mark.usefixtures("kernels")
