@@ -75,6 +75,7 @@ class Family:
     inputs: Callable[[Any], Inputs]
     baseline: str
     subject: str = "jaxkern"
+    directions: Sequence[str] = DIRECTIONS
 
 
 def options(description: str, seconds: float = 0.02) -> argparse.ArgumentParser:
@@ -114,7 +115,11 @@ def start_run(
 
 
 def select(
-    parser: argparse.ArgumentParser, chosen: argparse.Namespace, shapes: Sequence, quick: Sequence
+    parser: argparse.ArgumentParser,
+    chosen: argparse.Namespace,
+    shapes: Sequence,
+    quick: Sequence,
+    directions: Sequence[str] = DIRECTIONS,
 ) -> dict[Any, list[str]]:
     """Shapes to measure and the directions of each: those of --case, else those of the family."""
     shapes = quick if chosen.quick else shapes
@@ -123,7 +128,7 @@ def select(
     except ValueError as error:
         parser.error(f"--case: {error}")
     selected: dict[Any, list[str]] = {}
-    for direction, shape in cases or ((d, shape) for shape in shapes for d in DIRECTIONS):
+    for direction, shape in cases or ((d, shape) for shape in shapes for d in directions):
         if re.search(chosen.filter, shape.case(direction)):
             selected.setdefault(shape, []).append(direction)
     if not selected:
@@ -148,9 +153,9 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 def normal_inputs(
     shapes: Sequence[tuple[int, ...]],
     dtypes: Sequence[Any],
-    cotangent: tuple[tuple[int, ...], Any],
+    cotangent: tuple[tuple[int, ...], Any] | None = None,
 ) -> Inputs:
-    """Fresh normal arguments and cotangents, enough sets of them to miss the L2 cache."""
+    """Fresh normal arguments, and cotangents if asked for, enough sets to miss the L2 cache."""
     total = sum(
         math.prod(shape) * jnp.dtype(dtype).itemsize
         for shape, dtype in zip(shapes, dtypes, strict=True)
@@ -162,7 +167,7 @@ def normal_inputs(
             tuple(_normal(next(keys), s, d) for s, d in zip(shapes, dtypes, strict=True))
             for _ in range(sets)
         ],
-        [_normal(next(keys), *cotangent) for _ in range(sets)],
+        [_normal(next(keys), *cotangent) for _ in range(sets)] if cotangent else [],
     )
 
 
@@ -311,7 +316,7 @@ class Comparison:
         benchmarking.append_rows(self.options.output, rows)
 
     def _summarize(self) -> None:
-        for direction in DIRECTIONS:
+        for direction in self.family.directions:
             means = {
                 name: f"{math.exp(statistics.fmean(map(math.log, ratios.values()))):.3f}"
                 for (d, name), ratios in self._speedups.items()
@@ -319,7 +324,7 @@ class Comparison:
             }
             if means:
                 self._print(f"{direction}: {self.family.subject} is faster by (geomean)", means, "")
-        for direction in DIRECTIONS:
+        for direction in self.family.directions:
             if ratios := self._speedups.get((direction, self.family.baseline)):
                 case = min(ratios, key=ratios.__getitem__)
                 print(f"lowest against {self.family.baseline}: {ratios[case]:.3f} at {case}")
