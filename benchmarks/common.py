@@ -68,14 +68,20 @@ Provider = Callable[[Any, Sequence[str], Inputs, Mapping[str, Any] | None], Prep
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What is measured: `subject` is compared with every other provider, first with `baseline`."""
+    """What is measured: `subject` is compared with every other provider, first with `baseline`.
+
+    `also` are further providers with a ratio to the baseline, `error_limit` what the relative error
+    against the first provider may be.
+    """
 
     name: str
     metric: str
     inputs: Callable[[Any], Inputs]
     baseline: str
     subject: str = "jaxkern"
+    also: Sequence[str] = ()
     directions: Sequence[str] = DIRECTIONS
+    error_limit: float = ERROR_LIMIT
 
 
 def options(description: str, seconds: float = 0.02) -> argparse.ArgumentParser:
@@ -233,6 +239,7 @@ class Comparison:
         cases = [shape.case(d) for shape, directions in selected.items() for d in directions]
         self._width = max(map(len, cases), default=4)
         print(f"{self.run.gpu} | commit {self.run.commit} | {self.run.versions}")
+        self._column = max(18, *(len(name) + 2 for name in self.providers))
         self._print("", {name: name for name in self.providers}, "")
         unit = UNITS[self.family.metric]
         self._print("case", {name: f"us {unit:>8}" for name in self.providers}, "ratio")
@@ -277,7 +284,7 @@ class Comparison:
             except Exception as error:
                 self._fail(name, error, where)
                 continue
-            if not ready.error <= ERROR_LIMIT:
+            if not ready.error <= self.family.error_limit:
                 why = f"{name} and {next(iter(prepared), name)} disagree, so nothing is measured"
                 self._failed.setdefault(why, []).append(f"{where} ({ready.error:.2g})")
                 return {}
@@ -307,11 +314,11 @@ class Comparison:
                 self._speedups.setdefault((direction, name), {})[case] = (
                     us[name] / us[self.family.subject]
                 )
-            if self.family.baseline in us:
-                value = us[self.family.baseline] / us[self.family.subject]
-                ratio = f"{value:.2f}"
-                pair = f"{self.family.subject} / {self.family.baseline}"
-                rows.append(row(pair, "ratio", value))
+        for name in (self.family.subject, *self.family.also):
+            if {name, self.family.baseline} <= us.keys():
+                value = us[self.family.baseline] / us[name]
+                rows.append(row(f"{name} / {self.family.baseline}", "ratio", value))
+                ratio = ratio or f"{value:.2f}"
         self._print(case, {name: f"{us[name]:.1f} {rate[name]:8.4g}" for name in us}, ratio)
         benchmarking.append_rows(self.options.output, rows)
 
@@ -335,8 +342,9 @@ class Comparison:
                 print(f"{title}: {why}: {'; '.join(where[:3])}{more}")
 
     def _print(self, case: str, cells: Mapping[str, str], ratio: str) -> None:
-        columns = (f"{cells.get(name, '-' if case else ''):>18}" for name in self.providers)
-        print(f"{case:<{self._width}}{''.join(columns)}{ratio:>7}", flush=True)
+        columns = [cells.get(name, "-" if case else "") for name in self.providers]
+        line = "".join(f"{cell:>{self._column}}" for cell in columns)
+        print(f"{case:<{self._width}}{line}{ratio:>7}", flush=True)
 
 
 def _print_kernels(sampler: benchmarking.Sampler) -> None:
