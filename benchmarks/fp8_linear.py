@@ -37,7 +37,7 @@ IMPLEMENTATION = "cuda"  # of jaxkern
 FP8_CALL = 'custom_call_target="__cublas$lt$matmul$f8"'
 STATE = nn.fp8_ops.OVERWRITE_WITH_GRADIENT
 
-# Each gradient is one of two products that follow another: 0.06 for each, by FP8_PRODUCT_LIMITS.
+# The gradients come of two products, each off by up to 0.06: see FP8_PRODUCT_LIMITS.
 ERROR_LIMIT = 0.2
 
 
@@ -83,7 +83,6 @@ SHAPES = (
     Shape(16384, 4096, 16384, "bf16", "bf16"),
     Shape(16384, 4096, 16384, "bf16", "f32"),
     Shape(4096, 4096, 16384, "bf16", "bf16"),
-    Shape(16384, 8192, 28672, "bf16", "bf16"),
 )
 QUICK = SHAPES[:1]
 
