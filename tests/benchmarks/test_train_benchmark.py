@@ -8,10 +8,6 @@ import train
 
 from jaxkern import benchmarking
 
-spec = importlib.util.spec_from_file_location("train_transformer", train.EXAMPLE)
-example = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(example)
-
 STAND_IN = """
 import argparse, json, pathlib, sys
 parser = argparse.ArgumentParser()
@@ -93,6 +89,9 @@ def test_losses_of_precisions(measure):
 
 
 def test_precisions_are_the_example_s():
+    spec = importlib.util.spec_from_file_location("train_transformer", train.EXAMPLE)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
     for name, options in train.PRECISIONS.items():
         _, config = example.parse(list(options))
         precision = name if name.startswith("fp8") else "dtype"
