@@ -68,13 +68,20 @@ Provider = Callable[[Any, Sequence[str], Inputs, Mapping[str, Any] | None], Prep
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What is measured: `subject` is compared with every other provider, first with `baseline`."""
+    """What is measured: `subject` is compared with every other provider, first with `baseline`.
+
+    `also` are further providers with a ratio to the baseline, `error_limit` what the relative error
+    against the first provider may be.
+    """
 
     name: str
     metric: str
     inputs: Callable[[Any], Inputs]
     baseline: str
     subject: str = "jaxkern"
+    also: Sequence[str] = ()
+    directions: Sequence[str] = DIRECTIONS
+    error_limit: float = ERROR_LIMIT
 
 
 def options(description: str, seconds: float = 0.02) -> argparse.ArgumentParser:
@@ -114,7 +121,11 @@ def start_run(
 
 
 def select(
-    parser: argparse.ArgumentParser, chosen: argparse.Namespace, shapes: Sequence, quick: Sequence
+    parser: argparse.ArgumentParser,
+    chosen: argparse.Namespace,
+    shapes: Sequence,
+    quick: Sequence,
+    directions: Sequence[str] = DIRECTIONS,
 ) -> dict[Any, list[str]]:
     """Shapes to measure and the directions of each: those of --case, else those of the family."""
     shapes = quick if chosen.quick else shapes
@@ -123,7 +134,7 @@ def select(
     except ValueError as error:
         parser.error(f"--case: {error}")
     selected: dict[Any, list[str]] = {}
-    for direction, shape in cases or ((d, shape) for shape in shapes for d in DIRECTIONS):
+    for direction, shape in cases or ((d, shape) for shape in shapes for d in directions):
         if re.search(chosen.filter, shape.case(direction)):
             selected.setdefault(shape, []).append(direction)
     if not selected:
@@ -148,9 +159,9 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 def normal_inputs(
     shapes: Sequence[tuple[int, ...]],
     dtypes: Sequence[Any],
-    cotangent: tuple[tuple[int, ...], Any],
+    cotangent: tuple[tuple[int, ...], Any] | None = None,
 ) -> Inputs:
-    """Fresh normal arguments and cotangents, enough sets of them to miss the L2 cache."""
+    """Fresh normal arguments, and cotangents if asked for, enough sets to miss the L2 cache."""
     total = sum(
         math.prod(shape) * jnp.dtype(dtype).itemsize
         for shape, dtype in zip(shapes, dtypes, strict=True)
@@ -162,7 +173,7 @@ def normal_inputs(
             tuple(_normal(next(keys), s, d) for s, d in zip(shapes, dtypes, strict=True))
             for _ in range(sets)
         ],
-        [_normal(next(keys), *cotangent) for _ in range(sets)],
+        [_normal(next(keys), *cotangent) for _ in range(sets)] if cotangent else [],
     )
 
 
@@ -228,6 +239,7 @@ class Comparison:
         cases = [shape.case(d) for shape, directions in selected.items() for d in directions]
         self._width = max(map(len, cases), default=4)
         print(f"{self.run.gpu} | commit {self.run.commit} | {self.run.versions}")
+        self._column = max(18, *(len(name) + 2 for name in self.providers))
         self._print("", {name: name for name in self.providers}, "")
         unit = UNITS[self.family.metric]
         self._print("case", {name: f"us {unit:>8}" for name in self.providers}, "ratio")
@@ -272,7 +284,7 @@ class Comparison:
             except Exception as error:
                 self._fail(name, error, where)
                 continue
-            if not ready.error <= ERROR_LIMIT:
+            if not ready.error <= self.family.error_limit:
                 why = f"{name} and {next(iter(prepared), name)} disagree, so nothing is measured"
                 self._failed.setdefault(why, []).append(f"{where} ({ready.error:.2g})")
                 return {}
@@ -302,16 +314,16 @@ class Comparison:
                 self._speedups.setdefault((direction, name), {})[case] = (
                     us[name] / us[self.family.subject]
                 )
-            if self.family.baseline in us:
-                value = us[self.family.baseline] / us[self.family.subject]
-                ratio = f"{value:.2f}"
-                pair = f"{self.family.subject} / {self.family.baseline}"
-                rows.append(row(pair, "ratio", value))
+        for name in (self.family.subject, *self.family.also):
+            if {name, self.family.baseline} <= us.keys():
+                value = us[self.family.baseline] / us[name]
+                rows.append(row(f"{name} / {self.family.baseline}", "ratio", value))
+                ratio = ratio or f"{value:.2f}"
         self._print(case, {name: f"{us[name]:.1f} {rate[name]:8.4g}" for name in us}, ratio)
         benchmarking.append_rows(self.options.output, rows)
 
     def _summarize(self) -> None:
-        for direction in DIRECTIONS:
+        for direction in self.family.directions:
             means = {
                 name: f"{math.exp(statistics.fmean(map(math.log, ratios.values()))):.3f}"
                 for (d, name), ratios in self._speedups.items()
@@ -319,7 +331,7 @@ class Comparison:
             }
             if means:
                 self._print(f"{direction}: {self.family.subject} is faster by (geomean)", means, "")
-        for direction in DIRECTIONS:
+        for direction in self.family.directions:
             if ratios := self._speedups.get((direction, self.family.baseline)):
                 case = min(ratios, key=ratios.__getitem__)
                 print(f"lowest against {self.family.baseline}: {ratios[case]:.3f} at {case}")
@@ -330,8 +342,9 @@ class Comparison:
                 print(f"{title}: {why}: {'; '.join(where[:3])}{more}")
 
     def _print(self, case: str, cells: Mapping[str, str], ratio: str) -> None:
-        columns = (f"{cells.get(name, '-' if case else ''):>18}" for name in self.providers)
-        print(f"{case:<{self._width}}{''.join(columns)}{ratio:>7}", flush=True)
+        columns = [cells.get(name, "-" if case else "") for name in self.providers]
+        line = "".join(f"{cell:>{self._column}}" for cell in columns)
+        print(f"{case:<{self._width}}{line}{ratio:>7}", flush=True)
 
 
 def _print_kernels(sampler: benchmarking.Sampler) -> None:

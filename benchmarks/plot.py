@@ -1,6 +1,6 @@
 """Figures and tables of the README, from the results files.
 
-    python benchmarks/plot.py               draws docs/attention.svg and docs/train_loss.svg
+    python benchmarks/plot.py               draws docs/attention.svg and the losses' figures
     python benchmarks/plot.py --markdown    prints the tables instead
 
 Of each case the latest run counts that compares jaxkern with another provider, so all of its bars
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import math
 import pathlib
 import statistics
@@ -35,7 +36,11 @@ COLORS = {
     "torch flash2": "#5a9e6f",
     "jax.nn xla": "#9a9fa6",
     "jaxkern xla": "#c4a35a",
+    "jaxkern fp8-row": "#3b82c4",
+    "jaxkern fp8-block": "#5a9e6f",
+    "jaxkern fp8-tensor": "#9b6fc4",
 }
+LOSSES = ("train_loss", "fp8_loss")  # what train.py --losses leaves
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "jaxkern",
@@ -60,8 +65,10 @@ STYLE = {
 Figures = Mapping[str, Mapping[str, float]]  # case -> provider -> value
 
 
-def latest(rows: Iterable[benchmarking.Row], family: str, metric: str) -> Figures:
-    """The figures of each case from the last run that compares jaxkern with another provider."""
+def latest(
+    rows: Iterable[benchmarking.Row], family: str, metric: str, subject: str = "jaxkern"
+) -> Figures:
+    """The figures of each case from the last run with the subject and another provider."""
     runs: dict[tuple[str, str, str], dict[str, float]] = {}
     for row in rows:
         if (row.family, row.metric) == (family, metric):
@@ -69,7 +76,7 @@ def latest(rows: Iterable[benchmarking.Row], family: str, metric: str) -> Figure
     figures: dict[str, dict[str, float]] = {}
     dates: dict[str, str] = {}
     for (case, date, _), values in runs.items():
-        if "jaxkern" in values and len(values) > 1 and date >= dates.get(case, ""):
+        if subject in values and len(values) > 1 and date >= dates.get(case, ""):
             dates[case], figures[case] = date, values
     return figures
 
@@ -161,6 +168,14 @@ def drift(losses: Losses, window: int = 10) -> Losses:
     return runs
 
 
+def thinned(points: Mapping[int, float], most: int = 400) -> Mapping[int, float]:
+    """At most so many points: means over equally many steps, each at the last of them."""
+    steps = sorted(points)
+    size = -(-len(steps) // most)
+    groups = (steps[i : i + size] for i in range(0, len(steps), size or 1))
+    return {group[-1]: statistics.fmean(points[step] for step in group) for group in groups}
+
+
 def draw_losses(source: pathlib.Path, path: pathlib.Path) -> None:
     """Training and held-out loss of each run, and how far the runs of a seed drift apart."""
     from matplotlib import pyplot
@@ -171,15 +186,17 @@ def draw_losses(source: pathlib.Path, path: pathlib.Path) -> None:
         for axes, runs in ((left, train), (right, drift(train))):
             for (name, seed, _), points in runs.items():
                 style = {
-                    "color": COLORS[name],
+                    "color": COLORS.get(name, INK),
                     "linewidth": 0.9,
                     "linestyle": ["-", "--"][seed % 2],
                 }
-                axes.plot(*zip(*points.items(), strict=True), **style)
+                axes.plot(*zip(*thinned(points).items(), strict=True), **style)
         for name in dict.fromkeys(name for name, _, _ in train):
-            left.plot([], [], color=COLORS[name], label=name)
+            left.plot([], [], color=COLORS.get(name, INK), label=name)
         for (name, _, _), points in held_out.items():
-            left.plot(*zip(*points.items(), strict=True), "o", color=COLORS[name], markersize=4)
+            left.plot(
+                *zip(*points.items(), strict=True), "o", color=COLORS.get(name, INK), markersize=4
+            )
         left.set(xlabel="step", ylabel="loss (nats/byte); dots: held out")
         right.set(xlabel="step", ylabel="distance from the mean run of the seed, 10 steps' mean")
         for axes in (left, right):
@@ -241,13 +258,30 @@ def rms_norm_table(figures: Figures) -> str:
 
 
 def train_table(figures: Figures) -> str:
-    """Tokens per second by provider of the attention."""
+    """Tokens per second by provider."""
     providers = [name for name in COLORS if any(name in values for values in figures.values())]
     lines = [
         [case, *(f"{values[name]:,.0f}" if name in values else "-" for name in providers)]
         for case, values in figures.items()
     ]
     return markdown_table(["tokens/s", *providers], lines)
+
+
+def rates_table(figures: Figures, unit: str) -> str:
+    """A unit's figures by provider, in the order in which they were measured."""
+    providers = list(dict.fromkeys(name for values in figures.values() for name in values))
+    lines = [
+        [case, *(_whole(values.get(name)) for name in providers)]
+        for case, values in figures.items()
+    ]
+    return markdown_table([unit, *providers], lines)
+
+
+def of_fp8(rows: Iterable[benchmarking.Row], *, wanted: bool) -> list[benchmarking.Row]:
+    """The rows of runs that have an FP8 provider, or of those that have none."""
+    rows = list(rows)
+    runs = {(row.date, row.commit) for row in rows if "fp8" in row.provider}
+    return [row for row in rows if ((row.date, row.commit) in runs) == wanted]
 
 
 def _whole(value: float | None) -> str:
@@ -271,23 +305,29 @@ def main(argv: Sequence[str]) -> int:
     rows = benchmarking.read_rows(chosen.results)
     tflops = latest(rows, "attention", "tflops")
     if chosen.markdown:
+        plain, fp8 = (of_fp8(rows, wanted=wanted) for wanted in (False, True))
+        gbps, linears = (functools.partial(rates_table, unit=u) for u in ("GB/s", "TFLOP/s"))
         tables = (
-            ("attention", attention_figures(tflops, masked=False), attention_table),
-            ("attention", attention_figures(tflops, masked=True), attention_table),
-            ("rms_norm", latest(rows, "rms_norm", "gbps"), rms_norm_table),
-            ("train", latest(rows, "train", "tokens_per_s"), train_table),
+            (rows, "attention", attention_figures(tflops, masked=False), attention_table),
+            (rows, "attention", attention_figures(tflops, masked=True), attention_table),
+            (rows, "rms_norm", latest(rows, "rms_norm", "gbps"), rms_norm_table),
+            (plain, "train", latest(plain, "train", "tokens_per_s"), train_table),
+            (fp8, "train", latest(fp8, "train", "tokens_per_s"), train_table),
+            (rows, "quantize", latest(rows, "quantize", "gbps"), gbps),
+            (rows, "fp8_linear", latest(rows, "fp8_linear", "tflops", "jaxkern row"), linears),
         )
-        for family, figures, table in tables:
+        for source, family, figures, table in tables:
             if figures:
-                print(f"{table(figures)}\n\n{conditions(rows, family)}\n")
+                print(f"{table(figures)}\n\n{conditions(source, family)}\n")
         return 0
     plain = attention_figures(tflops, masked=False)
     if not plain:
         parser.error(f"{chosen.results} has no attention case with jaxkern and another provider")
     draw_attention(plain, conditions(rows, "attention"), chosen.output / "attention.svg")
-    losses = chosen.results.parent / "train_loss.csv"
-    if losses.exists():
-        draw_losses(losses, chosen.output / "train_loss.svg")
+    for name in LOSSES:
+        losses = chosen.results.parent / f"{name}.csv"
+        if losses.exists():
+            draw_losses(losses, chosen.output / f"{name}.svg")
     return 0
 
 

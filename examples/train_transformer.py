@@ -1,8 +1,8 @@
 """Trains a decoder-only transformer on the source files of Python's standard library.
 
 The text is what every Python installation already has, read as bytes: files packed one after the
-other, each a document that attention does not leave. The model is Flax nnx on jaxkern's attention
-and RMSNorm, the optimiser optax, the input grain, the checkpoints orbax.
+other, each a document that attention does not leave. The model is Flax nnx on jaxkern's attention,
+RMSNorm and FP8 linears, the optimiser optax, the input grain, the checkpoints orbax.
 
     python examples/train_transformer.py                  # a small float32 model, minutes on a CPU
     python examples/train_transformer.py --preset gpu     # about 100M parameters, bf16, on one GPU
@@ -37,11 +37,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 import jaxkern
-from jaxkern.nnx import RMSNorm
+from jaxkern.nnx import Fp8Linear, RMSNorm
 
 VOCABULARY = 256  # bytes
 HELD_OUT = 10  # every tenth file is held out
 SAMPLE = 300  # bytes of generated text
+DTYPES = ("float32", "bfloat16", "float16")
+PRECISIONS = ("dtype", "fp8-row", "fp8-block", "fp8-tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Config:
     layers: int = 4
     width: int = 128
     heads: int = 4
+    kv_heads: int = 0  # of key and value; 0: as many as heads
     hidden: int = 384  # width inside the MLP
     context: int = 128  # bytes the model sees
     batch: int = 32  # sequences per step
@@ -59,6 +62,7 @@ class Config:
     warmup: int = 50  # steps of rising learning rate
     weight_decay: float = 0.1
     dtype: str = "float32"  # of activations; parameters are float32
+    precision: str = "dtype"  # of the blocks' products: dtype's, or FP8 by a recipe
     log_every: int = 10  # steps between updates of losses.csv
     eval_every: int = 50  # steps between held-out losses, each with a checkpoint
     eval_batches: int = 8
@@ -67,11 +71,14 @@ class Config:
 
 GPU_SIZE = {"layers": 12, "width": 768, "heads": 6, "hidden": 2560, "context": 2048, "batch": 64}
 BIG_SIZE = {"layers": 20, "width": 2048, "heads": 16, "hidden": 5632, "context": 4096, "batch": 4}
+# Blocks of Llama 3 8B, as many as one GPU of 140 GB trains.
+LLAMA_SIZE = {"layers": 6, "width": 4096, "heads": 32, "kv_heads": 8, "hidden": 14336}
 GPU_RUN = {"steps": 600, "dtype": "bfloat16", "eval_every": 100}
 PRESETS = {
     "cpu": Config(),
     "gpu": Config(**GPU_SIZE, **GPU_RUN, learning_rate=1e-3),
     "gpu-1b": Config(**BIG_SIZE, **GPU_RUN, learning_rate=3e-4),
+    "gpu-8b-blocks": Config(**LLAMA_SIZE, **GPU_RUN, learning_rate=3e-4, context=4096, batch=8),
 }
 
 
@@ -113,15 +120,13 @@ def training_batches(text: np.ndarray, config: Config) -> grain.DatasetIterator:
     """Endless uint8 batches [batch, context + 1], shuffled anew every epoch; can be saved."""
     dataset = grain.MapDataset.source(TextWindows(text, config.context))
     dataset = dataset.seed(config.seed).shuffle().repeat().batch(config.batch)
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-    return iter(dataset.to_iter_dataset(options))
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 
 def held_out_batches(text: np.ndarray, config: Config) -> np.ndarray:
     """[eval_batches, batch, context + 1], evenly spread over the text."""
     windows = TextWindows(text, config.context)
-    wanted = config.eval_batches * config.batch
-    picks = np.linspace(0, len(windows) - 1, wanted).astype(int)
+    picks = np.linspace(0, len(windows) - 1, config.eval_batches * config.batch).astype(int)
     return np.stack([windows[i] for i in picks]).reshape(config.eval_batches, config.batch, -1)
 
 
@@ -157,25 +162,31 @@ class Block(nnx.Module):
     """Attention and a SwiGLU MLP (https://arxiv.org/abs/2002.05202), each added to its input."""
 
     def __init__(self, config: Config, implementation: str | None, rngs: nnx.Rngs):
-        c = config
-        dtype = jnp.dtype(c.dtype)
+        c, dtype = config, jnp.dtype(config.dtype)
         norm = functools.partial(RMSNorm, c.width, dtype=dtype, rngs=rngs)
-        linear = functools.partial(nnx.LinearGeneral, use_bias=False, dtype=dtype, rngs=rngs)
+        linear = functools.partial(nnx.Linear, use_bias=False, dtype=dtype, rngs=rngs)
+        if c.precision != "dtype":  # The same parameters.
+            fp8 = {"recipe": c.precision.removeprefix("fp8-")}
+            fp8["implementation"] = None if implementation == "cudnn" else implementation
+            linear = functools.partial(Fp8Linear, **linear.keywords, **fp8)
+        kv_heads, self.head_dim = c.kv_heads or c.heads, c.width // c.heads
+        self.ends = (c.heads, c.heads + kv_heads)  # Where query's heads end, and where key's.
         # The sum of 2 * layers branches starts with the variance of one.
         small = nnx.initializers.variance_scaling(0.5 / c.layers, "fan_in", "normal")
         self.attention_norm = norm()
-        self.qkv = linear(c.width, (3, c.heads, c.width // c.heads))
-        self.out = linear((c.heads, c.width // c.heads), c.width, axis=(-2, -1), kernel_init=small)
+        self.qkv = linear(c.width, (c.heads + 2 * kv_heads) * self.head_dim)
+        self.out = linear(c.width, c.width, kernel_init=small)
         self.mlp_norm = norm()
-        self.up = linear(c.width, (2, c.hidden))
+        self.up = linear(c.width, 2 * c.hidden)
         self.down = linear(c.hidden, c.width, kernel_init=small)
         self.implementation = implementation
 
     def __call__(self, x, ids):
-        query, key, value = jnp.unstack(self.qkv(self.attention_norm(x)), axis=2)
+        heads = self.qkv(self.attention_norm(x)).reshape(*x.shape[:2], -1, self.head_dim)
+        query, key, value = jnp.split(heads, self.ends, axis=2)
         query, key = rotate(query), rotate(key)
-        x = x + self.out(attend(query, key, value, ids, self.implementation))
-        gate, up = jnp.unstack(self.up(self.mlp_norm(x)), axis=2)
+        x = x + self.out(attend(query, key, value, ids, self.implementation).reshape(x.shape))
+        gate, up = jnp.split(self.up(self.mlp_norm(x)), 2, axis=-1)
         return x + self.down(jax.nn.silu(gate) * up)
 
 
@@ -212,11 +223,8 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     """AdamW under a warmup and a cosine, with clipped gradients; only matrices decay."""
     peak, warmup = config.learning_rate, min(config.warmup, config.steps // 2)
     rate = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, config.steps, end_value=0.1 * peak)
-
-    def is_matrix(params):
-        return jax.tree.map(lambda p: p.ndim > 1, params)
-
-    adamw = optax.adamw(rate, b2=0.95, weight_decay=config.weight_decay, mask=is_matrix)
+    matrices = functools.partial(jax.tree.map, lambda p: p.ndim > 1)
+    adamw = optax.adamw(rate, b2=0.95, weight_decay=config.weight_decay, mask=matrices)
     return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
 
@@ -310,33 +318,27 @@ class LossLog:
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     """Options to a run's settings; exits with a message where they do not fit."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="cpu", help="settings to start from (default: cpu)")
     add("--output", type=Path, help="folder of the run (default: runs/train_transformer_PRESET)")
     add("--restart", action="store_true", help="discard the run in --output, if there is one")
     add("--devices", type=int, default=1, help="devices to split the batch over (default: 1)")
-    add(
-        "--implementation",
-        choices=("cuda", "xla", "cudnn"),
-        help="of attention: jaxkern's kernel, jaxkern's pure JAX, or cuDNN through jax.nn "
-        "(default: the kernel where it supports the call, else pure JAX)",
-    )
+    text = "jaxkern's kernels, its pure JAX, or attention by jax.nn's cuDNN (default: what can run)"
+    add("--implementation", choices=("cuda", "xla", "cudnn"), help=text)
     group = parser.add_argument_group("settings, each overriding the preset's")
     for field in dataclasses.fields(Config):
         option = f"--{field.name.replace('_', '-')}"
-        choices = ("float32", "bfloat16", "float16") if field.name == "dtype" else None
+        choices = {"dtype": DTYPES, "precision": PRECISIONS}.get(field.name)
         values = ", ".join(f"{name} {getattr(c, field.name)}" for name, c in PRESETS.items())
         group.add_argument(option, type=field.type, choices=choices, help=values)
     args = parser.parse_args(argv)
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {f.name: v for f in dataclasses.fields(Config) if (v := vars(args)[f.name]) is not None}
     config = c = dataclasses.replace(PRESETS[args.preset], **given)
 
     for name, value in [("devices", args.devices), *dataclasses.asdict(config).items()]:
-        least = 0 if name in ("seed", "warmup") else 1
+        least = 0 if name in ("seed", "warmup", "kv_heads") else 1
         if isinstance(value, int) and value < least:
             parser.error(f"--{name.replace('_', '-')} is {value}; wanted at least {least}")
     if args.devices > 1 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -349,10 +351,12 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         parser.error(f"--batch {c.batch} must be a multiple of --devices {args.devices}")
     if c.width % (2 * c.heads):
         parser.error(f"--width {c.width} must be a multiple of twice --heads {c.heads}")
+    if c.kv_heads and c.heads % c.kv_heads:
+        parser.error(f"--heads {c.heads} must be a multiple of --kv-heads {c.kv_heads}")
     if c.eval_every % c.log_every:
         parser.error(f"--eval-every {c.eval_every} must be a multiple of --log-every {c.log_every}")
     for name, value in (("preset", args.preset), ("implementation", args.implementation)):
-        if value in ("gpu", "gpu-1b", "cuda", "cudnn") and platform != "gpu":
+        if value and value.startswith(("gpu", "cu")) and platform != "gpu":
             parser.error(f"--{name} {value} needs a GPU; JAX has {platform} only")
     return args, config
 
@@ -365,10 +369,10 @@ def open_run(output: Path, config: Config, restart: bool) -> None:
     elif settings.exists():
         before = json.loads(settings.read_text())
         for name, value in dataclasses.asdict(config).items():
-            if before[name] != value:
+            if (had := before.get(name)) != value:
                 raise SystemExit(
-                    f"{output} holds a run with {name} {before[name]}, this one has {value}: give "
-                    "the same settings to go on, --restart to discard it, or another --output"
+                    f"{output} holds a run with {name} {had}, this one has {value}: give the same "
+                    "settings to go on, --restart to discard it, or another --output"
                 )
     output.mkdir(parents=True, exist_ok=True)
     settings.write_text(json.dumps(dataclasses.asdict(config), indent=2))
@@ -395,11 +399,9 @@ def train(config, trainer, batches, held_out, log, checkpoints, step) -> float |
                 rows[-1]["held_out"] = trainer.held_out_loss(held_out)
             log.add(rows)
             if evaluate:
-                contents = ocp.args.Composite(
-                    state=ocp.args.StandardSave(trainer.state),
-                    data=grain.checkpoint.CheckpointSave(batches),
-                )
-                checkpoints.save(step, args=contents)
+                state = ocp.args.StandardSave(trainer.state)
+                data = grain.checkpoint.CheckpointSave(batches)
+                checkpoints.save(step, args=ocp.args.Composite(state=state, data=data))
             bar.update(len(losses))
             speed = f", {rate:,.0f} tokens/s" if rate else ""
             bar.set_postfix_str(f"loss {np.mean(losses):.3f}{speed}")
@@ -426,10 +428,9 @@ def main(argv: list[str] | None = None) -> None:
         step = checkpoints.latest_step() or 0
         if step:
             target = jax.tree.map(ocp.utils.to_shape_dtype_struct, trainer.state)
-            contents = ocp.args.Composite(
-                state=ocp.args.StandardRestore(target),
-                data=grain.checkpoint.CheckpointRestore(batches),
-            )
+            state = ocp.args.StandardRestore(target)
+            data = grain.checkpoint.CheckpointRestore(batches)
+            contents = ocp.args.Composite(state=state, data=data)
             trainer.state = checkpoints.restore(step, args=contents)["state"]
             print(f"going on from step {step}")
         log = LossLog(output / "losses.csv", step)

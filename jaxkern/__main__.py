@@ -15,6 +15,7 @@ from jaxkern import _dispatch, _ffi
 # The targets that each public operation calls.
 _OPS = {
     "dot_product_attention": ("jaxkern.attention_fwd", "jaxkern.attention_bwd"),
+    "fp8_matmul": ("jaxkern.quantize", "jaxkern.scaled_matmul"),
     "quantize": ("jaxkern.quantize",),
     "rms_norm": ("jaxkern.rms_norm_fwd", "jaxkern.rms_norm_bwd"),
     "scaled_matmul": ("jaxkern.scaled_matmul",),

@@ -11,8 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkern import dot_product_attention, rms_norm
-from jaxkern.ops.fp8 import fp8_matmul
+from jaxkern import dot_product_attention, fp8_matmul, rms_norm
 
 Implementation = str | Sequence[str] | None
 Window = int | tuple[int, int] | None

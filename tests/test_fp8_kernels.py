@@ -17,8 +17,7 @@ from fp8 import (
     random_operands,
 )
 
-from jaxkern.ops.matmul import scaled_matmul
-from jaxkern.ops.quantize import quantize
+from jaxkern import quantize, scaled_matmul
 
 pytestmark = pytest.mark.gpu
 
@@ -141,6 +140,21 @@ def test_promotion_keeps_long_sums(m, lhs_scaling, rhs_scaling):
     exact, _ = numpy_scaled_matmul(*operands)
     out = jax.jit(functools.partial(scaled_matmul, implementation="cuda"))(*operands)
     assert np.abs(np.asarray(out, np.float64) / exact - 1).max() < 4 * 2.0**-13
+
+
+@pytest.mark.parametrize("m", [5, 300])
+@pytest.mark.parametrize("lhs_scaling, rhs_scaling", SCALES)
+def test_scales_at_the_ends(m, lhs_scaling, rhs_scaling):
+    """From the smallest one that quantize gives; NaN stays in the rows of its block."""
+    lhs, rhs, lhs_scale, rhs_scale = random_operands(m, m, 200, 400, lhs_scaling, rhs_scaling)
+    run = jax.jit(functools.partial(scaled_matmul, implementation="cuda"))
+    operands = lhs, rhs, np.ldexp(lhs_scale, -126), np.ldexp(rhs_scale, 100)
+    check_product(run(*operands), *numpy_scaled_matmul(*operands), 400, fast=False)
+    bad = np.zeros(m, bool)
+    bad[3 if lhs_scaling != "tensor" else slice(None)] = True
+    lhs_scale[3 if lhs_scaling != "tensor" else 0, -1] = np.nan
+    out = np.isnan(run(lhs, rhs, lhs_scale, rhs_scale))
+    np.testing.assert_array_equal(out, np.broadcast_to(bad[:, None], out.shape))
 
 
 def test_results_repeat():

@@ -9,9 +9,7 @@ import pytest
 from fp8 import E4M3, E5M2, SCALES, random_operands
 from lowering import attributes, cuda_text, custom_call_lines, custom_calls, types
 
-from jaxkern import _ffi
-from jaxkern.ops.matmul import scaled_matmul
-from jaxkern.ops.quantize import quantize
+from jaxkern import _ffi, quantize, scaled_matmul
 
 pytestmark = pytest.mark.usefixtures("kernels")
 

@@ -8,8 +8,7 @@ import pytest
 from fp8 import E4M3, E5M2, RECIPES
 from lowering import attributes, cuda_text, custom_calls, types
 
-from jaxkern import _ffi
-from jaxkern.ops.fp8 import fp8_matmul, quantize_weight
+from jaxkern import _ffi, fp8_matmul, quantize_weight
 
 pytestmark = pytest.mark.usefixtures("kernels")
 

@@ -19,8 +19,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from lowering import COLLECTIVES, collectives
 
+from jaxkern import fp8_matmul, quantize_weight
 from jaxkern.ops import matmul
-from jaxkern.ops.fp8 import fp8_matmul, quantize_weight
 
 pytestmark = pytest.mark.usefixtures("kernels")
 

@@ -19,8 +19,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from lowering import collectives
 
-from jaxkern.ops.matmul import scaled_matmul
-from jaxkern.ops.quantize import quantize
+from jaxkern import quantize, scaled_matmul
 from jaxkern.testing import random_normal
 
 pytestmark = pytest.mark.usefixtures("kernels")

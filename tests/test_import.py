@@ -22,4 +22,7 @@ print(*sorted(name for name in dir(jaxkern) if not name.startswith("_")))
 def test_import():
     run = [sys.executable, "-W", "error", "-c", PROGRAM]
     result = subprocess.run(run, check=True, capture_output=True, text=True)
-    assert result.stdout.split() == ["dot_product_attention", "ops", "reference", "rms_norm"]
+    functions = {"dot_product_attention", "fp8_matmul", "quantize", "quantize_weight", "rms_norm"}
+    functions |= {"scaled_matmul"}
+    folders, types = {"ops", "reference"}, {"QuantizedArray", "QuantizedWeight"}
+    assert set(result.stdout.split()) == functions | folders | types

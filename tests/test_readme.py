@@ -1,13 +1,21 @@
-"""The README's snippet runs."""
+"""The README's snippets run, and print what they say."""
 
 import pathlib
 import re
 
+import pytest
+
 README = pathlib.Path(__file__).parents[1] / "README.md"
+SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
-def test_snippet(capsys):
-    [snippet] = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+def test_there_are_snippets():
+    assert len(SNIPPETS) == 2
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_snippet(snippet, capsys):
     exec(compile(snippet, str(README), "exec"), {})
-    printed = re.search(r"print\(.*#\s*(.*)", snippet)[1]
-    assert capsys.readouterr().out.strip() == printed
+    printed = re.findall(r"print\(.*#\s*(.*)", snippet)
+    assert printed
+    assert capsys.readouterr().out.splitlines() == printed

@@ -13,8 +13,7 @@ import pytest
 from fp8 import E4M3, assert_same_fp8, numpy_quantize, numpy_scaled_matmul, random_operands
 
 import jaxkern
-from jaxkern.ops.matmul import scaled_matmul
-from jaxkern.ops.quantize import quantize
+from jaxkern import quantize, scaled_matmul
 
 pytestmark = pytest.mark.gpu
 

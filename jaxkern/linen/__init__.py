@@ -6,9 +6,12 @@ from jaxkern.linen.attention import (
     SelfAttention,
     attention_fn,
 )
+from jaxkern.linen.linear import Fp8Dense, Fp8DotGeneral
 from jaxkern.linen.normalization import RMSNorm
 
 __all__ = [
+    "Fp8Dense",
+    "Fp8DotGeneral",
     "MultiHeadAttention",
     "MultiHeadDotProductAttention",
     "RMSNorm",

@@ -15,7 +15,8 @@ def run(date, commit="abc"):
 
 def rows(date, case=CASE, family="attention", metric="tflops", **values):
     names = {"ours": "jaxkern", "cudnn": "jax.nn cudnn", "xla": "jaxkern xla", "jnp": "jnp"}
-    names |= {"separate": "jaxkern separate"}
+    names |= {"separate": "jaxkern separate", "fp8": "jaxkern fp8-row", "copy": "copy"}
+    names |= {"row": "jaxkern row", "bf16": "xla bf16"}
     return [run(date).row(family, case, names[n], metric, v) for n, v in values.items()]
 
 
@@ -36,6 +37,11 @@ def results(tmp_path):
         )
     speeds = {"ours": 500_000.0, "xla": 50_000.0}
     everything += rows("2026-01-04", "train 104M b64", "train", "tokens_per_s", **speeds)
+    speeds = {"ours": 400_000.0, "fp8": 600_000.0}
+    everything += rows("2026-01-05", "train 104M b64", "train", "tokens_per_s", **speeds)
+    rates = {"ours": 4000.0, "xla": 2000.0, "copy": 4100.0}
+    everything += rows("2026-01-06", "quantize row both", "quantize", "gbps", **rates)
+    everything += rows("2026-01-07", "fwd m1", "fp8_linear", "tflops", bf16=600.0, row=1100.0)
     benchmarking.append_rows(tmp_path, everything)
     return tmp_path / "nvidia-h200.csv"
 
@@ -72,6 +78,12 @@ def test_figures(results, tmp_path):
     assert "jaxkern separate" not in drawn  # windows and documents have a table only
     losses = (tmp_path / "docs" / "train_loss.svg").read_text()
     assert ">jaxkern xla</text>" in losses
+    assert not (tmp_path / "docs" / "fp8_loss.svg").exists()
+    (tmp_path / "fp8_loss.csv").write_text(
+        "provider,seed,run,step,train,held_out\njaxkern fp8-row,0,0,1,5.0,5.1\n"
+    )
+    assert plot.main(arguments) == 0
+    assert ">jaxkern fp8-row</text>" in (tmp_path / "docs" / "fp8_loss.svg").read_text()
     assert plot.main(arguments) == 0
     assert (tmp_path / "docs" / "attention.svg").read_text() == drawn
 
@@ -90,6 +102,13 @@ def test_drift():
         ("jaxkern xla", 0, 0): {2: pytest.approx(0.15)},
         ("jaxkern", 1, 0): {},
     }
+
+
+def test_long_runs_are_thinned():
+    assert plot.thinned({1: 5.0, 2: 4.0}) == {1: 5.0, 2: 4.0}
+    assert plot.thinned({}) == {}
+    points = {step: float(step) for step in range(1, 8)}
+    assert plot.thinned(points, most=3) == {3: 2.0, 6: 5.0, 7: 7.0}
 
 
 def test_figure_of_a_few_cases(tmp_path):
@@ -125,4 +144,11 @@ def test_markdown(results, capsys):
     assert lines[28] == windows + "| 3.00 / - |"
     assert "documents8 bf16 | yes | 300 / - | 100 / - | 310 / - |" in lines[31]
     assert "| fwd r65536 w1024 bf16 | 4000 | - | 3000 |" in lines
-    assert "| train 104M b64 | 500,000 | 50,000 |" in lines
+    assert "| tokens/s | jaxkern | jaxkern fp8-row |" in lines
+    fp8 = lines.index("| train 104M b64 | 400,000 | 600,000 |")
+    assert lines[fp8 + 2].endswith("2026-01-05")
+    assert lines[lines.index("| train 104M b64 | 500,000 | 50,000 |") + 2].endswith("2026-01-04")
+    quantize = lines.index("| GB/s | jaxkern | jaxkern xla | copy |")
+    assert lines[quantize + 2] == "| quantize row both | 4000 | 2000 | 4100 |"
+    linear = lines.index("| TFLOP/s | xla bf16 | jaxkern row |")
+    assert lines[linear + 2] == "| fwd m1 | 600 | 1100 |"

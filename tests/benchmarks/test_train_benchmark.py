@@ -1,6 +1,7 @@
 """The benchmark around the training example, with a stand-in for the example."""
 
 import csv
+import importlib.util
 
 import pytest
 import train
@@ -10,7 +11,8 @@ from jaxkern import benchmarking
 STAND_IN = """
 import argparse, json, pathlib, sys
 parser = argparse.ArgumentParser()
-for name in ("implementation", "output", "preset", "steps", "batch", "seed"):
+names = ("implementation", "output", "preset", "steps", "batch", "seed", "precision", "dtype")
+for name in names:
     parser.add_argument(f"--{name}")
 parser.add_argument("--restart", action="store_true")
 a = parser.parse_args()
@@ -18,12 +20,14 @@ if a.implementation == "cudnn":
     sys.exit("cuDNN is not there")
 out = pathlib.Path(a.output)
 out.mkdir(parents=True)
-config = {"batch": int(a.batch), "context": 2048, "dtype": "bfloat16", "preset": a.preset}
+(out / "checkpoints").mkdir()
+config = {"batch": int(a.batch), "context": 2048, "dtype": a.dtype or "bfloat16"}
 (out / "config.json").write_text(json.dumps(config))
 lines = ["step,train,held_out", f"1,{5.5 + int(a.seed)},", f"{a.steps},4.5,4.75"]
 (out / "losses.csv").write_text("\\n".join(lines) + "\\n")
 print("some progress")
 speed = {"cuda": 1000.0, "xla": 100.0}[a.implementation]
+speed *= {None: 1, "fp8-row": 1.5, "fp8-block": 1.25}[a.precision]
 result = {"held_out_loss": 4.75, "tokens_per_s": speed, "steps": int(a.steps)}
 print(json.dumps(result | {"parameters": 104123456, "devices": 1}))
 """
@@ -57,6 +61,51 @@ def test_rows(measure, capsys):
     assert "1,000 tokens/s  held-out loss 4.7500" in capsys.readouterr().out
 
 
+def test_precisions_cross_implementations(measure):
+    arguments = ["--implementations", "cuda,xla", "--precisions", "bf16,fp8-row", "--steps", "7"]
+    status, output = measure(*arguments)
+    assert status == 0
+    [path] = output.iterdir()
+    assert [(r.case, r.provider, r.value) for r in benchmarking.read_rows(path)] == [
+        ("train 104M b8 t2048 bf16", "jaxkern", 1000.0),
+        ("train 104M b8 t2048 bf16", "jaxkern fp8-row", 1500.0),
+        ("train 104M b8 t2048 bf16", "jaxkern xla", 100.0),
+        ("train 104M b8 t2048 bf16", "jaxkern xla fp8-row", 150.0),
+    ]
+
+
+def test_losses_of_precisions(measure):
+    arguments = ["--implementations", "cuda", "--precisions", "bf16,bf16,fp8-row,fp8-block"]
+    status, output = measure(*arguments, "--steps", "7", "--losses")
+    assert status == 0
+    with (output / "fp8_loss.csv").open(newline="") as file:
+        found = {(row["provider"], row["run"]) for row in csv.DictReader(file)}
+    fp8 = {("jaxkern fp8-row", "0"), ("jaxkern fp8-block", "0")}
+    assert found == {("jaxkern", "0"), ("jaxkern", "1")} | fp8
+    drawn = (output / "fp8_loss.svg").read_text()
+    for name in ("jaxkern", "jaxkern fp8-row", "jaxkern fp8-block"):
+        assert f">{name}</text>" in drawn
+    assert not (output / "train_loss.csv").exists()
+
+
+def test_precisions_are_the_example_s():
+    spec = importlib.util.spec_from_file_location("train_transformer", train.EXAMPLE)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    for name, options in train.PRECISIONS.items():
+        _, config = example.parse(list(options))
+        precision = name if name.startswith("fp8") else "dtype"
+        dtype = "float32" if name == "preset" else "bfloat16"
+        assert (config.precision, config.dtype) == (precision, dtype)
+
+
+def test_checkpoints_are_not_kept(measure, tmp_path):
+    run = train.Run("cuda", "bf16", 0)
+    train.train(run, ["--batch", "8", "--steps", "7"], tmp_path, {})
+    assert (tmp_path / run.name / "losses.csv").exists()
+    assert not (tmp_path / run.name / "checkpoints").exists()
+
+
 def test_losses_and_plot(measure):
     status, output = measure(
         "--implementations", "cuda,xla,cuda", "--steps", "7", "--seeds", "0,3", "--losses"
@@ -88,7 +137,10 @@ def test_failure_is_reported_and_leaves_the_others(measure, capsys):
     assert status == 1
     [path] = output.iterdir()
     assert [r.provider for r in benchmarking.read_rows(path)] == ["jaxkern", "jaxkern xla"]
-    assert "FAILED: cudnn exited with 1:\ncuDNN is not there" in capsys.readouterr().out
+    assert (
+        "FAILED: cudnn-preset-seed0-run0 exited with 1:\ncuDNN is not there"
+        in capsys.readouterr().out
+    )
 
 
 def test_unknown_implementation(measure, capsys):
@@ -96,6 +148,9 @@ def test_unknown_implementation(measure, capsys):
         measure("--implementations", "cuda,triton")
     message = "--implementations: no triton; there are cuda, cudnn, xla"
     assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        measure("--precisions", "bf16,int8")
+    assert "--precisions: no int8; there are preset, bf16, fp8-row" in capsys.readouterr().err
 
 
 def test_case_names_more_than_one_device():

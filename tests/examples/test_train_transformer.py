@@ -132,6 +132,16 @@ def test_a_folder_keeps_its_settings(example, tmp_path, whole):
     example.open_run(folder, config, restart=False)
     assert (folder / "checkpoints" / str(STEPS)).exists()
     example.open_run(tmp_path / "new", config, restart=False)
+    recorded = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert recorded["precision"] == "dtype"
+    fp8 = example.dataclasses.replace(config, precision="fp8-row")
+    with pytest.raises(SystemExit, match="with precision dtype, this one has fp8-row"):
+        example.open_run(tmp_path / "new", fp8, restart=False)
+    before = {name: value for name, value in recorded.items() if name != "precision"}
+    (tmp_path / "new" / "config.json").write_text(json.dumps(before))
+    with pytest.raises(SystemExit, match="with precision None, this one has dtype"):
+        example.open_run(tmp_path / "new", config, restart=False)
+    example.open_run(tmp_path / "new", config, restart=True)
     (tmp_path / "new" / "checkpoints" / "4").mkdir(parents=True)
     changed = example.dataclasses.replace(config, seed=5)
     example.open_run(tmp_path / "new", changed, restart=True)
@@ -285,9 +295,60 @@ def test_bfloat16_keeps_float32_weights_and_learns(example):
     assert {x.dtype for x in jax.tree.leaves(trainer.state["params"])} == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize(("preset", "parameters"), [("gpu", 1e8), ("gpu-1b", 1e9)])
-def test_gpu_presets_have_their_size_and_reach_the_kernel(example, kernels, preset, parameters):
-    config = example.PRESETS[preset]
+@pytest.mark.parametrize("precision", ["fp8-row", "fp8-block", "fp8-tensor"])
+def test_fp8_learns_beside_the_plain_run(example, precision):
+    """From the same parameters, which stay float32, with a loss near to theirs and not the same."""
+    windows = np.frombuffer(SCRIPT.read_bytes()[: 8 * 33], np.uint8).reshape(8, 33)
+    trainers, losses = [], []
+    for name in ("dtype", precision):
+        config = example.Config(**TINY | {"dtype": "bfloat16", "precision": name, "kv_heads": 1})
+        trainers.append(example.Trainer(config, "xla", 1))
+        losses.append([float(trainers[-1].train(windows)) for _ in range(10)])
+    plain, fp8 = np.array(losses)
+    assert fp8[-1] < fp8[0] - 1
+    np.testing.assert_allclose(fp8, plain, rtol=0.05)
+    assert (fp8 != plain).all()
+    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), t.state) for t in trainers]
+    assert shapes[0] == shapes[1]
+
+
+def test_the_precision_of_blocks_alone(example):
+    config = example.Config(**TINY | {"precision": "fp8-block"})
+    model = example.Transformer(config, "cudnn", nnx.Rngs(0))
+    linears = {name: type(x) for name, x in nnx.iter_modules(model) if isinstance(x, nnx.Linear)}
+    ours = {(*b, n) for b in (("blocks", 0), ("blocks", 1)) for n in ("qkv", "out", "up", "down")}
+    assert {name for name, kind in linears.items() if kind is example.Fp8Linear} == ours
+    assert set(linears) - ours == {("embed",), ("head",)}
+    layer = model.blocks[0].qkv
+    assert (layer.recipe, layer.implementation) == ("block", None)  # which cudnn has not
+
+
+def test_fewer_heads_of_key_and_value(example):
+    """Query heads in groups share them; all groups alike when every one has the same."""
+    whole, shared = (
+        example.Transformer(example.Config(**TINY | {"kv_heads": n}), "xla", nnx.Rngs(0))
+        for n in (2, 1)
+    )
+    for mine, theirs in zip(shared.blocks, whole.blocks, strict=True):
+        query, key, value = jnp.split(mine.qkv.kernel[...].reshape(32, 4, 16), (2, 3), axis=1)
+        heads = jnp.concatenate([query, key, key, value, value], axis=1)
+        theirs.qkv.kernel[...] = heads.reshape(32, 96)
+        for name in ("out", "up", "down"):
+            getattr(theirs, name).kernel[...] = getattr(mine, name).kernel[...]
+    for name in ("embed", "head"):
+        getattr(whole, name).kernel[...] = getattr(shared, name).kernel[...]
+    tokens = np.random.default_rng(0).integers(0, 255, (2, 32))
+    np.testing.assert_allclose(shared(tokens), whole(tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters", "precision"),
+    [("gpu", 1e8, "dtype"), ("gpu-1b", 1e9, "fp8-row"), ("gpu-8b-blocks", 1.31e9, "fp8-block")],
+)
+def test_gpu_presets_have_their_size_and_reach_the_kernels(
+    example, kernels, preset, parameters, precision
+):
+    config = example.dataclasses.replace(example.PRESETS[preset], precision=precision)
     model = nnx.eval_shape(lambda: example.Transformer(config, "cuda", nnx.Rngs(0)))
     graph, params = nnx.split(model)
     assert sum(x.size for x in jax.tree.leaves(params)) == pytest.approx(parameters, rel=0.05)
@@ -301,7 +362,10 @@ def test_gpu_presets_have_their_size_and_reach_the_kernel(example, kernels, pres
     for name in ("attention_fwd", "attention_bwd", "rms_norm_fwd", "rms_norm_bwd"):
         assert f"jaxkern.{name}" in text
     assert "has_segments = true" in text
-    assert f"{config.context}x{config.context}x" not in text
+    products = 0 if precision == "dtype" else 4 * 3  # Each linear's is one function of all blocks.
+    assert text.count("custom_call @jaxkern.scaled_matmul") == products
+    square = f"x{config.context}x{config.context}x"
+    assert f"{square}i1" not in text and f"x{config.heads}{square}" not in text
 
 
 @pytest.mark.parametrize(
@@ -320,7 +384,11 @@ def test_gpu_presets_have_their_size_and_reach_the_kernel(example, kernels, pres
         (["--heads=3"], "--width 32 must be a multiple of twice --heads 3"),
         (["--log-every=3"], "--eval-every 4 must be a multiple of --log-every 3"),
         (["--preset=gpu"], "--preset gpu needs a GPU; JAX has cpu only"),
+        (["--precision=fp4"], "invalid choice: 'fp4'"),
+        (["--kv-heads=3"], "--heads 2 must be a multiple of --kv-heads 3"),
+        (["--kv-heads=-1"], "--kv-heads is -1; wanted at least 0"),
         (["--preset=gpu-1b"], "--preset gpu-1b needs a GPU; JAX has cpu only"),
+        (["--preset=gpu-8b-blocks", "--kv-heads=1"], "--preset gpu-8b-blocks needs a GPU; JAX has"),
         (["--implementation=cuda"], "--implementation cuda needs a GPU; JAX has cpu only"),
         (["--implementation=cudnn"], "--implementation cudnn needs a GPU; JAX has cpu only"),
     ],

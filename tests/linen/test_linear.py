@@ -9,8 +9,8 @@ import pytest
 from flax import linen as nn
 from fp8 import RECIPES
 
-from jaxkern.linen.linear import Fp8Dense, Fp8DotGeneral
-from jaxkern.ops.fp8 import fp8_matmul
+from jaxkern import fp8_matmul
+from jaxkern.linen import Fp8Dense, Fp8DotGeneral
 from jaxkern.testing import FP8_PRODUCT_LIMITS, random_normal, relative_error
 
 K, N = 48, 40

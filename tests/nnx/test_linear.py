@@ -10,8 +10,8 @@ from flax import nnx
 from fp8 import RECIPES
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxkern.nnx.linear import Fp8Linear
-from jaxkern.ops.fp8 import fp8_matmul
+from jaxkern import fp8_matmul
+from jaxkern.nnx import Fp8Linear
 from jaxkern.testing import FP8_PRODUCT_LIMITS, random_normal, relative_error
 
 K, N = 48, 40

@@ -10,8 +10,7 @@ from fp8 import E4M3, E5M2, RECIPES, assert_products, numpy_fp8_products, uneven
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxkern.ops.fp8 import fp8_matmul, quantize_weight
-from jaxkern.ops.fp8_arguments import QuantizedWeight
+from jaxkern import QuantizedWeight, fp8_matmul, quantize_weight
 from jaxkern.testing import FP8_PRODUCT_LIMITS, random_normal, relative_error
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -118,11 +117,63 @@ def test_empty_axes(implementation, recipe, shape):
 
 
 @recipes
-def test_a_nan_is_not_lost(recipe):
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_what_is_not_finite_is_not_lost(recipe, bad):
+    """It reaches all that its block takes part in, and nothing else."""
     x, w, dy = arrays(8, 32, 16)
-    x[3, 5] = np.nan
-    y, dx, dw = products(x, w, dy, recipe=recipe)
-    assert np.isnan(y[3]).all() and not np.isnan(dx).any() and np.isnan(dw[5]).all()
+    x[3, 5] = bad
+    y, dx, dw = (np.isnan(a) for a in products(x, w, dy, recipe=recipe))
+    assert not dx.any()
+    for lost, row in ((y, 3), (dw, 5)):
+        assert lost[row].all()
+        assert np.delete(lost, row, axis=0).all() == (recipe == "tensor")
+        assert np.delete(lost, row, axis=0).any() == (recipe == "tensor")
+
+
+@recipes
+def test_zeros(recipe):
+    """Have products of zero, whatever their scale; a few among others change nothing."""
+    x, w, dy = arrays(40, 150, 60)
+    y, dx, dw = products(0 * x, w, dy, recipe=recipe)
+    assert not y.any() and dx.any() and not dw.any()
+    y, dx, dw = products(x, 0 * w, dy, recipe=recipe)
+    assert not y.any() and not dx.any() and dw.any()
+    x[::3], x[:, ::2] = 0, 0
+    assert_products(products(x, w, dy, recipe=recipe), numpy_fp8_products(x, w, dy, recipe))
+
+
+@recipes
+@pytest.mark.parametrize("exponents", [(-118, 100), (100, -118)], ids=str)
+def test_very_small_and_very_large_operands(recipe, exponents):
+    """At the smallest scale that there is, numbers still have all of their bits."""
+    arrays = random_normal(6, (64, 160), (160, 48), (64, 48), dtype="float32")
+    powers = np.ldexp(1.0, (*exponents, 0))
+    x, w, dy = (np.asarray(a, np.float64) * p for a, p in zip(arrays, powers, strict=True))
+    got = products(*(jnp.asarray(a, jnp.float32) for a in (x, w, dy)), recipe=recipe)
+    gradient = RECIPES[recipe][2]
+    for array, exact, format in zip(
+        got, (x @ w, dy @ w.T, x.T @ dy), (E4M3, gradient, gradient), strict=True
+    ):
+        assert relative_error(array, exact) < FP8_PRODUCT_LIMITS[E4M3, format]
+
+
+@recipes
+def test_what_an_outlier_costs(recipe):
+    """Its block, if others are a million times smaller; nothing, if a thousand times."""
+    x, w, dy = (
+        np.array(a) for a in random_normal(7, (8, 256), (256, 64), (8, 64), dtype="float32")
+    )
+    w[:128] = 0  # y is of the second block of columns only
+
+    def errors(outlier):
+        x[3, 5] = outlier
+        y, exact = products(x, w, dy, recipe=recipe)[0], np.float64(x) @ w
+        return [relative_error(y[i], exact[i]) for i in (2, 3)]  # of another row, and of its own
+
+    limit = 1.1 * FP8_PRODUCT_LIMITS[E4M3, E4M3]  # a row is not many numbers
+    assert max(errors(2.0**10)) < limit
+    other, own = errors(2.0**22)
+    assert (other < limit) == (recipe != "tensor") and (own < limit) == (recipe == "block")
 
 
 # --- Dtypes ---------------------------------------------------------------------------------------

@@ -10,8 +10,7 @@ from fp8 import BLOCKS, E4M3, E5M2, SCALES, numpy_scaled_matmul, random_operands
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxkern.ops.matmul import scaled_matmul
-from jaxkern.ops.quantize import quantize
+from jaxkern import quantize, scaled_matmul
 from jaxkern.testing import FP8_PRODUCT_LIMITS, random_normal, relative_error
 
 pytestmark = pytest.mark.usefixtures("kernels")

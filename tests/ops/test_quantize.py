@@ -10,8 +10,7 @@ from fp8 import BLOCKS, E4M3, E5M2, assert_same_fp8, numpy_quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxkern.ops.quantize import quantize
-from jaxkern.ops.quantized_array import QuantizedArray
+from jaxkern import QuantizedArray, quantize
 from jaxkern.testing import random_normal
 
 pytestmark = pytest.mark.usefixtures("kernels")
