@@ -16,6 +16,8 @@ from jaxkern import _dispatch, _ffi
 _OPS = {
     "dot_product_attention": ("jaxkern.attention_fwd", "jaxkern.attention_bwd"),
     "quantize": ("jaxkern.quantize",),
+    "quantize_swiglu": ("jaxkern.quantize_swiglu",),
+    "quantize_swiglu_grad": ("jaxkern.quantize_swiglu_grad",),
     "rms_norm": ("jaxkern.rms_norm_fwd", "jaxkern.rms_norm_bwd"),
     "scaled_matmul": ("jaxkern.scaled_matmul",),
 }
