@@ -210,6 +210,21 @@ def by_reference(config, *operands):
     return tuple(results)
 
 
+def on_one_device(config, *inputs):
+    """QuantizedArrays of inputs without a sharding, for each matrix in each orientation."""
+    run = by_kernel if config.kernel else by_reference
+    if config.scaling != "tensor":
+        return as_arrays(config, run(config, *inputs))
+    arrays = ()
+    for x in _SOURCES[config.op](*inputs):
+        single, scale = (
+            config._replace(op=_OP),
+            reference.scale_of(x, config.format, scaling="tensor"),
+        )
+        arrays += as_arrays(single, run(single, x, scale), scale)
+    return arrays
+
+
 # --- Kernel ---------------------------------------------------------------------------------------
 
 

@@ -94,7 +94,11 @@ def test_vmap(scaling):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize(
     ("scaling", "orientation", "expected"),
-    [("1x128", "natural", set()), ("row", "both", {"all-gather"}), ("tensor", "both", {"all-reduce"})],
+    [
+        ("1x128", "natural", set()),
+        ("row", "both", {"all-gather"}),
+        ("tensor", "both", {"all-reduce"}),
+    ],
 )
 def test_sharded(kind, scaling, orientation, expected):
     mesh = jax.make_mesh((2, 4), ("data", "model"), (kind, kind), devices=jax.devices("cpu"))
