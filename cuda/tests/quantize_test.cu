@@ -315,7 +315,7 @@ void test_swiglu(const char* dtype, int rows, int cols, int shift = 0) {
   Matrix gate = make_input<T>(rows, cols, Input::kMixed);
   for (float& value : gate.data) {
     const float sizes[] = {0.0f, -128.0f, 64.0f, 32.0f + random() % 256};
-    value = sizes[random() % 4];
+    value = test::round_to<T>(sizes[random() % 4]);
   }
   Matrix up = make_input<T>(rows, cols, Input::kSwitching), dh = up;
   std::shuffle(dh.data.begin(), dh.data.end(), random);
