@@ -16,7 +16,15 @@ from jaxkern import _dispatch, _ffi
 _OPS = {
     "dot_product_attention": ("jaxkern.attention_fwd", "jaxkern.attention_bwd"),
     "fp8_matmul": ("jaxkern.quantize", "jaxkern.scaled_matmul"),
+    "fp8_mlp": (
+        "jaxkern.quantize",
+        "jaxkern.quantize_swiglu",
+        "jaxkern.quantize_swiglu_grad",
+        "jaxkern.scaled_matmul",
+    ),
     "quantize": ("jaxkern.quantize",),
+    "quantize_swiglu": ("jaxkern.quantize_swiglu",),
+    "quantize_swiglu_grad": ("jaxkern.quantize_swiglu_grad",),
     "rms_norm": ("jaxkern.rms_norm_fwd", "jaxkern.rms_norm_bwd"),
     "scaled_matmul": ("jaxkern.scaled_matmul",),
 }

@@ -13,7 +13,7 @@ import pytest
 from fp8 import E4M3, assert_same_fp8, numpy_quantize, numpy_scaled_matmul, random_operands
 
 import jaxkern
-from jaxkern import quantize, scaled_matmul
+from jaxkern import quantize, quantize_swiglu, quantize_swiglu_grad, scaled_matmul
 
 pytestmark = pytest.mark.gpu
 
@@ -75,6 +75,7 @@ QUANTIZE = {
     "1x128": ((257, 130), jnp.bfloat16),
     "128x128": ((129, 131), jnp.float16),
 }
+FUSED = {name: case for name, case in QUANTIZE.items() if name != "tensor"}
 SCALED_MATMUL = {  # M, N, K, both scalings
     "few rows": (5, 200, 400, "row", "tensor"),
     "few rows, blocks": (20, 136, 1040, "1x128", "128x128"),
@@ -159,6 +160,24 @@ def test_quantize(scaling):
         values, scale = numpy_quantize(matrix, E4M3, scaling)
         np.testing.assert_array_equal(array.scale, scale)
         assert_same_fp8(array.values, values)
+
+
+@pytest.mark.parametrize("orientation", ["natural", "both"])
+@pytest.mark.parametrize("scaling", FUSED)
+def test_fused_quantizers(scaling, orientation):
+    """Of gates at which sigmoids are 1: the products are those of NumPy."""
+    shape, dtype = FUSED[scaling]
+    up, dh = normal(0, [shape] * 2, dtype)
+    gate = np.full(shape, 32, dtype)
+    options = {"scaling": scaling, "orientation": orientation, "implementation": "cuda"}
+    h = jax.jit(functools.partial(quantize_swiglu, **options))(gate, up)
+    grads = jax.jit(functools.partial(quantize_swiglu_grad, **options))(gate, up, dh)
+    for arrays, x in zip((h, *grads), (gate * up, dh * up, dh * gate), strict=True):
+        found = arrays if orientation == "both" else [arrays]
+        for array, matrix in zip(found, (x, x.T), strict=False):
+            values, scale = numpy_quantize(matrix, E4M3, scaling)
+            np.testing.assert_array_equal(array.scale, scale)
+            assert_same_fp8(array.values, values)
 
 
 @pytest.mark.parametrize("case", SCALED_MATMUL)

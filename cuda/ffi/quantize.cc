@@ -11,11 +11,10 @@ constexpr auto F8E4M3FN = ffi::DataType::F8E4M3FN;
 constexpr auto F8E5M2 = ffi::DataType::F8E5M2;
 constexpr auto S32 = ffi::DataType::S32;
 
-// One orientation of the result, which the caller may leave out: values then have shape [0].
+// One orientation of a matrix, which the caller may leave out: values then have shape [0].
 struct Orientation {
-  const char *values_name, *scale_name;
+  std::string suffix;  // of names in messages
   ffi::AnyBuffer values, scale;
-  int64_t rows, cols;
 
   bool wanted() const { return values.dimensions().size() != 1; }
   void* values_data() const { return wanted() ? values.untyped_data() : nullptr; }
@@ -24,13 +23,15 @@ struct Orientation {
                                                    : nullptr;
   }
 
-  void check(Checks& checks, Scaling scaling) const {
+  void check(Checks& checks, Scaling scaling, bool wanted, ffi::DataType format, int64_t rows,
+             int64_t cols) const {
+    const std::string values_name = "values" + suffix, scale_name = "scale" + suffix;
     checks.dtype(scale_name, scale, {F32});
-    if (!wanted()) {
+    if (!wanted) {
       checks.shape(values_name, values, {0}).shape(scale_name, scale, {0});
       return;
     }
-    checks.shape(values_name, values, {rows, cols}).dtype(values_name, values, {F8E4M3FN, F8E5M2});
+    checks.shape(values_name, values, {rows, cols}).dtype(values_name, values, {format});
     switch (scaling) {
       case Scaling::kTensor:
         checks.shape(scale_name, scale, {0});
@@ -48,64 +49,136 @@ struct Orientation {
   }
 };
 
-ffi::Error quantize(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer scale_in,
-                    ffi::Result<ffi::AnyBuffer> values, ffi::Result<ffi::AnyBuffer> scale,
-                    ffi::Result<ffi::AnyBuffer> values_t, ffi::Result<ffi::AnyBuffer> scale_t,
-                    ffi::Result<ffi::AnyBuffer> workspace, int32_t scaling_number) {
-  Checks checks("quantize");
-  checks.rank("x", x, 2)
-      .dtype("x", x, {F32, BF16, F16})
-      .that(0 <= scaling_number && scaling_number <= 3, "scaling",
-            "is " + std::to_string(scaling_number), "0 to 3");
+// The results of one matrix.
+struct Output {
+  Orientation natural, transposed;
+  ffi::AnyBuffer workspace;
+};
+
+struct Input {
+  const char* name;
+  ffi::AnyBuffer data;
+};
+
+// What all handlers do. Only kMatrix has a scale_in.
+ffi::Error quantize_source(const char* op, cudaStream_t stream, QuantizeSource source,
+                           std::initializer_list<Input> inputs, const ffi::AnyBuffer* scale_in,
+                           std::initializer_list<Output> outputs, int32_t scaling_number) {
+  Checks checks(op);
+  const auto& [first_name, x] = *inputs.begin();
+  const int least = scale_in != nullptr ? 0 : 1;  // 0 is kTensor
+  checks.rank(first_name, x, 2)
+      .dtype(first_name, x, {F32, BF16, F16})
+      .that(least <= scaling_number && scaling_number <= 3, "scaling",
+            "is " + std::to_string(scaling_number), std::to_string(least) + " to 3");
   if (checks.failed()) return checks.error();
   const auto scaling = static_cast<Scaling>(scaling_number);
   const int64_t rows = x.dimensions()[0], cols = x.dimensions()[1];
-  const Orientation natural = {"values", "scale", *values, *scale, rows, cols};
-  const Orientation transposed = {"values_t", "scale_t", *values_t, *scale_t, cols, rows};
-  natural.check(checks, scaling);
-  transposed.check(checks, scaling);
-  const bool needs_workspace = scaling == Scaling::kRow && transposed.wanted();
-  checks
-      .that(natural.wanted() || transposed.wanted(), "values and values_t", "are empty",
-            "one of them")
-      .dtype("scale_in", scale_in, {F32})
-      .shape("scale_in", scale_in, {scaling == Scaling::kTensor ? 1 : 0})
-      .dtype("workspace", *workspace, {S32})
-      .shape("workspace", *workspace, {needs_workspace ? rows + cols : 0});
-  const ffi::AnyBuffer& one = natural.wanted() ? natural.values : transposed.values;
-  if (natural.wanted() && transposed.wanted()) {
-    checks.dtype("values_t", *values_t, {values->element_type()});
+  const auto& [natural, transposed, _] = *outputs.begin();
+  const bool has_natural = natural.wanted(), has_transposed = transposed.wanted();
+  const ffi::AnyBuffer& one = has_natural ? natural.values : transposed.values;
+  checks.that(has_natural || has_transposed, "values and values_t", "are empty", "one of them")
+      .dtype("values", one, {F8E4M3FN, F8E5M2});
+
+  QuantizeParams params = {};
+  params.rows = rows;
+  params.cols = cols;
+  params.dtype = to_dtype(x.element_type());
+  params.format = to_dtype(one.element_type());
+  params.scaling = scaling;
+  params.source = source;
+  if (scale_in != nullptr) {
+    checks.dtype("scale_in", *scale_in, {F32})
+        .shape("scale_in", *scale_in, {scaling == Scaling::kTensor ? 1 : 0});
+    params.scale_in = static_cast<const float*>(scale_in->untyped_data());
+  }
+  const void** data = params.inputs;
+  for (const auto& [name, input] : inputs) {
+    checks.shape(name, input, {rows, cols}).dtype(name, input, {x.element_type()});
+    *data++ = input.untyped_data();
+  }
+  QuantizedMatrix* to = params.outputs;
+  for (const auto& [natural, transposed, workspace] : outputs) {
+    natural.check(checks, scaling, has_natural, one.element_type(), rows, cols);
+    transposed.check(checks, scaling, has_transposed, one.element_type(), cols, rows);
+    const int64_t words = scaling == Scaling::kRow && has_transposed ? rows + cols : 0;
+    checks.dtype("workspace", workspace, {S32}).shape("workspace", workspace, {words});
+    *to++ = {natural.values_data(), natural.scale_data(scaling), transposed.values_data(),
+             transposed.scale_data(scaling), static_cast<int32_t*>(workspace.untyped_data())};
   }
   if (checks.failed() || rows == 0 || cols == 0) return checks.error();
-  const QuantizeParams params = {
-      .x = x.untyped_data(),
-      .scale_in = static_cast<const float*>(scale_in.untyped_data()),
-      .values = natural.values_data(),
-      .scale = natural.scale_data(scaling),
-      .values_t = transposed.values_data(),
-      .scale_t = transposed.scale_data(scaling),
-      .workspace = static_cast<int32_t*>(workspace->untyped_data()),
-      .rows = rows,
-      .cols = cols,
-      .dtype = to_dtype(x.element_type()),
-      .format = to_dtype(one.element_type()),
-      .scaling = scaling,
-  };
-  return launch_error("quantize", launch_quantize(params, stream));
+  return launch_error(op, launch_quantize(params, stream));
+}
+
+// The results of a matrix as a handler has them.
+using Result = ffi::Result<ffi::AnyBuffer>;
+
+Output output(Result values, Result scale, Result values_t, Result scale_t, Result workspace,
+              const std::string& of = "") {
+  return {{of, *values, *scale}, {of + "_t", *values_t, *scale_t}, *workspace};
+}
+
+ffi::Error quantize(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer scale_in, Result values,
+                    Result scale, Result values_t, Result scale_t, Result workspace,
+                    int32_t scaling) {
+  return quantize_source("quantize", stream, QuantizeSource::kMatrix, {{"x", x}}, &scale_in,
+                         {output(values, scale, values_t, scale_t, workspace)}, scaling);
+}
+
+ffi::Error quantize_swiglu(cudaStream_t stream, ffi::AnyBuffer gate, ffi::AnyBuffer up,
+                           Result values, Result scale, Result values_t, Result scale_t,
+                           Result workspace, int32_t scaling) {
+  return quantize_source("quantize_swiglu", stream, QuantizeSource::kSwiglu,
+                         {{"gate", gate}, {"up", up}}, nullptr,
+                         {output(values, scale, values_t, scale_t, workspace)}, scaling);
+}
+
+ffi::Error quantize_swiglu_grad(cudaStream_t stream, ffi::AnyBuffer gate, ffi::AnyBuffer up,
+                                ffi::AnyBuffer dh, Result values, Result scale, Result values_t,
+                                Result scale_t, Result workspace, Result up_values, Result up_scale,
+                                Result up_values_t, Result up_scale_t, Result up_workspace,
+                                int32_t scaling) {
+  return quantize_source(
+      "quantize_swiglu_grad", stream, QuantizeSource::kSwigluGrad,
+      {{"gate", gate}, {"up", up}, {"dh", dh}}, nullptr,
+      {output(values, scale, values_t, scale_t, workspace),
+       output(up_values, up_scale, up_values_t, up_scale_t, up_workspace, " of up")},
+      scaling);
+}
+
+// The results of a matrix: values, scale, values_t, scale_t, workspace.
+template <class Binding>
+auto with_output(Binding&& binding) {
+  return std::move(binding)
+      .template Ret<ffi::AnyBuffer>()
+      .template Ret<ffi::AnyBuffer>()
+      .template Ret<ffi::AnyBuffer>()
+      .template Ret<ffi::AnyBuffer>()
+      .template Ret<ffi::AnyBuffer>();
 }
 
 }  // namespace
 
 JAXKERN_DEFINE_HANDLER(Quantize, quantize,
-                       ffi::Ffi::Bind()
-                           .Ctx<Stream>()
-                           .Arg<ffi::AnyBuffer>()  // x
-                           .Arg<ffi::AnyBuffer>()  // scale_in
-                           .Ret<ffi::AnyBuffer>()  // values
-                           .Ret<ffi::AnyBuffer>()  // scale
-                           .Ret<ffi::AnyBuffer>()  // values_t
-                           .Ret<ffi::AnyBuffer>()  // scale_t
-                           .Ret<ffi::AnyBuffer>()  // workspace
+                       with_output(ffi::Ffi::Bind()
+                                       .Ctx<Stream>()
+                                       .Arg<ffi::AnyBuffer>()   // x
+                                       .Arg<ffi::AnyBuffer>())  // scale_in
+                           .Attr<int32_t>("scaling"));
+
+JAXKERN_DEFINE_HANDLER(QuantizeSwiglu, quantize_swiglu,
+                       with_output(ffi::Ffi::Bind()
+                                       .Ctx<Stream>()
+                                       .Arg<ffi::AnyBuffer>()   // gate
+                                       .Arg<ffi::AnyBuffer>())  // up
+                           .Attr<int32_t>("scaling"));
+
+JAXKERN_DEFINE_HANDLER(QuantizeSwigluGrad, quantize_swiglu_grad,
+                       with_output(with_output(ffi::Ffi::Bind()
+                                                   .Ctx<Stream>()
+                                                   .Arg<ffi::AnyBuffer>()    // gate
+                                                   .Arg<ffi::AnyBuffer>()    // up
+                                                   .Arg<ffi::AnyBuffer>()))  // dh
                            .Attr<int32_t>("scaling"));
 
 }  // namespace jaxkern

@@ -8,21 +8,33 @@
 
 namespace jaxkern {
 
-// Both orientations are optional: without one its pointers are null. values_t and scale_t are what
-// values and scale would be for the transpose of x. For kTensor the caller has the scale already.
+// One quantised matrix. Both orientations are optional: without one its pointers are null. values_t
+// and scale_t are what values and scale would be for the transpose.
+struct QuantizedMatrix {
+  void* values;        // [R, C] format
+  float* scale;        // as in scaling.h; null for kTensor
+  void* values_t;      // [C, R] format
+  float* scale_t;      // of the transpose; null for kTensor
+  int32_t* workspace;  // [R + C]; used for kRow with values_t alone
+};
+
+// What is quantised, computed in float32 from the inputs and rounded to their dtype.
+enum class QuantizeSource : uint8_t {
+  kMatrix,      // x
+  kSwiglu,      // silu(gate) * up
+  kSwigluGrad,  // of gate, up and the gradient of the above: the gradients of gate and of up
+};
+
 struct QuantizeParams {
-  const void* x;          // [R, C] dtype
-  const float* scale_in;  // [1]; read for kTensor alone
-  void* values;           // [R, C] format
-  float* scale;           // of x, as in scaling.h; null for kTensor
-  void* values_t;         // [C, R] format
-  float* scale_t;         // of its transpose; null for kTensor
-  int32_t* workspace;     // [R + C]; used for kRow with values_t alone
-  int64_t rows;           // at least 1
-  int64_t cols;           // at least 1
-  DType dtype;            // kFloat32, kBFloat16 or kFloat16
-  DType format;           // kFloat8E4M3 or kFloat8E5M2
-  Scaling scaling;
+  const void* inputs[3];       // [R, C] dtype, in the order above
+  const float* scale_in;       // [1]; read for kTensor alone
+  QuantizedMatrix outputs[2];  // in the order above, all in the same orientations
+  int64_t rows;                // at least 1
+  int64_t cols;                // at least 1
+  DType dtype;                 // kFloat32, kBFloat16 or kFloat16
+  DType format;                // kFloat8E4M3 or kFloat8E5M2
+  Scaling scaling;             // kTensor for kMatrix alone
+  QuantizeSource source;
 };
 
 }  // namespace jaxkern

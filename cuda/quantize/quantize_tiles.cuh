@@ -2,14 +2,16 @@
 //
 // A block has one tile; x is read once and the scales of blocks come from what was read. A thread
 // owns 8 neighbouring rows of 16 bytes (x: 8 columns of 16 bits or 4 of 32) and issues all eight
-// loads at once; 1024 threads of an SM, 4 blocks or 2, have 128 KB of them under way.
+// loads at once; 1024 threads of an SM, 4 blocks or 2, have 128 KB of them under way. Sources with
+// more to load have half the threads, twice the registers. Two matrices are cast one after the
+// other.
 //
 //   natural       a thread's 16 bytes of a row become 8 or 4; 16 or 32 lanes fill 128 of a row
 //   transposed    its 8 rows of a column become 8 bytes, which a tile in shared memory collects;
 //                 then 8 lanes store 128 bytes of a transposed row, 16 each
 #pragma once
 
-#include "cuda/quantize/elements.cuh"
+#include "cuda/quantize/sources.cuh"
 #include "cuda/tile/reduce.cuh"
 
 namespace jaxkern::quantize {
@@ -23,7 +25,6 @@ struct Threads {
   static constexpr int kLanes = kTile / kVec<T>;
   static constexpr int kGroups = kTile / kRows;
   static constexpr int kThreads = kLanes * kGroups;
-  static constexpr int kBlocksPerSm = 1024 / kThreads;
   static_assert(kLanes <= tile::kWarpSize, "the lanes of a group reduce by shuffles");
 
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
@@ -47,16 +48,66 @@ struct Place : Threads<T> {
   }
 };
 
+template <class Source, class T>
+inline constexpr int kBlocksPerSm = Source::kThreadsPerSm / Threads<T>::kThreads;
+
 template <class T>
 using Patch = Load<T>[Threads<T>::kRows];  // what a thread owns of a tile
 
-template <class T>
-__device__ __forceinline__ void load(Patch<T>& x, const QuantizeParams& p, const Place<T>& at,
-                                     bool aligned) {
-  const auto* from = static_cast<const Bits<T>*>(p.x) + at.row * p.cols + at.col;
+// Calls see(i, out) with the runs that the source makes in row i of the thread's patch.
+template <class Source, class T, int kAtOnce, class See>
+__device__ __forceinline__ void load(const QuantizeParams& p, const Place<T>& at, bool aligned,
+                                     const See& see) {
+  constexpr int kRows = Threads<T>::kRows, kInputs = Source::kInputs;
+  // NOTE: unrolled, two matrices take more registers than there are, whatever is loaded at once.
+#pragma unroll(Source::kOutputs == 2 ? 1 : kRows / kAtOnce)
+  for (int first = 0; first < kRows; first += kAtOnce) {
+    Load<T> in[kAtOnce][kInputs];
 #pragma unroll
-  for (int i = 0; i < Threads<T>::kRows; ++i) {
-    x[i].load(from + i * p.cols, i < at.rows_inside ? at.cols_inside : 0, aligned);
+    for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+      for (int k = 0; k < kInputs; ++k) {
+        const auto* from = static_cast<const Bits<T>*>(p.inputs[k]) + at.row * p.cols + at.col;
+        in[i][k].load(from + (first + i) * p.cols, first + i < at.rows_inside ? at.cols_inside : 0,
+                      aligned);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      Load<T> out[Source::kOutputs];
+      Source::template compute<T>(in[i], out);
+      see(first + i, out);
+    }
+  }
+}
+
+// Where the patches of two matrices wait for their turn.
+template <class T>
+using TwoPatches = Load<T>[2][Threads<T>::kRows][Threads<T>::kThreads];
+struct NoPatches {};
+template <class Source, class T>
+using Patches = std::conditional_t<Source::kOutputs == 2, TwoPatches<T>, NoPatches>;
+
+// Calls use(o, x) with the thread's patch x of each matrix o that the source makes.
+template <class Source, class T, int kAtOnce = Source::kRowsAtOnce, class Use>
+__device__ __forceinline__ void for_each_patch(Patches<Source, T>& patches, const QuantizeParams& p,
+                                               const Place<T>& at, bool aligned, const Use& use) {
+  Patch<T> x;
+  if constexpr (Source::kOutputs == 1) {
+    load<Source, T, kAtOnce>(p, at, aligned, [&](int i, const auto& out) { x[i] = out[0]; });
+    use(0, x);
+  } else {
+    load<Source, T, kAtOnce>(p, at, aligned, [&](int i, const auto& out) {
+      patches[0][i][threadIdx.x] = out[0];
+      patches[1][i][threadIdx.x] = out[1];
+    });
+#pragma unroll
+    for (int o = 0; o < 2; ++o) {
+      __syncthreads();  // what the first matrix used is free
+#pragma unroll
+      for (int i = 0; i < Threads<T>::kRows; ++i) x[i] = patches[o][i][threadIdx.x];
+      use(o, x);
+    }
   }
 }
 
@@ -109,22 +160,26 @@ __device__ __forceinline__ RowMax<T> row_max(const Patch<T>& x) {
 }
 
 // Leaves float32 bits of the largest magnitude of every row, then of every column, in the
-// workspace, which starts as zeros.
-template <class T>
-__global__ void __launch_bounds__(Threads<T>::kThreads, Threads<T>::kBlocksPerSm)
+// workspace of each matrix, which starts as zeros.
+template <class Source, class T>
+__global__ void __launch_bounds__(Threads<T>::kThreads, kBlocksPerSm<Source, T>)
     quantize_amax_kernel(const QuantizeParams p) {
-  constexpr int kGroups = Threads<T>::kGroups;
+  constexpr int kGroups = Threads<T>::kGroups, kOutputs = Source::kOutputs;
   constexpr int kWords = kTile / kPerWord<T>;  // of the maxima of the rows of a tile
-  __shared__ ColumnMax<T> columns[kGroups][Threads<T>::kLanes];
-  __shared__ RowMax<T> rows[kGroups];
-  static_assert(sizeof(rows) == sizeof(uint32_t) * kWords && 2 * kWords <= Threads<T>::kThreads);
+  __shared__ ColumnMax<T> columns[kOutputs][kGroups][Threads<T>::kLanes];
+  __shared__ RowMax<T> rows[kOutputs][kGroups];
+  static_assert(sizeof(rows[0]) == sizeof(uint32_t) * kWords);
+  static_assert(2 * kWords <= Threads<T>::kThreads);
 
   const Place<T> at(p, blockIdx.x);
-  Patch<T> x;
-  load(x, p, at, Load<T>::aligned(p.x, p.cols));
-  columns[at.group][at.lane] = column_max<T>(x);
-  const RowMax<T> most = row_max<T>(x);
-  if (at.lane == 0) rows[at.group] = most;
+  extern __shared__ __align__(16) unsigned char shared[];
+  auto& patches = *reinterpret_cast<Patches<Source, T>*>(shared);
+  const bool aligned = inputs_aligned<Source, T>(p);
+  for_each_patch<Source, T>(patches, p, at, aligned, [&](int o, const Patch<T>& x) {
+    columns[o][at.group][at.lane] = column_max<T>(x);
+    const RowMax<T> most = row_max<T>(x);
+    if (at.lane == 0) rows[o][at.group] = most;
+  });
   __syncthreads();
 
   const int word = threadIdx.x % kWords;
@@ -135,17 +190,21 @@ __global__ void __launch_bounds__(Threads<T>::kThreads, Threads<T>::kBlocksPerSm
       if (i < size) atomicMax(amax + i, static_cast<int32_t>(amax_bits<T>(magnitudes, e)));
     }
   };
-  if (threadIdx.x < kWords) {
-    constexpr int kWordsPerGroup = kWords / kGroups;
-    raise(p.workspace, at.tile_row * kTile, p.rows,
-          rows[word / kWordsPerGroup].words[word % kWordsPerGroup]);
-  } else if (threadIdx.x < 2 * kWords) {
-    uint32_t most = 0;
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      most = larger<T>(most, columns[g][word / 4].data[word % 4]);
+  for (int o = 0; o < kOutputs; ++o) {
+    int32_t* workspace = p.outputs[o].workspace;
+    if (threadIdx.x < kWords) {
+      constexpr int kWordsPerGroup = kWords / kGroups;
+      raise(workspace, at.tile_row * kTile, p.rows,
+            rows[o][word / kWordsPerGroup].words[word % kWordsPerGroup]);
+    } else if (threadIdx.x < 2 * kWords) {
+      uint32_t most = 0;
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        most = larger<T>(most, columns[o][g][word / 4].data[word % 4]);
+      }
+      raise(workspace + p.rows, at.tile_col * kTile, p.cols, most);
     }
-    raise(p.workspace + p.rows, at.tile_col * kTile, p.cols, most);
   }
 }
 
@@ -208,82 +267,82 @@ class TransposedTile {
   Run<uint8_t, 16>::Words rows_[kTile][kTile / 16];
 };
 
-// kAligned: every array is aligned for runs, so that the code for others need not be there.
+template <class T>
+struct TileMemory {
+  TransposedTile<T> transposed;
+  ColumnMax<T> columns[Threads<T>::kGroups][Threads<T>::kLanes];
+  uint32_t scratch[tile::kMaxWarps];
+};
+
+// Scales and casts a tile. kAligned: every array is aligned for runs, so that the code for others
+// need not be there.
 template <class T, class F, Scaling kScaling, bool kAligned>
-__global__ void __launch_bounds__(Threads<T>::kThreads, Threads<T>::kBlocksPerSm)
-    quantize_tiles_kernel(const QuantizeParams p) {
+__device__ __forceinline__ void quantize_tile(const Patch<T>& x, const Place<T>& at,
+                                              const QuantizeParams& p, const QuantizedMatrix& to,
+                                              TileMemory<T>& memory) {
   constexpr int kRows = Threads<T>::kRows, kGroups = Threads<T>::kGroups;
-  __shared__ TransposedTile<T> transposed;
-  __shared__ ColumnMax<T> columns[kGroups][Threads<T>::kLanes];
-  __shared__ uint32_t scratch[tile::kMaxWarps];
-
-  // Backwards after quantize_amax_kernel: L2 still has what that read last.
-  constexpr bool kBackwards = kScaling == Scaling::kRow;
-  const Place<T> at(p, kBackwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-  Patch<T> x;
-  load(x, p, at, kAligned || Load<T>::aligned(p.x, p.cols));
-
   Scale one;  // of all of the tile
   if constexpr (kScaling == Scaling::kTensor) one = {0, __frcp_rn(*p.scale_in)};
   if constexpr (kScaling == Scaling::kRow) {
     const int64_t row = at.tile_row * kTile + threadIdx.x, col = at.tile_col * kTile + threadIdx.x;
     const bool mine = threadIdx.x < kTile;
-    if (mine && p.values != nullptr && at.tile_col == 0 && row < p.rows) {
-      p.scale[row] = __uint_as_float(scale_of<F>(p.workspace[row]).bits);
+    if (mine && to.values != nullptr && at.tile_col == 0 && row < p.rows) {
+      to.scale[row] = __uint_as_float(scale_of<F>(to.workspace[row]).bits);
     }
-    if (mine && p.values_t != nullptr && at.tile_row == 0 && col < p.cols) {
-      p.scale_t[col] = __uint_as_float(scale_of<F>(p.workspace[p.rows + col]).bits);
+    if (mine && to.values_t != nullptr && at.tile_row == 0 && col < p.cols) {
+      to.scale_t[col] = __uint_as_float(scale_of<F>(to.workspace[p.rows + col]).bits);
     }
   }
   if constexpr (kScaling == Scaling::kBlock1x128) {
-    if (p.values_t != nullptr) columns[at.group][at.lane] = column_max<T>(x);
+    if (to.values_t != nullptr) memory.columns[at.group][at.lane] = column_max<T>(x);
   }
   if constexpr (kScaling == Scaling::kBlock128x128) {
     uint32_t amax = 0;
     for (const uint32_t word : column_max<T>(x).data) amax = max(amax, largest<T>(word));
-    one = scale_of<F>(tile::row_max(amax, scratch));
+    one = scale_of<F>(tile::row_max(amax, memory.scratch));
     if (threadIdx.x == 0) {
       const int64_t row_tiles = tile::ceil_div(p.rows, kTile);
       const int64_t col_tiles = tile::ceil_div(p.cols, kTile);
       const float scale = __uint_as_float(one.bits);
-      if (p.values != nullptr) p.scale[at.tile_row * col_tiles + at.tile_col] = scale;
-      if (p.values_t != nullptr) p.scale_t[at.tile_col * row_tiles + at.tile_row] = scale;
+      if (to.values != nullptr) to.scale[at.tile_row * col_tiles + at.tile_col] = scale;
+      if (to.values_t != nullptr) to.scale_t[at.tile_col * row_tiles + at.tile_row] = scale;
     }
   }
 
-  if (p.values != nullptr) {
+  if (to.values != nullptr) {
     RowMax<T> most;
     if constexpr (kScaling == Scaling::kBlock1x128) most = row_max<T>(x);
     using Out = Run<uint8_t, kVec<T>>;
-    const bool aligned = kAligned || Out::aligned(p.values, p.cols);
-    uint8_t* to = static_cast<uint8_t*>(p.values) + at.row * p.cols + at.col;
+    const bool aligned = kAligned || Out::aligned(to.values, p.cols);
+    uint8_t* values = static_cast<uint8_t*>(to.values) + at.row * p.cols + at.col;
     uint32_t scales[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const bool exists = i < at.rows_inside;
       Scale scale = one;
       if constexpr (kScaling == Scaling::kRow) {
-        scale = scale_of<F>(exists ? p.workspace[at.row + i] : 0);
+        scale = scale_of<F>(exists ? to.workspace[at.row + i] : 0);
       }
       if constexpr (kScaling == Scaling::kBlock1x128) {
         scale = scale_of<F>(amax_bits<T>(most.words[i / kPerWord<T>], i % kPerWord<T>));
       }
       scales[i] = scale.bits;
-      cast<F, T>(x[i], scale.inverse).store(to + i * p.cols, exists ? at.cols_inside : 0, aligned);
+      cast<F, T>(x[i], scale.inverse)
+          .store(values + i * p.cols, exists ? at.cols_inside : 0, aligned);
     }
     if (kScaling == Scaling::kBlock1x128 && at.lane == 0) {
       const int64_t pitch = scale_pitch(p.rows);
-      store_scales(p.scale + at.tile_col * pitch, at.row, pitch, scales);
+      store_scales(to.scale + at.tile_col * pitch, at.row, pitch, scales);
     }
   }
 
-  if (p.values_t == nullptr) return;
+  if (to.values_t == nullptr) return;
   ColumnMax<T> most = {};
   if constexpr (kScaling == Scaling::kBlock1x128) {
     __syncthreads();  // columns are written
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      const ColumnMax<T> others = columns[g][at.lane];
+      const ColumnMax<T> others = memory.columns[g][at.lane];
 #pragma unroll
       for (int w = 0; w < kLoadBytes / 4; ++w) {
         most.data[w] = larger<T>(most.data[w], others.data[w]);
@@ -295,30 +354,53 @@ __global__ void __launch_bounds__(Threads<T>::kThreads, Threads<T>::kBlocksPerSm
   for (int e = 0; e < kVec<T>; ++e) {
     Scale scale = one;
     if constexpr (kScaling == Scaling::kRow) {
-      scale = scale_of<F>(e < at.cols_inside ? p.workspace[p.rows + at.col + e] : 0);
+      scale = scale_of<F>(e < at.cols_inside ? to.workspace[p.rows + at.col + e] : 0);
     }
     if constexpr (kScaling == Scaling::kBlock1x128) {
       scale = scale_of<F>(amax_bits<T>(most.data[e / kPerWord<T>], e % kPerWord<T>));
     }
     scales[e] = scale.bits;
-    transposed.write(at, e, cast_column<F, T>(x, e, scale.inverse));
+    memory.transposed.write(at, e, cast_column<F, T>(x, e, scale.inverse));
   }
   if (kScaling == Scaling::kBlock1x128 && at.group == 0) {
     const int64_t pitch = scale_pitch(p.cols);
-    store_scales(p.scale_t + at.tile_row * pitch, at.col, pitch, scales);
+    store_scales(to.scale_t + at.tile_row * pitch, at.col, pitch, scales);
   }
   __syncthreads();  // transposed is written
 
   constexpr int kChunks = kTile / 16;
   const int chunk = threadIdx.x % kChunks;
-  const bool aligned = kAligned || Run<uint8_t, 16>::aligned(p.values_t, p.rows);
+  const bool aligned = kAligned || Run<uint8_t, 16>::aligned(to.values_t, p.rows);
   const int64_t first = at.tile_row * kTile + 16 * chunk;
 #pragma unroll
   for (int c = threadIdx.x / kChunks; c < kTile; c += Threads<T>::kThreads / kChunks) {
     const int64_t col = at.tile_col * kTile + c;
-    uint8_t* to = static_cast<uint8_t*>(p.values_t) + col * p.rows + first;
-    transposed.read(c, chunk).store(to, col < p.cols ? inside(first, p.rows) : 0, aligned);
+    uint8_t* values = static_cast<uint8_t*>(to.values_t) + col * p.rows + first;
+    memory.transposed.read(c, chunk).store(values, col < p.cols ? inside(first, p.rows) : 0,
+                                           aligned);
   }
+}
+
+template <class Source, class T>
+struct Memory {
+  TileMemory<T> tile;
+  Patches<Source, T> patches;
+};
+
+template <class Source, class T, class F, Scaling kScaling, bool kAligned>
+__global__ void __launch_bounds__(Threads<T>::kThreads, kBlocksPerSm<Source, T>)
+    quantize_tiles_kernel(const QuantizeParams p) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  auto& memory = *reinterpret_cast<Memory<Source, T>*>(shared);
+  // Backwards after quantize_amax_kernel: L2 still has what that read last.
+  constexpr bool kBackwards = kScaling == Scaling::kRow;
+  const Place<T> at(p, kBackwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+  const bool aligned = kAligned || inputs_aligned<Source, T>(p);
+  // Loads of single elements take registers: fewer at once.
+  constexpr int kAtOnce = Source::kRowsAtOnce / (kAligned ? 1 : Source::kOutputs);
+  for_each_patch<Source, T, kAtOnce>(memory.patches, p, at, aligned, [&](int o, const Patch<T>& x) {
+    quantize_tile<T, F, kScaling, kAligned>(x, at, p, p.outputs[o], memory.tile);
+  });
 }
 
 }  // namespace jaxkern::quantize

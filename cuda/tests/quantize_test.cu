@@ -1,6 +1,8 @@
-// cuda/quantize against a scalar loop, bit by bit: all groups, orientations and types, at sizes
-// that tiles and vectors do not divide.
-#include "cuda/quantize/launch.cu"  // test programs are linked with cuda/host alone
+// cuda/quantize against a scalar loop, bit by bit: all sources, groups, orientations and types, at
+// sizes that tiles and vectors do not divide.
+#include "cuda/quantize/quantize.h"
+
+#include <memory>
 
 #include "cuda/tests/test.h"
 
@@ -160,48 +162,78 @@ constexpr DType kDType<tile::bf16> = DType::kBFloat16;
 template <>
 constexpr DType kDType<tile::f16> = DType::kFloat16;
 
-// The three orientations of one case. `shift`: elements that the arrays are away from alignment.
+// Elements of x as an array, `shift` of them behind its start, NaN around them.
 template <class T>
-void test_case(const std::string& name, const Matrix& x, Scaling scaling, const Format& f,
-               float scale_in, int shift) {
-  const auto [R, C, data] = x;
-  const Quantized natural = quantized(x, scaling, f, scale_in);
-  const Quantized transposed = quantized(x.transposed(), scaling, f, scale_in);
+test::Array<T> placed(const Matrix& x, int shift) {
   std::vector<T> elements(shift, T(NAN));
-  for (const float value : data) elements.push_back(T(value));
+  for (const float value : x.data) elements.push_back(T(value));
   elements.insert(elements.end(), kGuard, T(NAN));
-  const test::Array<T> in(elements);
+  return test::Array<T>(elements);
+}
+
+// The results of one matrix, in memory, and what they should be.
+struct Result {
+  Result(const Matrix& x, Scaling scaling, const Format& f, float scale_in, bool has_natural,
+         bool has_transposed, int shift)
+      : rows(x.rows),
+        cols(x.cols),
+        natural(quantized(x, scaling, f, scale_in)),
+        transposed(quantized(x.transposed(), scaling, f, scale_in)),
+        values(has_natural ? x.data.size() : 0, shift),
+        values_t(has_transposed ? x.data.size() : 0, shift),
+        scale(has_natural ? sizeof(float) * natural.scale.size() : 0, 4 * shift),
+        scale_t(has_transposed ? sizeof(float) * transposed.scale.size() : 0, 4 * shift),
+        workspace(scaling == Scaling::kRow && has_transposed ? sizeof(int32_t) * (rows + cols) : 0,
+                  0),
+        params{has_natural ? values.data() : nullptr,
+               has_natural && scaling != Scaling::kTensor ? scale.data<float>() : nullptr,
+               has_transposed ? values_t.data() : nullptr,
+               has_transposed && scaling != Scaling::kTensor ? scale_t.data<float>() : nullptr,
+               workspace.data<int32_t>()} {}
+
+  void check(const std::string& what, const Format& f) const {
+    if (params.values) compare(what + ":", values, scale, natural, cols, f);
+    if (params.values_t) compare(what + ": transposed", values_t, scale_t, transposed, rows, f);
+    workspace.host(what + ": workspace");
+  }
+
+  int rows, cols;
+  Quantized natural, transposed;
+  Buffer values, values_t, scale, scale_t, workspace;
+  QuantizedMatrix params;
+};
+
+// The three orientations of one case. `shift`: elements that the arrays are away from alignment.
+template <class T, class Source = quantize::Matrix>
+void test_case(const std::string& name, const std::vector<Matrix>& inputs,
+               const std::vector<Matrix>& outputs, Scaling scaling, const Format& f, float scale_in,
+               int shift) {
+  std::vector<std::unique_ptr<test::Array<T>>> in;
+  for (const Matrix& x : inputs) in.emplace_back(new test::Array<T>(placed<T>(x, shift)));
   const test::Array<float> scale_array(std::vector<float>{scale_in});
   for (const int wanted : {1, 2, 3}) {
     const bool has_natural = wanted & 1, has_transposed = wanted & 2;
     const std::string what = name + (has_natural ? " natural" : "") +
                              (has_transposed ? " transposed" : "") + (shift ? ", not aligned" : "");
-    const bool has_scale = scaling != Scaling::kTensor;
-    const size_t words = scaling == Scaling::kRow && has_transposed ? R + C : 0;
-    const Buffer values(has_natural ? data.size() : 0, shift);
-    const Buffer values_t(has_transposed ? data.size() : 0, shift);
-    const Buffer scale(has_natural ? sizeof(float) * natural.scale.size() : 0, 4 * shift);
-    const Buffer scale_t(has_transposed ? sizeof(float) * transposed.scale.size() : 0, 4 * shift);
-    const Buffer workspace(sizeof(int32_t) * words, 0);
-    const QuantizeParams params = {
-        .x = in.data() + shift,
-        .scale_in = has_scale ? nullptr : scale_array.data(),
-        .values = has_natural ? values.data() : nullptr,
-        .scale = has_natural && has_scale ? scale.data<float>() : nullptr,
-        .values_t = has_transposed ? values_t.data() : nullptr,
-        .scale_t = has_transposed && has_scale ? scale_t.data<float>() : nullptr,
-        .workspace = words ? workspace.data<int32_t>() : nullptr,
-        .rows = R,
-        .cols = C,
-        .dtype = kDType<T>,
-        .format = f.dtype,
-        .scaling = scaling,
-    };
-    test::check(launch_quantize(params, nullptr), what);
+    QuantizeParams params = {};
+    std::vector<std::unique_ptr<Result>> results;
+    for (size_t o = 0; o < outputs.size(); ++o) {
+      results.emplace_back(
+          new Result(outputs[o], scaling, f, scale_in, has_natural, has_transposed, shift));
+      params.outputs[o] = results[o]->params;
+    }
+    for (size_t i = 0; i < inputs.size(); ++i) params.inputs[i] = in[i]->data() + shift;
+    params.scale_in = scaling == Scaling::kTensor ? scale_array.data() : nullptr;
+    params.rows = inputs[0].rows;
+    params.cols = inputs[0].cols;
+    params.dtype = kDType<T>;
+    params.format = f.dtype;
+    params.scaling = scaling;
+    test::check(quantize::launch_source<Source>(params, nullptr), what);
     test::synchronize(what);
-    if (has_natural) compare(what + ":", values, scale, natural, C, f);
-    if (has_transposed) compare(what + ": transposed", values_t, scale_t, transposed, R, f);
-    workspace.host(what + ": workspace");
+    for (size_t o = 0; o < outputs.size(); ++o) {
+      results[o]->check(what + (o > 0 ? " (second matrix)" : ""), f);
+    }
   }
 }
 
@@ -266,13 +298,67 @@ void test_size(const char* dtype, int rows, int cols, int shift = 0) {
         const auto name = std::string(dtype) + " " + size + " " + kInputs[int(input)] + " to " +
                           f.name + ", " + kScalings[int(scaling)];
         const float scale_in = input == Input::kSwitching ? 0.37f : 0x1p-7f;
-        test_case<T>(name, x, scaling, f, scale_in, shift);
+        test_case<T>(name, {x}, {x}, scaling, f, scale_in, shift);
         if (scaling == Scaling::kTensor && input == Input::kMixed) {
-          test_case<T>(name + " of NaN", x, scaling, f, NAN, shift);
+          test_case<T>(name + " of NaN", {x}, {x}, scaling, f, NAN, shift);
         }
       }
     }
   }
+}
+
+// Sources of several inputs. The sigmoid is exactly 0, 0.5 or 1 at the gates used here, so that
+// everything else is tested bit by bit; test_sigmoid has the numbers between.
+template <class T>
+void test_swiglu(const char* dtype, int rows, int cols, int shift = 0) {
+  std::mt19937 random(rows * 37 + cols);
+  Matrix gate = make_input<T>(rows, cols, Input::kMixed);
+  for (float& value : gate.data) {
+    const float sizes[] = {0.0f, -128.0f, 64.0f, 32.0f + random() % 256};
+    value = test::round_to<T>(sizes[random() % 4]);
+  }
+  Matrix up = make_input<T>(rows, cols, Input::kSwitching), dh = up;
+  std::shuffle(dh.data.begin(), dh.data.end(), random);
+  up.data[random() % up.data.size()] = NAN;
+  Matrix h = up, dgate = up, dup = up;
+  for (size_t i = 0; i < h.data.size(); ++i) {
+    const float g = gate.data[i], u = up.data[i], d = dh.data[i];
+    const float s = g == 0 ? 0.5f : g > 0 ? 1.0f : 0.0f;
+    h.data[i] = test::round_to<T>(g * s * u);
+    dgate.data[i] = test::round_to<T>(d * u * (s * (1.0f + g * (1.0f - s))));
+    dup.data[i] = test::round_to<T>(d * (g * s));
+  }
+  for (const Format& f : {kE4M3, kE5M2}) {
+    for (const Scaling scaling : {Scaling::kRow, Scaling::kBlock1x128, Scaling::kBlock128x128}) {
+      const auto name = std::string(dtype) + " " + std::to_string(rows) + "x" +
+                        std::to_string(cols) + " to " + f.name + ", scaling " +
+                        std::to_string(int(scaling));
+      test_case<T, quantize::Swiglu>("swiglu " + name, {gate, up}, {h}, scaling, f, 0, shift);
+      test_case<T, quantize::SwigluGrad>("swiglu grad " + name, {gate, up, dh}, {dgate, dup},
+                                         scaling, f, 0, shift);
+    }
+  }
+}
+
+__global__ void sigmoid_kernel(const float* x, float* y, int size) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < size) y[i] = quantize::sigmoid(x[i]);
+}
+
+void test_sigmoid() {
+  std::vector<float> x, wanted;
+  for (int i = -80 * 1024; i <= 80 * 1024; ++i) {
+    x.push_back(i / 1024.0f);
+    wanted.push_back(1.0);
+  }
+  const int size = static_cast<int>(x.size());
+  const test::Array<float> in(x), out(x.size());
+  sigmoid_kernel<<<tile::ceil_div(size, 256), 256>>>(in.data(), out.data(), size);
+  test::synchronize("sigmoid");
+  std::vector<float> ratios = out.host();
+  for (int i = 0; i < size; ++i) ratios[i] *= 1.0 + std::exp(-double(x[i]));
+  // The argument of the power is rounded: at -80 that is 2^-24 of 115.
+  test::compare("sigmoid", ratios, wanted, size, 1e-5f);
 }
 
 template <class T>
@@ -291,12 +377,19 @@ void test_dtype(const char* dtype) {
   test_size<T>(dtype, 3, 40001);
   test_size<T>(dtype, 256, 384, 1);  // sizes are aligned, arrays are not
   test_size<T>(dtype, 130, 200, 1);
+  test_swiglu<T>(dtype, 256, 384);
+  test_swiglu<T>(dtype, 3, 5);
+  test_swiglu<T>(dtype, 257, 1000);
+  test_swiglu<T>(dtype, 144, 136);
+  test_swiglu<T>(dtype, 3, 40000);
+  test_swiglu<T>(dtype, 130, 200, 1);
 }
 
 }  // namespace jaxkern
 
 int main() {
   using namespace jaxkern;
+  test_sigmoid();
   test_dtype<tile::bf16>("bf16");
   test_dtype<tile::f16>("f16");
   test_dtype<float>("f32");

@@ -2,6 +2,7 @@
 
 from jaxkern.nnx.attention import MultiHeadAttention, attention_fn
 from jaxkern.nnx.linear import Fp8Linear
+from jaxkern.nnx.mlp import Fp8MLP
 from jaxkern.nnx.normalization import RMSNorm
 
-__all__ = ["Fp8Linear", "MultiHeadAttention", "RMSNorm", "attention_fn"]
+__all__ = ["Fp8Linear", "Fp8MLP", "MultiHeadAttention", "RMSNorm", "attention_fn"]

@@ -17,7 +17,7 @@ from jaxkern.ops import matmul
 from jaxkern.ops import quantize as quantization
 from jaxkern.ops.fp8_arguments import QuantizedWeight
 from jaxkern.ops.quantized_array import QuantizedArray
-from jaxkern.reference.quantize import BLOCK, scale_of
+from jaxkern.reference.quantize import BLOCK
 
 _OP = "fp8_matmul"
 _SINGLE = np.dtype(np.float32)
@@ -249,7 +249,7 @@ def _forward_op(config):
     def finish(sums, *_):
         return (sums[0].astype(config.dtype),)
 
-    return _kernel_op(config, _forward, axes, finish, weight=slice(1, None))
+    return kernel_op(_OP, config, _forward, axes, finish, weight=slice(1, None))
 
 
 @functools.cache
@@ -261,11 +261,11 @@ def _backward_op(config):
     def finish(sums, x, *_):
         return sums[0].astype(x.dtype), sums[1]
 
-    return _kernel_op(config, _backward, axes, finish, weight=slice(1, -1))
+    return kernel_op(_OP, config, _backward, axes, finish, weight=slice(1, -1))
 
 
-def _kernel_op(config, function, axes, finish, *, weight):
-    """A function of (config, ...) through the whole stack; operands[weight] is the weight.
+def kernel_op(op, config, function, axes, finish, *, weight):
+    """A function of (config, ...) through the whole stack; operands[weight] are the weights.
 
     The reference is called on each device too, so that it quantises what the kernels would.
     """
@@ -281,7 +281,7 @@ def _kernel_op(config, function, axes, finish, *, weight):
         return functools.partial(function, config, first_dtype)
 
     return _stack.kernel_op(
-        _OP,
+        op,
         local(config),
         local(by_reference),
         axes,
@@ -304,9 +304,9 @@ def _forward(config, dtype, x, *weight):
     """y, in config's dtype unless another is given."""
     scalings = config.recipe
     rows = _matrices(x, config.lead(x.ndim), config.depth)
-    lhs = _quantize(config, rows, arguments.FORMAT, scalings.activation)
+    (lhs,) = quantized(config, (rows,), arguments.FORMAT, scalings.activation)
     rhs = _weight(config, weight, "transposed")
-    y = _multiply(
+    y = multiplied(
         config,
         (lhs, scalings.activation),
         (rhs, scalings.weight),
@@ -322,18 +322,12 @@ def _backward(config, dtype, x, *weight_and_dy):
     *weight, dy = weight_and_dy
     scalings = config.recipe
     lead = config.lead(x.ndim)
-    x_t = _quantize(
-        config,
-        _matrices(x, lead, config.depth),
-        arguments.FORMAT,
-        scalings.activation,
-        "transposed",
-    )
-    dy_rows = _matrices(dy, lead, config.width)
-    dy, dy_t = _quantize(config, dy_rows, config.gradient_format, scalings.activation, "both")
+    rows = _matrices(x, lead, config.depth), _matrices(dy, lead, config.width)
+    (x_t,) = quantized(config, rows[:1], arguments.FORMAT, scalings.activation, "transposed")
+    dy, dy_t = quantized(config, rows[1:], config.gradient_format, scalings.activation, "both")
     w = _weight(config, weight, "natural")
-    dx = _multiply(config, (dy, scalings.activation), (w, scalings.weight), dtype or x.dtype)
-    dw = _multiply(config, (x_t, scalings.activation), (dy_t, scalings.activation), _SINGLE)
+    dx = multiplied(config, (dy, scalings.activation), (w, scalings.weight), dtype or x.dtype)
+    dw = multiplied(config, (x_t, scalings.activation), (dy_t, scalings.activation), _SINGLE)
     sizes = _sizes(config.depth, dw.shape[-2]) + _sizes(config.width, dw.shape[-1])
     return dx.reshape(x.shape), dw.reshape(*x.shape[:lead], *sizes)
 
@@ -341,25 +335,22 @@ def _backward(config, dtype, x, *weight_and_dy):
 def _weight(config, weight, orientation):
     """The weight [..., R, C] in this orientation: as given, or quantised here."""
     if not config.has_quantized:
-        (w,) = weight
-        return _quantize(config, w, arguments.FORMAT, config.recipe.weight, orientation)
+        (w,) = quantized(config, weight, arguments.FORMAT, config.recipe.weight, orientation)
+        return w
     values, scale = weight
     columns = config.width if orientation == "natural" else config.depth
     return QuantizedArray(_matrices(values, values.ndim - config.weight_rank, columns), scale)
 
 
-def _quantize(config, x, format, scaling, orientation="natural"):
-    """x [..., R, C], and x^T for "both"."""
+def quantized(config, inputs, format, scaling, orientation="natural", op="quantize"):
+    """QuantizedArrays of the inputs [..., R, C] of a quantiser, by config's implementation."""
     settings = quantization.Config(
-        jnp.dtype(format), scaling, orientation, config.kernel, config.fallback
+        jnp.dtype(format), scaling, orientation, config.kernel, config.fallback, op
     )
-    run = quantization.by_kernel if config.kernel else quantization.by_reference
-    scale = (scale_of(x, format, scaling=scaling),) if scaling == "tensor" else ()
-    arrays = quantization.as_arrays(settings, run(settings, x, *scale), *scale)
-    return arrays if orientation == "both" else arrays[0]
+    return quantization.on_one_device(settings, *inputs)
 
 
-def _multiply(config, lhs, rhs, dtype, *, fast_accumulation=False):
+def multiplied(config, lhs, rhs, dtype, *, fast_accumulation=False):
     """lhs rhs^T [..., M, N], of pairs of a QuantizedArray and its scaling."""
     (lhs, lhs_scaling), (rhs, rhs_scaling) = lhs, rhs
     settings = matmul.Config(

@@ -60,13 +60,15 @@ def operand(name: str, x) -> jax.Array:
     return x
 
 
-def operands(x, w) -> tuple[jax.Array, jax.Array]:
+def operands(x, w, weight_name: str = "w") -> tuple[jax.Array, jax.Array]:
     """x [..., K] and w [K, N] as arrays."""
-    x, w = operand("x", x), operand("w", w)
+    x, w = operand("x", x), operand(weight_name, w)
     if x.ndim == 0:
         raise ValueError("x has shape (), wanted at least one axis")
     if w.ndim != 2 or w.shape[0] != x.shape[-1]:
-        raise ValueError(f"w has shape {w.shape}, wanted ({x.shape[-1]}, N) for x's {x.shape}")
+        raise ValueError(
+            f"{weight_name} has shape {w.shape}, wanted ({x.shape[-1]}, N) for x's {x.shape}"
+        )
     return x, w
 
 

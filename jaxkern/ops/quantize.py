@@ -13,6 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxkern import _checks, _dispatch, _ffi, _partitioning, _stack
 from jaxkern.ops import scales
 from jaxkern.ops.quantized_array import QuantizedArray
+from jaxkern.reference import activation
 from jaxkern.reference import quantize as reference
 
 _OP = "quantize"
@@ -64,17 +65,47 @@ def quantize(
         kernel cannot run the call, or when such a call is lowered for another platform.
       ExceptionGroup: no implementation of a sequence can.
     """
-    x = _checks.array("x", x)
-    if x.dtype.name not in _DTYPES:
-        raise ValueError(f"x has dtype {x.dtype}, wanted one of {', '.join(_DTYPES)}")
-    if x.ndim < 2:
-        raise ValueError(f"x has shape {x.shape}, wanted at least two axes")
+    (array,) = of_source(_OP, {"x": x}, format, scaling, orientation, implementation)
+    return array
+
+
+def of_source(op, inputs, format, scaling, orientation, implementation):
+    """What the public function `op` returns for each of its matrices, after checks.
+
+    inputs: arrays by the names of arguments.
+    """
+    inputs = {name: _checks.array(name, x) for name, x in inputs.items()}
+    (first_name, first), *others = inputs.items()
+    if first.dtype.name not in _DTYPES:
+        raise ValueError(
+            f"{first_name} has dtype {first.dtype}, wanted one of {', '.join(_DTYPES)}"
+        )
+    if first.ndim < 2:
+        raise ValueError(f"{first_name} has shape {first.shape}, wanted at least two axes")
+    for name, x in others:
+        if (x.shape, x.dtype) != (first.shape, first.dtype):
+            raise ValueError(
+                f"{name} has shape {x.shape} and dtype {x.dtype}, wanted {first_name}'s "
+                f"{first.shape} and {first.dtype}"
+            )
     format = _checks.dtype("format", format, _checks.FP8)
     _checks.one_of("scaling", scaling, scales.SCALINGS)
     _checks.one_of("orientation", orientation, _ORIENTATIONS)
-    choice = _dispatch.choose(_OP, implementation, None)
-    config = Config(format, scaling, orientation, *choice)
-    return _stack.without_derivative(_OP, functools.partial(_quantize, config))(x)
+    choice = _dispatch.choose(op, implementation, None)
+    config = Config(format, scaling, orientation, *choice, op)
+    run = _stack.without_derivative(op, functools.partial(_quantize, config))
+    arrays = run(*inputs.values())
+    if orientation != "both":
+        return arrays
+    return tuple(arrays[i : i + 2] for i in range(0, len(arrays), 2))
+
+
+# What each public function quantises: matrices of the shape of its arguments.
+_SOURCES = {
+    "quantize": lambda x: (x,),
+    "quantize_swiglu": lambda gate, up: (activation.swiglu(gate, up),),
+    "quantize_swiglu_grad": activation.swiglu_grad,
+}
 
 
 class Config(NamedTuple):
@@ -83,6 +114,17 @@ class Config(NamedTuple):
     orientation: str
     kernel: bool
     fallback: bool  # to the reference, where the lowering is not for CUDA
+    op: str = _OP  # of _SOURCES
+
+    @property
+    def inputs(self):
+        """How many arrays it takes."""
+        return {"quantize": 1, "quantize_swiglu": 2, "quantize_swiglu_grad": 3}[self.op]
+
+    @property
+    def matrices(self):
+        """How many matrices it quantises."""
+        return 2 if self.op == "quantize_swiglu_grad" else 1
 
     @property
     def has_natural(self):
@@ -99,8 +141,16 @@ class Config(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _quantize(config, x):
-    operands, (operand_axes, result_axes) = (x,), _axes(config, x.ndim)
+def _quantize(config, *inputs):
+    """QuantizedArrays, for each matrix in each orientation."""
+    if config.scaling == "tensor" and config.op != _OP:
+        # An amax of all has to be known first: the matrices are made in memory.
+        operand_axes = (_axes(config, inputs[0].ndim)[0][0],)
+        make = _partitioning.on_auto_mesh(
+            _SOURCES[config.op], operand_axes * config.inputs, operand_axes * config.matrices
+        )
+        return sum((_quantize(config._replace(op=_OP), x) for x in make(*inputs)), ())
+    operands, (operand_axes, result_axes) = inputs, _axes(config, inputs[0].ndim)
     if config.scaling == "tensor":
         # In jax.numpy, so that XLA fuses it with what x comes from and partitions it.
         scale_of = _partitioning.on_auto_mesh(
@@ -108,14 +158,13 @@ def _quantize(config, x):
             operand_axes[:1],
             operand_axes[1:],
         )
-        operands = x, *scale_of(x)
+        operands += scale_of(*inputs)
     if config.kernel:
         results = _op(config)(*_partitioning.alike(operands, operand_axes))
     else:
         plain = functools.partial(by_reference, config)
         results = _partitioning.on_auto_mesh(plain, operand_axes, result_axes)(*operands)
-    arrays = as_arrays(config, results, *operands[1:])
-    return arrays if config.orientation == "both" else arrays[0]
+    return as_arrays(config, results, *operands[config.inputs :])
 
 
 def as_arrays(config, results, *scale):
@@ -138,24 +187,42 @@ def _axes(config, rank):
         return (x, (*lead, "i", "j")), results
     scale = (*lead, rows if config.rows_are_alone else "scale_rows", "scale_columns")
     scale_t = (*lead, "scale_t_rows", "scale_t_columns")
-    return (x,), (x, scale) * config.has_natural + (x_t, scale_t) * config.has_transposed
+    results = (x, scale) * config.has_natural + (x_t, scale_t) * config.has_transposed
+    return (x,) * config.inputs, results * config.matrices
 
 
-def by_reference(config, x, *scale):
+def by_reference(config, *operands):
     """The results by the reference: values and scale, or values alone of a given scale."""
-    if config.has_transposed:
-        # NOTE: XLA's CPU compiler folds bits of a constant that is transposed into wrong ones.
-        x = jax.lax.optimization_barrier(x)
+    inputs, scale = operands[: config.inputs], operands[config.inputs :]
     results = []
-    for wanted, matrix in (
-        (config.has_natural, x),
-        (config.has_transposed, x.swapaxes(-1, -2)),
-    ):
-        if wanted and scale:
-            results.append(reference.cast(matrix, *scale, config.format))
-        elif wanted:
-            results.extend(reference.quantize(matrix, config.format, scaling=config.scaling))
+    for x in _SOURCES[config.op](*inputs):
+        if config.has_transposed:
+            # NOTE: XLA's CPU compiler folds bits of a constant that is transposed into wrong ones.
+            x = jax.lax.optimization_barrier(x)
+        for wanted, matrix in (
+            (config.has_natural, x),
+            (config.has_transposed, x.swapaxes(-1, -2)),
+        ):
+            if wanted and scale:
+                results.append(reference.cast(matrix, *scale, config.format))
+            elif wanted:
+                results.extend(reference.quantize(matrix, config.format, scaling=config.scaling))
     return tuple(results)
+
+
+def on_one_device(config, *inputs):
+    """QuantizedArrays of inputs without a sharding, for each matrix in each orientation."""
+    run = by_kernel if config.kernel else by_reference
+    if config.scaling != "tensor":
+        return as_arrays(config, run(config, *inputs))
+    arrays = ()
+    for x in _SOURCES[config.op](*inputs):
+        single, scale = (
+            config._replace(op=_OP),
+            reference.scale_of(x, config.format, scaling="tensor"),
+        )
+        arrays += as_arrays(single, run(single, x, scale), scale)
+    return arrays
 
 
 # --- Kernel ---------------------------------------------------------------------------------------
@@ -164,7 +231,7 @@ def by_reference(config, x, *scale):
 @functools.cache
 def _op(config):
     return _stack.kernel_op(
-        _OP,
+        config.op,
         functools.partial(by_kernel, config),
         functools.partial(by_reference, config),
         lambda rank, *_: _axes(config, rank),
@@ -172,41 +239,50 @@ def _op(config):
     )
 
 
-def by_kernel(config, x, *scale):
+def by_kernel(config, *operands):
     """The results by the kernel, as by_reference has them."""
+    x = operands[0]
     lead = x.shape[:-2]
     if config.rows_are_alone:
-        results = _call(config, x.reshape(-1, x.shape[-1]))
+        results = _call(config, *(a.reshape(-1, x.shape[-1]) for a in operands))
         return tuple(r.reshape(*x.shape[:-1], r.shape[-1]) for r in results)
     if not lead:
-        return _call(config, x, *scale)
-    flat = [a.reshape(math.prod(lead), *a.shape[-2:]) for a in (x, *scale)]
+        return _call(config, *operands)
+    flat = [a.reshape(math.prod(lead), *a.shape[-2:]) for a in operands]
     results = jax.lax.map(lambda operands: _call(config, *operands), flat)
     return tuple(r.reshape(*lead, *r.shape[1:]) for r in results)
 
 
-def _call(config, x, *scale):
-    """The results for one matrix."""
+def _call(config, *operands):
+    """The results for single matrices."""
+    x = operands[0]
     rows, columns = x.shape
-    scale = scale[0].reshape(1) if scale else x.reshape(-1)[:0].astype(_SINGLE)
+    if config.op == _OP:
+        scale = operands[1].reshape(1) if operands[1:] else x.reshape(-1)[:0].astype(_SINGLE)
+        operands = x, scale
     needs_workspace = config.scaling == "row" and config.has_transposed
-    results = [
+    of_one = [
         *_result_types(config, config.has_natural, rows, columns),
         *_result_types(config, config.has_transposed, columns, rows),
         ((rows + columns if needs_workspace else 0,), np.dtype(np.int32)),
     ]
-    values, scale, values_t, scale_t, _ = _ffi.call(
-        "jaxkern.quantize", results, x, scale, scaling=scales.code(config.scaling)
+    results = _ffi.call(
+        f"jaxkern.{config.op}",
+        of_one * config.matrices,
+        *operands,
+        scaling=scales.code(config.scaling),
     )
     wanted = []
-    for has, *result, length in (
-        (config.has_natural, values, scale, rows),
-        (config.has_transposed, values_t, scale_t, columns),
-    ):
-        if has and config.scaling == "tensor":
-            wanted.append(result[0])
-        elif has:
-            wanted += [result[0], scales.from_kernel(result[1], config.scaling, length)]
+    for i in range(config.matrices):
+        values, scale, values_t, scale_t, _ = results[5 * i : 5 * i + 5]
+        for has, *result, length in (
+            (config.has_natural, values, scale, rows),
+            (config.has_transposed, values_t, scale_t, columns),
+        ):
+            if has and config.scaling == "tensor":
+                wanted.append(result[0])
+            elif has:
+                wanted += [result[0], scales.from_kernel(result[1], config.scaling, length)]
     return tuple(wanted)
 
 

@@ -1,0 +1,251 @@
+"""fp8_mlp: a transformer's gated MLP of FP8 products, with SwiGLU inside its quantisers."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxkern import _checks, _dispatch, _partitioning
+from jaxkern.ops import fp8
+from jaxkern.ops import fp8_arguments as arguments
+from jaxkern.ops.norm import rms_norm
+
+_OP = "fp8_mlp"
+_SINGLE = np.dtype(np.float32)
+_WEIGHTS = slice(1, 4)  # of operands
+
+
+def fp8_mlp(
+    x: ArrayLike,
+    scale: ArrayLike | None,
+    gate: ArrayLike,
+    up: ArrayLike,
+    down: ArrayLike,
+    *,
+    epsilon: ArrayLike = 1e-6,
+    recipe: str = "row",
+    gradient_format: DTypeLike | None = None,
+    implementation: str | Sequence[str] | None = None,
+) -> jax.Array:
+    """(silu(z gate) * (z up)) down for z = rms_norm(x, scale), with the products of fp8_matmul.
+
+    Its values and gradients are those of rms_norm, fp8_matmul and SwiGLU one after the other: the
+    same operands are quantised. The products with gate and up share one quantised z. SwiGLU and its
+    gradient are computed while they are quantised, in float32, and are never in memory. What is
+    kept for the gradients is z, its products with gate and up, and the weights.
+
+    Arrays stay sharded along tokens and F. K and N are made whole. Each device quantises the shards
+    it has, as in fp8_matmul. Devices exchange only sums, in float32: y and the gradient of z over
+    shards of F, those of the weights over shards of tokens.
+
+    Args:
+      x: [..., K], bfloat16, float16 or float32.
+      scale: [K], of rms_norm, floating point; None leaves the norm out: z is x.
+      gate, up: [K, F], bfloat16, float16 or float32.
+      down: [F, N], of these dtypes.
+      epsilon: of rms_norm.
+      recipe, gradient_format: of fp8_matmul, for all the products.
+      implementation: "cuda", "xla", or a sequence of them to take the first that supports the
+        call. None is ("cuda", "xla"). "cuda" is kernels for compute capability 9.0, used where the
+        computation is lowered for CUDA. "xla" is plain jax.numpy.
+
+    Returns:
+      [..., N] in x's dtype. To be differentiated once, in reverse mode; the gradients of weights
+      are float32 up to their cast to the weights' dtypes. A remat policy knows the result and the
+      products with gate and up by the names "jaxkern_fp8_mlp_out", "jaxkern_fp8_mlp_gate" and
+      "jaxkern_fp8_mlp_up".
+
+    Raises:
+      ValueError: arguments that do not fit together, or an unknown implementation.
+      NotImplementedError: second derivatives; implementation "cuda" where the kernels cannot run
+        the call, or when such a call is lowered for another platform.
+      ExceptionGroup: no implementation of a sequence can.
+    """
+    x, weights = _operands(x, gate, up, down)
+    scalings = arguments.recipe(recipe)
+    format = scalings.gradient_format if gradient_format is None else gradient_format
+    format = _checks.dtype("gradient_format", format, _checks.FP8)
+    choice = _dispatch.choose(_OP, implementation, None)
+    if scale is not None:
+        x = rms_norm(x, scale, epsilon=epsilon, implementation=implementation)
+    dtypes = tuple(w.dtype for w in weights)
+    return _of_any_sharding(_Config(scalings, format, dtypes, x.ndim - 1, *choice), x, *weights)
+
+
+def _operands(x, gate, up, down):
+    """x and the weights as arrays."""
+    x, gate = arguments.operands(x, gate, "gate")
+    up, down = arguments.operand("up", up), arguments.operand("down", down)
+    if up.shape != gate.shape:
+        raise ValueError(f"up has shape {up.shape}, wanted gate's {gate.shape}")
+    if down.ndim != 2 or down.shape[0] != gate.shape[1]:
+        raise ValueError(
+            f"down has shape {down.shape}, wanted ({gate.shape[1]}, N) for gate's {gate.shape}"
+        )
+    return x, (gate, up, down)
+
+
+class _Config(NamedTuple):
+    recipe: arguments.Recipe
+    gradient_format: np.dtype
+    weight_dtypes: tuple[np.dtype, ...]
+    tokens: int  # how many axes of x are M
+    kernel: bool
+    fallback: bool  # to the reference, where the lowering is not for CUDA
+
+    @property
+    def weight_rank(self):
+        """The number of axes of a single weight."""
+        return 2
+
+    def lead(self, x_rank):
+        """The number of axes that vmap has put in front of x."""
+        return x_rank - self.tokens - 1
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _of_any_sharding(config, *operands):
+    axes = _axes(config, operands[0].ndim, 2)
+    return _fp8_mlp(config, *_partitioning.alike(operands, (axes.x, *axes.weights)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fp8_mlp(config, *operands):
+    return _forward_op(config, False)(*operands)[0]
+
+
+def _fp8_mlp_fwd(config, *operands):
+    y, *hidden = _forward_op(config, True)(*operands)
+    names = "jaxkern_fp8_mlp_gate", "jaxkern_fp8_mlp_up"
+    hidden = [checkpoint_name(h, name) for h, name in zip(hidden, names, strict=True)]
+    return checkpoint_name(y, "jaxkern_fp8_mlp_out"), (*operands, *hidden)
+
+
+def _fp8_mlp_bwd(config, residuals, dy):
+    dx, *dweights = _backward_op(config)(*residuals, dy)
+    dtypes = config.weight_dtypes
+    return dx, *(dw.astype(dtype) for dw, dtype in zip(dweights, dtypes, strict=True))
+
+
+_fp8_mlp.defvjp(_fp8_mlp_fwd, _fp8_mlp_bwd)
+
+
+# --- Operations -----------------------------------------------------------------------------------
+# vmap puts axes in front; those of the weights are the first ones of x.
+
+
+class _Axes(NamedTuple):
+    """Names of the axes of every array."""
+
+    x: tuple[str, ...]
+    weights: tuple[tuple[str, ...], ...]
+    hidden: tuple[str, ...]  # of the products with gate and up
+    y: tuple[str, ...]
+    dweights: tuple[tuple[str, ...], ...]
+
+
+def _axes(config, x_rank, weight_rank):
+    lead = tuple(f"b{i}" for i in range(config.lead(x_rank)))
+    rows = (*lead, *(f"btoken{i}" for i in range(config.tokens)))
+
+    def weights(lead):
+        first = (*lead, "depth", "bhidden")
+        return first, first, (*lead, "bhidden", "width")
+
+    return _Axes(
+        x=(*rows, "depth"),
+        weights=weights(lead[: weight_rank - 2]),
+        hidden=(*rows, "bhidden"),
+        y=(*rows, "width"),
+        dweights=weights(lead),
+    )
+
+
+@functools.cache
+def _forward_op(config, has_residuals):
+    """y, and with residuals the products with gate and up."""
+
+    def axes(*ranks):
+        axes = _axes(config, *ranks[:2])
+        return (axes.x, *axes.weights), (axes.y,) + (axes.hidden,) * (2 * has_residuals)
+
+    def function(config, dtype, *operands):
+        results = _forward(config, dtype, *operands)
+        return results if has_residuals else results[:1]
+
+    def finish(sums, x, *_):
+        return sums[0].astype(x.dtype), *sums[1:]
+
+    return fp8.kernel_op(_OP, config, function, axes, finish, weight=_WEIGHTS)
+
+
+@functools.cache
+def _backward_op(config):
+    def axes(*ranks):
+        axes = _axes(config, *ranks[:2])
+        operands = (axes.x, *axes.weights, axes.hidden, axes.hidden, axes.y)
+        return operands, (axes.x, *axes.dweights)
+
+    def finish(sums, x, *_):
+        return sums[0].astype(x.dtype), *sums[1:]
+
+    return fp8.kernel_op(_OP, config, _backward, axes, finish, weight=_WEIGHTS)
+
+
+# --- One device -----------------------------------------------------------------------------------
+
+
+def _forward(config, dtype, x, gate, up, down):
+    """y, in x's dtype unless another is given, and the products with gate and up."""
+    z = _activation(config, _matrices(config, x))
+    products = [_product(config, z, w, "transposed", x.dtype) for w in (gate, up)]
+    h = _activation(config, *products, op="quantize_swiglu")
+    y = _product(config, h, down, "transposed", dtype or x.dtype)
+    return tuple(a.reshape(*x.shape[:-1], a.shape[-1]) for a in (y, *products))
+
+
+def _backward(config, dtype, x, gate, up, down, *hidden_and_dy):
+    """dx, in x's dtype unless another is given, and the gradients of the weights in float32."""
+    *hidden, dy = (_matrices(config, a) for a in hidden_and_dy)
+    scaling, format = config.recipe.activation, config.gradient_format
+    dy, dy_t = fp8.quantized(config, (dy,), format, scaling, "both")
+    dh = _product(config, dy, down, "natural", x.dtype)
+    dgate, dgate_t, dup, dup_t = fp8.quantized(
+        config, (*hidden, dh), format, scaling, "both", "quantize_swiglu_grad"
+    )
+    shares = [
+        _product(config, d, w, "natural", dtype or x.dtype).astype(_SINGLE)
+        for d, w in ((dgate, gate), (dup, up))
+    ]
+    dx = (shares[0] + shares[1]).astype(dtype or x.dtype)
+    z_t = _activation(config, _matrices(config, x), orientation="transposed")
+    h_t = _activation(config, *hidden, orientation="transposed", op="quantize_swiglu")
+    return dx.reshape(x.shape), *(
+        fp8.multiplied(config, (lhs, scaling), (rhs, scaling), _SINGLE)
+        for lhs, rhs in ((z_t, dgate_t), (z_t, dup_t), (h_t, dy_t))
+    )
+
+
+def _activation(config, *inputs, orientation="natural", op="quantize"):
+    """What a quantiser makes of activations."""
+    scaling = config.recipe.activation
+    (array,) = fp8.quantized(config, inputs, arguments.FORMAT, scaling, orientation, op)
+    return array
+
+
+def _product(config, lhs, w, orientation, dtype):
+    """lhs of a weight, or for "natural" of its transpose, [..., M, N]."""
+    (rhs,) = fp8.quantized(config, (w,), arguments.FORMAT, config.recipe.weight, orientation)
+    scaling = config.recipe.activation
+    return fp8.multiplied(config, (lhs, scaling), (rhs, config.recipe.weight), dtype)
+
+
+def _matrices(config, x):
+    """x [..., R, C], with the axes in front that vmap has put there."""
+    lead = x.shape[: config.lead(x.ndim)]
+    return x.reshape(*lead, math.prod(x.shape[len(lead) : -1]), x.shape[-1])

@@ -1,0 +1,103 @@
+"""The CUDA kernels of the fused quantisers, and fp8_mlp on the GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from fp8 import E4M3, E5M2, RECIPES, numpy_quantize
+
+from jaxkern import fp8_mlp, quantize_swiglu, quantize_swiglu_grad
+from jaxkern.testing import relative_error
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = [(128, 128), (3, 5), (130, 200), (257, 1000), (256, 384), (3, 40000)]
+
+
+def draw(rows, columns, dtype):
+    """gate, up and dh."""
+    rng = np.random.default_rng(rows * 1_000_003 + columns)
+    dtype = getattr(ml_dtypes, dtype) if dtype == "bfloat16" else np.dtype(dtype)
+    gate = 3 * rng.standard_normal((rows, columns))
+    gate[0] = 0.0
+    others = [rng.standard_normal(gate.shape) * 2.0 ** rng.integers(-4, 4) for _ in range(2)]
+    return [x.astype(dtype) for x in (gate, *others)]
+
+
+def numpy_matrices(gate, up, dh):
+    """h and the gradients of gate and up, rounded to the operands' dtype."""
+    dtype = gate.dtype
+    gate, up, dh = (x.astype(np.float64) for x in (gate, up, dh))
+    s = 1 / (1 + np.exp(-gate))
+    wanted = gate * s * up, dh * up * s * (1 + gate * (1 - s)), dh * gate * s
+    return [x.astype(np.float32).astype(dtype) for x in wanted]
+
+
+def check(got, wanted, format, scaling):
+    """Equal, but that a number between two of the format may become the other one."""
+    values, scale = numpy_quantize(wanted, format, scaling)
+    same = np.asarray(got.scale) == scale
+    assert same.mean() >= 0.99 or (~same).sum() <= 1  # an amax between two powers of two
+    scales = np.repeat(np.repeat(same, 128, -1), 128, -2) if scaling == "128x128" else same
+    if scaling == "1x128":
+        scales = np.repeat(same, 128, -1)
+    scales = np.broadcast_to(scales[..., : values.shape[-2], : values.shape[-1]], values.shape)
+    found, values = (
+        np.where(scales, np.asarray(x).astype(np.float32), 0) for x in (got.values, values)
+    )
+    step = 2.0 ** -(3 if format == E4M3 else 2)
+    tiny = 2.0 ** -(9 if format == E4M3 else 16)
+    error = np.abs(found - values)
+    assert (error <= np.maximum(step * np.abs(values), tiny)).all()
+    assert (error > 0).mean() < 2e-3 or (error > 0).sum() <= 1
+
+
+@pytest.mark.parametrize("rows, columns", SHAPES)
+@pytest.mark.parametrize("orientation", ["natural", "transposed", "both"])
+@pytest.mark.parametrize("scaling", ["row", "1x128", "128x128"])
+@pytest.mark.parametrize(
+    "dtype, format", [("bfloat16", E4M3), ("float32", E5M2), ("float16", E4M3)]
+)
+def test_quantize_swiglu(rows, columns, orientation, scaling, dtype, format):
+    gate, up, dh = draw(rows, columns, dtype)
+    options = {
+        "format": format,
+        "scaling": scaling,
+        "orientation": orientation,
+        "implementation": "cuda",
+    }
+    h = jax.jit(functools.partial(quantize_swiglu, **options))(gate, up)
+    grads = jax.jit(functools.partial(quantize_swiglu_grad, **options))(gate, up, dh)
+    for arrays, x in zip((h, *grads), numpy_matrices(gate, up, dh), strict=True):
+        matrices = {"natural": [x], "transposed": [x.T], "both": [x, x.T]}[orientation]
+        found = arrays if orientation == "both" else [arrays]
+        for array, matrix in zip(found, matrices, strict=True):
+            check(array, matrix, format, scaling)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("m", [8, 300])
+def test_fp8_mlp(recipe, m):
+    """Against the reference on the same device: y and all gradients."""
+    rng = np.random.default_rng(m)
+    shapes = (m, 512), (512,), (512, 1024), (512, 1024), (1024, 512), (m, 512)
+    sizes = 1, 1, 512**-0.5, 512**-0.5, 1024**-0.5, 1
+    x, scale, *weights, dy = (
+        jnp.asarray(size * rng.standard_normal(shape), jnp.float32)
+        for shape, size in zip(shapes, sizes, strict=True)
+    )
+    x, dy = x.astype(jnp.bfloat16), dy.astype(jnp.bfloat16)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(implementation, *operands):
+        mlp = functools.partial(fp8_mlp, recipe=recipe, implementation=implementation)
+        y, pull = jax.vjp(mlp, *operands)
+        return y, *pull(dy)
+
+    got, wanted = (run(name, x, scale, *weights) for name in ("cuda", "xla"))
+    for g, w in zip(got, wanted, strict=True):
+        assert (g.shape, g.dtype) == (w.shape, w.dtype)
+        assert relative_error(g, w) < 1e-2
