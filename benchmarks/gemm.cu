@@ -20,8 +20,8 @@ using Provider = bench::Provider<GemmParams>;
 
 template <class Gemm>
 Provider ours(const std::string& name, int group = 8) {
-  return {name, [group](const GemmParams& p) {
-            bench::check(launch_gemm<Gemm>(p, nullptr, group), "gemm");
+  return {name, [group](const GemmParams& p, cudaStream_t stream) {
+            bench::check(launch_gemm<Gemm>(p, stream, group), "gemm");
           }};
 }
 
@@ -39,10 +39,13 @@ Provider cublas() {
   constexpr size_t kWorkspace = 64 << 20;
   cublasHandle_t handle;
   bench::require(cublasCreate(&handle) == CUBLAS_STATUS_SUCCESS, "cublasCreate failed");
-  bench::require(cublasSetWorkspace(handle, bench::allocate<char>(kWorkspace), kWorkspace) ==
-                     CUBLAS_STATUS_SUCCESS,
-                 "cublasSetWorkspace failed");
-  return {"cublas", [handle](const GemmParams& p) {
+  char* workspace = bench::allocate<char>(kWorkspace);
+  return {"cublas", [handle, workspace](const GemmParams& p, cudaStream_t stream) {
+            // The first takes the workspace away that the second gives.
+            bench::require(
+                cublasSetStream(handle, stream) == CUBLAS_STATUS_SUCCESS &&
+                    cublasSetWorkspace(handle, workspace, kWorkspace) == CUBLAS_STATUS_SUCCESS,
+                "cublas takes no stream or workspace");
             // Its matrices are column-major: it sees the transposes, so D^T = B^T A^T.
             const float one = 1.0f, zero = 0.0f;
             const int M = static_cast<int>(p.M), N = static_cast<int>(p.N);

@@ -1,5 +1,6 @@
 // What the CUDA benchmark programs share: normal-distributed matrices, providers that take turns,
-// and samples between two events.
+// and samples between two events. The calls of a sample are one CUDA graph, as XLA launches them:
+// the host's time for a launch is not in it.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -90,7 +91,7 @@ inline float median(std::vector<float> values) {
 template <class Params>
 struct Provider {
   std::string name;
-  std::function<void(const Params&)> enqueue;
+  std::function<void(const Params&, cudaStream_t)> enqueue;
   std::vector<float> samples = {};  // us per call
 };
 
@@ -99,8 +100,10 @@ class Comparison {
  public:
   Comparison(std::vector<Params> inputs, float seconds)
       : inputs_(std::move(inputs)), seconds_(seconds) {
+    check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
     check(cudaEventCreate(&start_), "cudaEventCreate");
     check(cudaEventCreate(&end_), "cudaEventCreate");
+    check(cudaDeviceSynchronize(), "inputs");
   }
 
   // The relative Frobenius distance of what two providers write to the `size` elements at `out` of
@@ -112,46 +115,75 @@ class Comparison {
     double* sums;
     check(cudaMallocManaged(&sums, 2 * sizeof(double)), "cudaMallocManaged");
     sums[0] = sums[1] = 0.0;
-    check(cudaMemset(const_cast<T*>(out), 0xff, size * sizeof(T)), "cudaMemset");  // NaN
-    x.enqueue(inputs_.front());
-    check(cudaMemcpy(copy, out, size * sizeof(T), cudaMemcpyDeviceToDevice), x.name);
-    y.enqueue(inputs_.front());
-    distance_kernel<<<1024, 256>>>(copy, out, size, sums);
-    check(cudaDeviceSynchronize(), y.name);
+    const auto run = [&](const Provider<Params>& provider) {
+      // NaN, for what it does not write
+      check(cudaMemsetAsync(const_cast<T*>(out), 0xff, size * sizeof(T), stream_), "memset");
+      provider.enqueue(inputs_.front(), stream_);
+    };
+    run(x);
+    check(cudaMemcpyAsync(copy, out, size * sizeof(T), cudaMemcpyDeviceToDevice, stream_), x.name);
+    run(y);
+    distance_kernel<<<1024, 256, 0, stream_>>>(copy, out, size, sums);
+    check(cudaStreamSynchronize(stream_), y.name);
     const double result = std::sqrt(sums[0] / sums[1]);
     cudaFree(copy);
     cudaFree(sums);
     return result;
   }
 
+  // Adds `repeats` samples to each provider, in turns.
   void measure(std::vector<Provider<Params>>& providers, int repeats) {
-    std::vector<int> calls;
+    std::vector<Graph> graphs;
     for (auto& provider : providers) {
-      sample(provider, static_cast<int>(inputs_.size()));  // warms up
-      const float us = sample(provider, static_cast<int>(inputs_.size()));
-      calls.push_back(std::clamp(static_cast<int>(seconds_ * 1e6f / us), 2, 1000));
+      const float us = time(record(provider, static_cast<int>(inputs_.size())));
+      graphs.push_back(
+          record(provider, std::clamp(static_cast<int>(seconds_ * 1e6f / us), 2, 1000)));
     }
     for (int i = 0; i < repeats; ++i) {
       for (size_t k = 0; k < providers.size(); ++k) {
-        providers[k].samples.push_back(sample(providers[k], calls[k]));
+        providers[k].samples.push_back(time(graphs[k]));
       }
     }
   }
 
-  // Microseconds per call.
+  // Microseconds per call, of `calls`.
   float sample(const Provider<Params>& provider, int calls) {
-    check(cudaEventRecord(start_), "cudaEventRecord");
-    for (int i = 0; i < calls; ++i) provider.enqueue(inputs_[i % inputs_.size()]);
-    check(cudaEventRecord(end_), "cudaEventRecord");
-    check(cudaEventSynchronize(end_), provider.name);
-    float milliseconds;
-    check(cudaEventElapsedTime(&milliseconds, start_, end_), "cudaEventElapsedTime");
-    return milliseconds * 1e3f / calls;
+    return time(record(provider, calls));
   }
 
  private:
+  struct Graph {
+    cudaGraphExec_t run;
+    int calls;
+  };
+
+  // Has run once already.
+  Graph record(const Provider<Params>& provider, int calls) {
+    cudaGraph_t graph;
+    cudaGraphExec_t run;
+    check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), provider.name);
+    for (int i = 0; i < calls; ++i) provider.enqueue(inputs_[i % inputs_.size()], stream_);
+    check(cudaStreamEndCapture(stream_, &graph), provider.name);
+    check(cudaGraphInstantiate(&run, graph, 0), provider.name);
+    check(cudaGraphLaunch(run, stream_), provider.name);
+    check(cudaStreamSynchronize(stream_), provider.name);
+    cudaGraphDestroy(graph);
+    return {run, calls};
+  }
+
+  float time(const Graph& graph) {
+    check(cudaEventRecord(start_, stream_), "cudaEventRecord");
+    check(cudaGraphLaunch(graph.run, stream_), "cudaGraphLaunch");
+    check(cudaEventRecord(end_, stream_), "cudaEventRecord");
+    check(cudaEventSynchronize(end_), "cudaEventSynchronize");
+    float milliseconds;
+    check(cudaEventElapsedTime(&milliseconds, start_, end_), "cudaEventElapsedTime");
+    return milliseconds * 1e3f / graph.calls;
+  }
+
   std::vector<Params> inputs_;
   float seconds_;
+  cudaStream_t stream_;
   cudaEvent_t start_, end_;
 };
 

@@ -7,15 +7,10 @@
 namespace jaxkern {
 namespace {
 
-// Without promotion all columns of the tile are one product, which reads lhs from shared memory
-// once; with it, there are registers for two products of half of them.
-constexpr ScaledMatmulConfig kFast = {.waves = 1, .block_n = 256, .stages = 4, .blocks = 2};
-constexpr ScaledMatmulConfig kPromoted = {.waves = 2, .block_n = 128, .stages = 4, .blocks = 2};
-
 template <class Lhs, class Rhs, class Out>
 cudaError_t launch_with_scales(const ScaledMatmulParams& p, cudaStream_t stream) {
   const auto run = [&]<BlockScales kScales, bool kFastAccumulation>() {
-    constexpr ScaledMatmulConfig kConfig = kFastAccumulation ? kFast : kPromoted;
+    constexpr ScaledMatmulConfig kConfig = scaled_matmul_config(kScales, kFastAccumulation);
     using Matmul = ScaledMatmul<Lhs, Rhs, Out, kScales, kFastAccumulation, kConfig>;
     return launch_scaled_matmul_sm90<Matmul>(p, stream);
   };

@@ -13,6 +13,17 @@
 
 namespace jaxkern {
 
+// Without promotion all columns of a tile are one product, which reads lhs from shared memory once;
+// with it, there are registers for two products of half of them. Room for a whole result is worth
+// a stage, except where the sums of blocks take longest.
+constexpr ScaledMatmulConfig scaled_matmul_config(BlockScales scales, bool fast_accumulation) {
+  if (fast_accumulation) return {.waves = 1, .block_n = 256, .stages = 4, .blocks = 2, .pieces = 2};
+  if (scales == BlockScales::k1x128By1x128) {
+    return {.waves = 2, .block_n = 128, .stages = 4, .blocks = 2, .pieces = 1};
+  }
+  return {.waves = 2, .block_n = 128, .stages = 3, .blocks = 2, .pieces = 4};
+}
+
 template <class T>
 constexpr CUtensorMapDataType tensor_map_type() {
   if (std::is_same_v<T, float>) return CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
@@ -21,7 +32,7 @@ constexpr CUtensorMapDataType tensor_map_type() {
   static_assert(sizeof(T) != 1, "8-bit types are UINT8 to TMA");
 }
 
-// What both kernels take: tiles of `rhs_box` rows of rhs a copy, `out_box` rows of out a copy.
+// What both kernels take: copies of `lhs_box`, `rhs_box` and `out_box` rows.
 template <class Matmul>
 cudaError_t fill_params(typename Matmul::Params* p, const ScaledMatmulParams& params, int lhs_box,
                         int rhs_box, int out_box) {
@@ -37,7 +48,7 @@ cudaError_t fill_params(typename Matmul::Params* p, const ScaledMatmulParams& pa
     return error;
   if constexpr (Matmul::kScales != BlockScales::kNone) {
     if (cudaError_t error = make_row_map(&p->lhs_rows, params.lhs_scale, B * K_blocks,
-                                         padded_scale_row(M), lhs_box))
+                                         padded_scale_row(M), Matmul::kScaleRows))
       return error;
   }
   p->lhs_scale = params.lhs_scale;
@@ -55,20 +66,28 @@ template <class Matmul>
 cudaError_t launch_scaled_matmul_sm90(const ScaledMatmulParams& params, cudaStream_t stream,
                                       int group = 8) {
   using Cluster = typename Matmul::Cluster;
+  constexpr int kLhsShare = Matmul::kSharesLhs ? Cluster::kBlocks : 1;
+  constexpr int kRhsShare = Matmul::kSharesLhs ? 1 : Cluster::kBlocks;
   int multiprocessors;
   if (cudaError_t error = multiprocessor_count(&multiprocessors)) return error;
   typename Matmul::Params p = {};
-  if (cudaError_t error =
-          fill_params<Matmul>(&p, params, Matmul::kBlockM, Matmul::kBlockN / Cluster::kBlocks, 64))
+  if (cudaError_t error = fill_params<Matmul>(&p, params, Matmul::kBlockM / kLhsShare,
+                                              Matmul::kBlockN / kRhsShare, 64))
     return error;
-  if constexpr (Matmul::kRhsBlocks) {
-    if (cudaError_t error = make_row_map(&p.rhs_rows, params.rhs_scale, params.B * p.K_blocks,
-                                         padded_scale_row(params.N), Matmul::kBlockN))
+  if (Matmul::kRhsBlocks || p.rhs_scale_step) {
+    const int64_t rows = Matmul::kRhsBlocks ? params.B * p.K_blocks : params.B;
+    const int64_t cols = Matmul::kRhsBlocks ? padded_scale_row(params.N) : params.N;
+    if (cudaError_t error =
+            make_row_map(&p.rhs_rows, params.rhs_scale, rows, cols, Matmul::kBlockN))
+      return error;
+  }
+  if (params.bias != nullptr) {
+    if (cudaError_t error = make_row_map(&p.bias_row, params.bias, 1, params.N, Matmul::kBlockN))
       return error;
   }
   p.order = {
-      .rows = tile::ceil_div(p.M, Matmul::kBlockM * Cluster::kBlocks),
-      .cols = tile::ceil_div(p.N, Matmul::kBlockN),
+      .rows = tile::ceil_div(p.M, Matmul::kClusterM),
+      .cols = tile::ceil_div(p.N, Matmul::kClusterN),
       .group = group,
   };
   p.B = static_cast<int>(params.B);

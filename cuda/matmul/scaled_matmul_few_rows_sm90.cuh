@@ -25,7 +25,7 @@ struct ScaledMatmulFewRows {
   static constexpr bool kFastAccumulation = kFastAccumulation_;
   static constexpr bool kBlocks = kScales != BlockScales::kNone;
   static constexpr int kTokens = kTokens_, kConsumers = 2;
-  static constexpr int kBlockN = 64 * kConsumers, kBlockK = kScaleBlock;
+  static constexpr int kBlockN = 64 * kConsumers, kBlockK = kScaleBlock, kScaleRows = kTokens;
   static constexpr int kThreads = tile::kWarpgroupSize * (1 + kConsumers);
   static_assert(kScales != BlockScales::k1x128By1x128, "weights have scales for 128 rows");
   static_assert(!kBlocks || !kFastAccumulation, "scales of blocks need float32 sums");

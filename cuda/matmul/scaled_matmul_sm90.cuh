@@ -1,7 +1,8 @@
 // Products of scaled 8-bit matrices on Hopper: out = (lhs * lhs_scale) (rhs * rhs_scale)^T + bias.
 //
-// Persistent clusters of blocks work through tiles of out. The blocks of a cluster lie below each
-// other: each has rows of lhs of its own, and they bring each other the rows of rhs they share.
+// Persistent clusters of blocks work through tiles of out. The tiles of a cluster lie side by side
+// and its blocks bring each other the rows of lhs that they share; or, where tiles are wider than
+// high, below each other, and the blocks share rows of rhs.
 // Warpgroups have roles:
 //   producer    one thread loads blocks of 128 along K, and scales, into a ring of stages;
 //   consumers   each own 64 * kWaves rows of the tile and all of its columns.
@@ -9,6 +10,8 @@
 // block of K, a wave of 64 rows at a time, and adds it to a sum in float32 registers, times its
 // scales where there are some for blocks; meanwhile the other consumer multiplies. With
 // kFastAccumulation tensor cores do all of the sum.
+// Such a consumer has as much to do between two products as they take. What is in its loop counts:
+// addresses are settled before it, and the next block's barrier is tried among this one's sums.
 // Blocks of K with scales of their own are DeepSeek-V3's recipe, the promotion is DeepGEMM's.
 // docs/matmul.md draws the schedule.
 #pragma once
@@ -23,7 +26,9 @@ enum class BlockScales { kNone, k1x128By128x128, k1x128By1x128 };
 
 // A tile has 64 * kConsumers * kWaves rows and kBlockN columns.
 struct ScaledMatmulConfig {
-  int waves, block_n, stages, blocks;  // blocks: of a cluster
+  int waves, block_n, stages;
+  int blocks;  // of a cluster
+  int pieces;  // of a consumer's result that shared memory has room for, 64 rows and 128 bytes each
 };
 
 template <class Lhs_, class Rhs_, class Out_, BlockScales kScales_, bool kFastAccumulation_,
@@ -38,7 +43,7 @@ struct ScaledMatmul {
   static constexpr bool kFastAccumulation = kFastAccumulation_;
   static constexpr int kConsumers = 2, kWaves = kConfig.waves, kStages = kConfig.stages;
   static constexpr int kBlockM = 64 * kConsumers * kWaves, kBlockN = kConfig.block_n;
-  static constexpr int kBlockK = kScaleBlock;
+  static constexpr int kBlockK = kScaleBlock, kScaleRows = kBlockM;
   static constexpr int kThreads = tile::kWarpgroupSize * (1 + kConsumers);
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
   static constexpr bool kLhsBlocks = kScales != BlockScales::kNone;
@@ -46,8 +51,10 @@ struct ScaledMatmul {
   static_assert(!kLhsBlocks || !kFastAccumulation, "scales of blocks need float32 sums");
   static_assert(kScales != BlockScales::k1x128By128x128 || kBlockN == kScaleBlock);
 
-  static constexpr int kOutBuffers = kLhsBlocks ? 1 : 2;  // scales take the second's place
-  static constexpr int kPieceCols = tile::kPanelBytes / sizeof(Out);
+  static constexpr bool kSharesLhs = kBlockM > kBlockN;
+  static constexpr int kUnroll = kRhsBlocks || kFastAccumulation ? 1 : 4;  // more would spill
+  static constexpr int kPieceCols = tile::kPanelBytes / sizeof(Out), kPieces = kBlockN / kPieceCols;
+  static constexpr int kBuffers = kConfig.pieces;
   using TileLhs = tile::SharedTile<Lhs, kBlockM, kBlockK>;  // (kBlockM, kBlockK)
   using TileRhs = tile::SharedTile<Rhs, kBlockN, kBlockK>;  // (kBlockN, kBlockK)
   using TileOut = tile::SharedTile<Out, 64, kPieceCols>;    // a piece on its way out
@@ -56,10 +63,12 @@ struct ScaledMatmul {
   struct Storage {
     TileLhs lhs[kStages];
     TileRhs rhs[kStages];
-    TileOut out[kConsumers][kOutBuffers];
+    TileOut out[kConsumers][kBuffers];
     alignas(128) float lhs_scale[kLhsBlocks ? kStages : 1][kBlockM];
     alignas(128) float rhs_scale[kRhsBlocks ? kStages : 1][kBlockN];
+    alignas(128) float bias[kBlockN];
     tile::Ring<kStages> ring;
+    tile::Ring<1> columns;  // of what the end of a tile reads: bias and, without blocks, rhs_scale
   };
   static constexpr int kSharedBytes = sizeof(Storage);
   static_assert(kSharedBytes <= tile::kMaxSharedBytes, "the tiles must fit a block");
@@ -68,24 +77,29 @@ struct ScaledMatmul {
       static_cast<int>(sizeof(float)) * (kLhsBlocks * kBlockM + kRhsBlocks * kBlockN);
 
   struct Params {
-    CUtensorMap lhs, rhs;            // (B * M, K), (B * N, K); boxes: a tile, a block's share
-    CUtensorMap out;                 // (B, M, 1, N); boxes: a piece
-    CUtensorMap lhs_rows, rhs_rows;  // scales (B * KB, M or N padded); boxes: those of a tile
+    CUtensorMap lhs, rhs;  // (B * M, K), (B * N, K); boxes: what a block loads of a tile
+    CUtensorMap out;       // (B, M, 1, N); boxes: a piece
+    CUtensorMap lhs_rows;  // scales of blocks (B * KB, M padded); boxes: those of a tile
+    CUtensorMap rhs_rows;  // the same (B * KB, N padded), or without blocks those of rows (B, N)
+    CUtensorMap bias_row;  // (1, N); boxes: that of a tile
     const float *lhs_scale, *rhs_scale, *bias;
     int lhs_scale_step,
         rhs_scale_step;       // without blocks: 1 if rows have scales, 0 if all share one
-    tile::MatrixOrder order;  // of a cluster's tiles: kBlockM * kBlocks rows, kBlockN columns
+    tile::MatrixOrder order;  // of the tiles of clusters
     int B, M, N, K_blocks;
   };
 
-  // Where this block's part of a cluster's tile lies in out.
+  static constexpr int kClusterM = kSharesLhs ? kBlockM : kBlockM * Cluster::kBlocks;
+  static constexpr int kClusterN = kSharesLhs ? kBlockN * Cluster::kBlocks : kBlockN;
+
+  // Where this block's tile lies in out.
   struct Work {
     int batch, row, col;
 
     __device__ __forceinline__ Work(const Params& p, int index) : batch(index / p.order.count()) {
       const auto at = p.order.at(index % p.order.count());
-      row = (at.row * Cluster::kBlocks + Cluster::rank()) * kBlockM;
-      col = at.col * kBlockN;
+      row = at.row * kClusterM + (kSharesLhs ? 0 : Cluster::rank() * kBlockM);
+      col = at.col * kClusterN + (kSharesLhs ? Cluster::rank() * kBlockN : 0);
     }
   };
   template <class Do>
@@ -96,8 +110,18 @@ struct ScaledMatmul {
     }
   }
 
+  // Whether each column of out has something of its own, which shared memory brings.
+  __device__ __forceinline__ static bool has_column_scales(const Params& p) {
+    return !kLhsBlocks && p.rhs_scale_step;
+  }
+  __device__ __forceinline__ static bool has_columns(const Params& p) {
+    return has_column_scales(p) || p.bias != nullptr;
+  }
+
   __device__ __forceinline__ static void load(const Params& p, Storage& shared) {
+    using Alone = tile::Cluster<1>;
     tile::Slot<kStages> slot;
+    tile::Slot<1> columns;
     for_each_work(p, [&](const Work& at) {
       for (int k = 0; k < p.K_blocks; ++k, slot.advance()) {
         slot.wait_empty(shared.ring);
@@ -105,10 +129,10 @@ struct ScaledMatmul {
         auto& full = shared.ring.full[stage];
         full.arrive_expect(kStageBytes);
         // Rows past the end of a matrix are those of the next one; out has no room for them.
-        tile::tma::load(shared.lhs[stage], p.lhs, Corner{at.batch * p.M + at.row, k * kBlockK},
-                        full);
-        tile::tma::load_multicast<Cluster>(shared.rhs[stage], p.rhs,
-                                           Corner{at.batch * p.N + at.col, k * kBlockK}, full);
+        tile::tma::load_multicast<std::conditional_t<kSharesLhs, Cluster, Alone>>(
+            shared.lhs[stage], p.lhs, Corner{at.batch * p.M + at.row, k * kBlockK}, full);
+        tile::tma::load_multicast<std::conditional_t<kSharesLhs, Alone, Cluster>>(
+            shared.rhs[stage], p.rhs, Corner{at.batch * p.N + at.col, k * kBlockK}, full);
         const int block = at.batch * p.K_blocks + k;
         if constexpr (kLhsBlocks) {
           tile::tma::load(shared.lhs_scale[stage], p.lhs_rows, block, at.row, full);
@@ -117,30 +141,52 @@ struct ScaledMatmul {
           tile::tma::load(shared.rhs_scale[stage], p.rhs_rows, block, at.col, full);
         }
       }
+      if (has_columns(p)) {
+        // Late, because the consumers have to be done with those of the tile before this one.
+        columns.wait_empty(shared.columns);
+        load_columns(p, shared, at);
+        columns.advance();
+      }
     });
+  }
+
+  __device__ __forceinline__ static void load_columns(const Params& p, Storage& shared,
+                                                      const Work& at) {
+    auto& full = shared.columns.full[0];
+    const bool has_scales = has_column_scales(p), has_bias = p.bias != nullptr;
+    full.arrive_expect(static_cast<int>(sizeof(float)) * kBlockN * (has_scales + has_bias));
+    if (has_scales) tile::tma::load(shared.rhs_scale[0], p.rhs_rows, at.batch, at.col, full);
+    if (has_bias) tile::tma::load(shared.bias, p.bias_row, 0, at.col, full);
   }
 
   __device__ __forceinline__ static void multiply(const Params& p, Storage& shared, int consumer) {
     tile::Slot<kStages> slot;
+    tile::Slot<1> columns;
     Sum sums[kWaves];  // rows 64 * kWaves * consumer and on of the tile
+    fill_columns(p, shared);
     for_each_work(p, [&](const Work& at) {
+      tile::RowVector rows[kWaves];
+#pragma unroll
+      for (int wave = 0; wave < kWaves; ++wave) rows[wave] = row_scales(p, at, consumer, wave);
       if constexpr (kFastAccumulation) {
         sum_fast(p, shared, slot, consumer, sums);
       } else {
         sum_promoted(p, shared, slot, consumer, at, sums);
       }
-#pragma unroll
-      for (int wave = 0; wave < kWaves; ++wave) {
-        const int row = at.row + 64 * (kWaves * consumer + wave);
-        store(p, shared.out[consumer], at, row, sums[wave], consumer);
+      if (has_columns(p)) {
+        columns.wait_full(shared.columns);
+        store<true>(p, shared, at, sums, rows, consumer);
+        shared.columns.empty[0].arrive_warp();
+        columns.advance();
+      } else {
+        store<false>(p, shared, at, sums, rows, consumer);
       }
     });
     if (threadIdx.x % tile::kWarpgroupSize == 0) tile::tma::wait_stores_read();
   }
 
-  __device__ __forceinline__ static auto lhs_rows(Storage& shared, int stage, int consumer,
-                                                  int wave) {
-    return tile::k_major<64>(shared.lhs[stage], 64 * (kWaves * consumer + wave));
+  __device__ __forceinline__ static auto lhs_rows(Storage& shared, int consumer, int wave) {
+    return tile::k_major<64>(shared.lhs[0], 64 * (kWaves * consumer + wave));
   }
 
   __device__ __forceinline__ static void release(Storage& shared, tile::Slot<kStages> slot) {
@@ -150,16 +196,19 @@ struct ScaledMatmul {
   __device__ __forceinline__ static void sum_fast(const Params& p, Storage& shared,
                                                   tile::Slot<kStages>& slot, int consumer,
                                                   Sum (&sums)[kWaves]) {
+    const auto lhs = tile::settled(lhs_rows(shared, consumer, 0));
+    const auto rhs = tile::settled(tile::k_major<kBlockN>(shared.rhs[0]));
+    bool ready = slot.try_full(shared.ring);
     for (int k = 0; k < p.K_blocks; ++k, slot.advance()) {
-      slot.wait_full(shared.ring);
+      if (!ready) slot.wait_full(shared.ring);
       const int stage = slot.stage();
       tile::mma_fence();
 #pragma unroll
       for (int wave = 0; wave < kWaves; ++wave) {
-        tile::mma(sums[wave], lhs_rows(shared, stage, consumer, wave),
-                  tile::k_major<kBlockN>(shared.rhs[stage]), k > 0);
+        tile::mma(sums[wave], lhs.of_tile(stage).of_rows(64 * wave), rhs.of_tile(stage), k > 0);
       }
       tile::mma_commit();
+      ready = slot.next().try_full(shared.ring);
       tile::mma_wait<1>();  // the products before these
       if (k > 0) release(shared, slot.previous());
     }
@@ -174,39 +223,50 @@ struct ScaledMatmul {
                                                       const Work& at, Sum (&sums)[kWaves]) {
 #pragma unroll
     for (int wave = 0; wave < kWaves; ++wave) tile::zero(sums[wave]);
-    // Of 128 columns, the same for all of the tile. The next one is read a block ahead.
+    const auto lhs = tile::settled(lhs_rows(shared, consumer, 0));
+    const auto rhs = tile::settled(tile::k_major<kBlockN>(shared.rhs[0]));
+    const int row = 64 * kWaves * consumer + tile::fragment_row(0);
+    // Of 128 columns, the same for all of the tile. A lane has that of one in 32 blocks.
     const float* rhs_scale = nullptr;
-    float next_scale = 1.0f;
+    float lane_scale = 1.0f;
     if constexpr (kScales == BlockScales::k1x128By128x128) {
       const int blocks = tile::ceil_div(p.N, kScaleBlock);
       const int block = at.batch * blocks + at.col / kScaleBlock;
       rhs_scale = p.rhs_scale + int64_t{block} * p.K_blocks;
-      next_scale = rhs_scale[0];
     }
+    const auto rhs_scale_of = [&](int k) {
+      if constexpr (kScales != BlockScales::k1x128By128x128) return 1.0f;
+      constexpr int kLanes = tile::kWarpSize;
+      if (k % kLanes == 0) {
+        lane_scale = rhs_scale[min(k + static_cast<int>(threadIdx.x) % kLanes, p.K_blocks - 1)];
+      }
+      return __shfl_sync(0xffffffffu, lane_scale, k % kLanes);
+    };
+    float next_scale = rhs_scale_of(0);
+    bool ready = slot.try_full(shared.ring);
+#pragma unroll kUnroll
     for (int k = 0; k < p.K_blocks; ++k, slot.advance()) {
       const float col_scale = next_scale;
-      if constexpr (kScales == BlockScales::k1x128By128x128) {
-        next_scale = rhs_scale[min(k + 1, p.K_blocks - 1)];
-      }
-      slot.wait_full(shared.ring);
       const int stage = slot.stage();
+      if (!ready) slot.wait_full(shared.ring);
+      const float* row_scales = shared.lhs_scale[kLhsBlocks ? stage : 0] + row;
 #pragma unroll
       for (int wave = 0; wave < kWaves; ++wave) {
-        Sum part;
-        tile::mma_fence(part);
-        tile::mma(part, lhs_rows(shared, stage, consumer, wave),
-                  tile::k_major<kBlockN>(shared.rhs[stage]), false);
-        tile::mma_commit();
         tile::RowVector row_scale;
         if constexpr (kLhsBlocks) {
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int row = 64 * (kWaves * consumer + wave) + tile::fragment_row(i);
-            row_scale[i] = shared.lhs_scale[stage][row] * col_scale;
-          }
+          for (int i = 0; i < 2; ++i) row_scale[i] = row_scales[64 * wave + 8 * i] * col_scale;
         }
+        Sum part;
+        tile::mma_fence(part);
+        tile::mma(part, lhs.of_tile(stage).of_rows(64 * wave), rhs.of_tile(stage), false);
+        tile::mma_commit();
         tile::mma_wait<0>(part);
         if (!kRhsBlocks && wave == kWaves - 1) release(shared, slot);
+        if (wave == kWaves - 1) {
+          ready = slot.next().try_full(shared.ring);
+          next_scale = rhs_scale_of(k + 1);
+        }
         if constexpr (kRhsBlocks) {
           tile::add_scaled(sums[wave], part, row_scale, shared.rhs_scale[stage]);
         } else if constexpr (kLhsBlocks) {
@@ -219,69 +279,88 @@ struct ScaledMatmul {
     }
   }
 
-  // The scales of a thread's two rows, where blocks have none.
+  // What rows of the result are multiplied by where blocks have no scales: those of a thread in a
+  // wave, times that of rhs if it has but one.
   __device__ __forceinline__ static tile::RowVector row_scales(const Params& p, const Work& at,
-                                                               int row) {
+                                                               int consumer, int wave) {
     tile::RowVector scales = {1.0f, 1.0f};
     if constexpr (!kLhsBlocks) {
+      const float rhs = p.rhs_scale_step ? 1.0f : p.rhs_scale[at.batch];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int m = min(row + tile::fragment_row(i), p.M - 1);
-        scales[i] = p.lhs_scale[p.lhs_scale_step ? int64_t{at.batch} * p.M + m : at.batch];
+        const int row = at.row + 64 * (kWaves * consumer + wave) + tile::fragment_row(i);
+        const int m = min(row, p.M - 1);
+        scales[i] = rhs * p.lhs_scale[p.lhs_scale_step ? int64_t{at.batch} * p.M + m : at.batch];
       }
     }
     return scales;
   }
 
-  // A piece of the result from column `col` on: its sums times those and the columns' scales, plus
-  // the bias.
-  template <int kCols>
-  __device__ __forceinline__ static void finish(const Params& p, const Work& at, int col,
+  // What columns do not have, for those who have the other. It stays as it is here.
+  __device__ __forceinline__ static void fill_columns(const Params& p, Storage& shared) {
+    const int t = threadIdx.x - tile::kWarpgroupSize;
+    if (t < kBlockN) {
+      if (!kLhsBlocks && !has_column_scales(p)) shared.rhs_scale[0][t] = 1.0f;
+      if (p.bias == nullptr) shared.bias[t] = 0.0f;
+    }
+    tile::ptx::named_barrier_sync(1 + kConsumers, kConsumers * tile::kWarpgroupSize);
+  }
+
+  // A piece of the result, from column `col` of the tile on: the sums times the scales of their
+  // rows and columns, plus the bias.
+  template <bool kColumns, int kCols>
+  __device__ __forceinline__ static void finish(const Storage& shared, int col,
                                                 const tile::RowVector& rows,
                                                 tile::RegisterTile<float, 64, kCols>& sum) {
-#pragma unroll
-    for (int j = 0; j < kCols / 8; ++j) {
-      const int n = min(col + tile::fragment_col(j), p.N - 2);  // even, as N is
-      float2 scale = {1.0f, 1.0f}, bias = {0.0f, 0.0f};
-      if constexpr (!kLhsBlocks) {
-        if (p.rhs_scale_step) {
-          scale = *reinterpret_cast<const float2*>(p.rhs_scale + int64_t{at.batch} * p.N + n);
-        } else {
-          scale.x = scale.y = p.rhs_scale[at.batch];
-        }
-      }
-      if (p.bias != nullptr) bias = *reinterpret_cast<const float2*>(p.bias + n);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        sum.at(j, i, 0) = sum.at(j, i, 0) * (rows[i] * scale.x) + bias.x;
-        sum.at(j, i, 1) = sum.at(j, i, 1) * (rows[i] * scale.y) + bias.y;
-      }
+    if constexpr (!kLhsBlocks) tile::scale_rows(sum, rows);
+    if constexpr (kColumns && !kLhsBlocks) {
+      tile::scale_add_row(sum, shared.rhs_scale[0] + col, shared.bias + col);
+    } else if constexpr (kColumns) {
+      tile::add_row(sum, shared.bias + col);
     }
   }
 
   // Finishes pieces of 64 rows and 128 bytes and sends them out through the buffers; the last ones
   // are still on their way when the next tile's products begin.
-  __device__ __forceinline__ static void store(const Params& p, TileOut (&out)[kOutBuffers],
-                                               const Work& at, int row, const Sum& sum,
+  template <bool kColumns>
+  __device__ __forceinline__ static void store(const Params& p, Storage& shared, const Work& at,
+                                               const Sum (&sums)[kWaves],
+                                               const tile::RowVector (&rows)[kWaves],
                                                int consumer) {
     const bool leader = threadIdx.x % tile::kWarpgroupSize == 0;
     const auto sync = [&] { tile::ptx::named_barrier_sync(1 + consumer, tile::kWarpgroupSize); };
-    const tile::RowVector rows = row_scales(p, at, row);
+    auto& out = shared.out[consumer];
+    constexpr int kGroup = kPieces < kBuffers ? kPieces : kBuffers;  // pieces at once
+    constexpr int kGroups = kBuffers / kGroup;                       // of buffers, in turn
+    static_assert(kWaves * kPieces / kGroup % kGroups == 0, "tiles begin with the first group");
 #pragma unroll
-    for (int piece = 0; piece < kBlockN / kPieceCols; ++piece) {
-      const int col = at.col + kPieceCols * piece;
-      auto& buffer = out[piece % kOutBuffers];
-      tile::RegisterTile<float, 64, kPieceCols> result;
-      tile::RegisterTile<Out, 64, kPieceCols> rounded;
-      tile::convert(result, sum, kPieceCols * piece);
-      finish(p, at, col, rows, result);
-      tile::convert(rounded, result, 0);
-      if (leader) tile::tma::wait_stores_read<kOutBuffers - 1>();
-      sync();  // the buffer is free
-      tile::store(buffer, 0, rounded);
-      tile::tma::fence_writes();
-      sync();  // and full
-      if (leader) tile::tma::store(p.out, {at.batch, row, 0}, buffer, 0, col);
+    for (int wave = 0; wave < kWaves; ++wave) {
+      const int row = at.row + 64 * (kWaves * consumer + wave);
+#pragma unroll
+      for (int first = 0; first < kPieces; first += kGroup) {
+        const int buffer = (wave * kPieces / kGroup + first / kGroup) % kGroups * kGroup;
+        if (leader) tile::tma::wait_stores_read<kGroups - 1>();
+        sync();  // the buffers are free
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i) {
+          const int col = kPieceCols * (first + i);
+          tile::RegisterTile<float, 64, kPieceCols> result;
+          tile::RegisterTile<Out, 64, kPieceCols> rounded;
+          tile::convert(result, sums[wave], col);
+          finish<kColumns>(shared, col, rows[wave], result);
+          tile::convert(rounded, result, 0);
+          tile::store(out[buffer + i], 0, rounded);
+        }
+        tile::tma::fence_writes();
+        sync();  // and full
+        if (leader) {
+#pragma unroll
+          for (int i = 0; i < kGroup; ++i) {
+            const int col = kPieceCols * (first + i);
+            tile::tma::store(p.out, {at.batch, row, 0}, out[buffer + i], 0, at.col + col);
+          }
+        }
+      }
     }
   }
 };
@@ -295,6 +374,7 @@ __global__ void __cluster_dims__(Matmul::Cluster::kBlocks, 1, 1)
 
   if (threadIdx.x == 0) {
     shared.ring.init(1, 4 * Matmul::kConsumers * Matmul::Cluster::kBlocks);  // warps of the cluster
+    shared.columns.init(1, 4 * Matmul::kConsumers);
     tile::ptx::fence_mbarrier_init();
   }
   Matmul::Cluster::sync();
@@ -304,7 +384,7 @@ __global__ void __cluster_dims__(Matmul::Cluster::kBlocks, 1, 1)
     if (threadIdx.x == 0) Matmul::load(p, shared);
   } else {
     tile::ptx::setmaxnreg_increase<Matmul::kConsumerRegisters>();
-    Matmul::multiply(p, shared, warpgroup - 1);
+    Matmul::multiply(p, tile::settled(shared), warpgroup - 1);
   }
   Matmul::Cluster::sync();
 }

@@ -22,7 +22,7 @@ struct Product {
   using TileA = Tile<TA, kA == Source::mnMajor, 64 + kOffsetA, kK>;
   using TileB = Tile<TB, kB == Source::mnMajor, kB == Source::mnMajor ? kPaddedN + 64 : kN + 8, kK>;
   struct Storage {
-    TileA a;
+    TileA a[2];  // the second is the operand
     TileB b;
   };
 };
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(128, 1)
   __syncthreads();
   for (int i = threadIdx.x; i < 64 * kK; i += blockDim.x) {
     const int row = P::kOffsetA + i / kK, k = i % kK;
-    kA == Source::mnMajor ? put(shared.a, k, row, a[i]) : put(shared.a, row, k, a[i]);
+    kA == Source::mnMajor ? put(shared.a[1], k, row, a[i]) : put(shared.a[1], row, k, a[i]);
   }
   for (int i = threadIdx.x; i < kK * kN; i += blockDim.x) {
     const int k = i / kN, col = P::kOffsetB + i % kN;
@@ -66,15 +66,16 @@ __global__ void __launch_bounds__(128, 1)
   }();
   if constexpr (kA == Source::kRegisters) {
     tile::RegisterTile<TA, 64, kK> rows;
-    tile::load(rows, shared.a, P::kOffsetA);
+    tile::load(rows, shared.a[1], P::kOffsetA);
     tile::mma_fence(sum);
     tile::mma(sum, rows, operand_b, accumulate);
   } else if constexpr (kA == Source::kMajor) {
     tile::mma_fence(sum);
-    tile::mma(sum, tile::k_major<64>(shared.a, P::kOffsetA), operand_b, accumulate);
+    const auto first = tile::settled(tile::k_major<64>(shared.a[0]));
+    tile::mma(sum, first.of_tile(1).of_rows(P::kOffsetA), operand_b, accumulate);
   } else {
     tile::mma_fence(sum);
-    tile::mma(sum, tile::mn_major<64>(shared.a, P::kOffsetA), operand_b, accumulate);
+    tile::mma(sum, tile::mn_major<64>(shared.a[1], P::kOffsetA), operand_b, accumulate);
   }
   tile::mma_commit();
   tile::mma_wait<0>(sum);

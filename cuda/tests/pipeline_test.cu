@@ -28,6 +28,7 @@ __global__ void ring_kernel(int* out, int items, bool slow_producer) {
   __syncthreads();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   tile::Slot<kStages> slot;
+  bool ready = false;  // one consumer asks beforehand
   for (int item = 0; item < items; ++item, slot.advance()) {
     if (warp == 0) {
       if (slow_producer && item % 5 == 0) __nanosleep(2000);
@@ -35,10 +36,11 @@ __global__ void ring_kernel(int* out, int items, bool slow_producer) {
       shared.values[slot.stage()][lane] = 1000 * item + lane;
       shared.ring.full[slot.stage()].arrive_warp();
     } else {
-      slot.wait_full(shared.ring);
+      if (!ready) slot.wait_full(shared.ring);
       if (!slow_producer && item % 3 == warp - 1) __nanosleep(2000);
       out[(item * kConsumers + warp - 1) * kWarp + lane] = shared.values[slot.stage()][lane];
       shared.ring.empty[slot.stage()].arrive_warp();
+      ready = warp == 1 && slot.next().try_full(shared.ring);
     }
   }
 }
@@ -59,14 +61,15 @@ void test_ring(int items, bool slow_producer) {
   test::compare(what, out.host(), wanted, kWarp);
 }
 
-// (stage, parity, stage of the previous slot) after `n` advances.
+// (stage, parity, stage of the previous slot, of the next) after `n` advances.
 template <int kStages>
 __global__ void slot_kernel(int* out, int n) {
   tile::Slot<kStages> slot;
   for (int i = 0; i < n; ++i, slot.advance()) {
-    out[3 * i] = slot.stage();
-    out[3 * i + 1] = slot.parity();
-    out[3 * i + 2] = i == 0 ? -1 : slot.previous().stage();
+    out[4 * i] = slot.stage();
+    out[4 * i + 1] = slot.parity();
+    out[4 * i + 2] = i == 0 ? -1 : slot.previous().stage();
+    out[4 * i + 3] = slot.next().stage();
   }
 }
 
@@ -76,14 +79,16 @@ void test_slot() {
   std::vector<int> wanted;
   int stage = 0, parity = 0, previous = -1;
   for (int i = 0; i < kCount; ++i) {
-    wanted.insert(wanted.end(), {stage, parity, previous});
+    const int next = (stage + 1) % kStages;
+    wanted.insert(wanted.end(), {stage, parity, previous, next});
     previous = stage;
-    if (++stage == kStages) stage = 0, parity = 1 - parity;
+    stage = next;
+    if (stage == 0) parity = 1 - parity;
   }
   const test::Array<int> out(wanted.size());
   test::check(launch(slot_kernel<kStages>, 1, 1, 0, nullptr, out.data(), kCount), "slot");
   test::synchronize("slot");
-  test::compare("slots of " + std::to_string(kStages), out.host(), wanted, 3);
+  test::compare("slots of " + std::to_string(kStages), out.host(), wanted, 4);
 }
 
 // Two warps take turns in appending to a list.

@@ -90,9 +90,13 @@ __global__ void maps_kernel(const float* in, float* zeroed, float* scaled, float
 
 // y += x, y += x * row + 1, and that times the column + 1; y is 2 x.
 template <int kCols>
-__global__ void sums_kernel(const float* in, float* added, float* by_rows, float* by_both) {
-  __shared__ float cols[kCols];
-  for (int i = threadIdx.x; i < kCols; i += blockDim.x) cols[i] = i + 1.0f;
+__global__ void sums_kernel(const float* in, float* added, float* by_rows, float* by_both,
+                            float* by_cols) {
+  __shared__ float cols[kCols], offsets[kCols];
+  for (int i = threadIdx.x; i < kCols; i += blockDim.x) {
+    cols[i] = i + 1.0f;
+    offsets[i] = i - 5.0f;
+  }
   __syncthreads();
   tile::RegisterTile<float, kRows, kCols> x, y;
   tile::RowVector rows;
@@ -111,6 +115,9 @@ __global__ void sums_kernel(const float* in, float* added, float* by_rows, float
   start();
   tile::add_scaled(y, x, rows, cols);
   write(by_both, y);
+  start();
+  tile::scale_add_row(y, cols, offsets);
+  write(by_cols, y);
 }
 
 template <int kCols>
@@ -173,22 +180,24 @@ void test_maps(const std::string& name) {
 template <int kCols>
 void test_sums() {
   const auto x = test::integers<float>(kRows * kCols, kCols, 100);
-  std::vector<float> added, by_rows, by_both;
+  std::vector<float> added, by_rows, by_both, by_cols;
   for (size_t i = 0; i < x.size(); ++i) {
     const float row = i / kCols + 1.0f, col = i % kCols + 1.0f;
     added.push_back(3.0f * x[i]);
     by_rows.push_back((2.0f + row) * x[i]);
     by_both.push_back((2.0f + row * col) * x[i]);
+    by_cols.push_back(2.0f * x[i] * col + (col - 6.0f));
   }
-  const test::Array<float> in(x), out0(x.size()), out1(x.size()), out2(x.size());
+  const test::Array<float> in(x), out0(x.size()), out1(x.size()), out2(x.size()), out3(x.size());
   test::check(launch(sums_kernel<kCols>, 1, 128, 0, nullptr, in.data(), out0.data(), out1.data(),
-                     out2.data()),
+                     out2.data(), out3.data()),
               "sums");
   test::synchronize("sums");
   const std::string where = ", columns " + std::to_string(kCols);
   test::compare("add" + where, out0.host(), added, kCols);
   test::compare("add_scaled by rows" + where, out1.host(), by_rows, kCols);
   test::compare("add_scaled by rows and columns" + where, out2.host(), by_both, kCols);
+  test::compare("scale_add_row" + where, out3.host(), by_cols, kCols);
 }
 
 template <int kCols>

@@ -153,19 +153,21 @@ void test_few_rows_scales(const std::string& what) {
 
 template <class Lhs, class Rhs, class Out>
 void test_types(std::string what) {
-  constexpr ScaledMatmulConfig kFast = {1, 256, 4, 2}, kPromoted = {2, 128, 4, 2};
   constexpr auto kNone = BlockScales::kNone;
   what += std::string(", ") + tile::ElementType<Lhs>::kName + " " + tile::ElementType<Rhs>::kName;
-  test_sizes<ScaledMatmul<Lhs, Rhs, Out, kNone, true, kFast>>(what + ", fast, row by row",
-                                                              Scaling::kRow, Scaling::kRow);
-  test_sizes<ScaledMatmul<Lhs, Rhs, Out, kNone, false, kPromoted>>(
-      what + ", tensor by tensor", Scaling::kTensor, Scaling::kTensor);
-  test_sizes<ScaledMatmul<Lhs, Rhs, Out, kNone, false, kPromoted>>(what + ", row by tensor",
-                                                                   Scaling::kRow, Scaling::kTensor);
-  test_sizes<ScaledMatmul<Lhs, Rhs, Out, BlockScales::k1x128By128x128, false, kPromoted>>(
-      what + ", 1x128 by 128x128", Scaling::kBlock1x128, Scaling::kBlock128x128);
-  test_sizes<ScaledMatmul<Lhs, Rhs, Out, BlockScales::k1x128By1x128, false, kPromoted>>(
-      what + ", 1x128 by 1x128", Scaling::kBlock1x128, Scaling::kBlock1x128);
+  const auto test = [&]<BlockScales kScales, bool kFast>(const char* how, Scaling lhs,
+                                                         Scaling rhs) {
+    constexpr ScaledMatmulConfig kConfig = scaled_matmul_config(kScales, kFast);
+    test_sizes<ScaledMatmul<Lhs, Rhs, Out, kScales, kFast, kConfig>>(what + how, lhs, rhs);
+  };
+  test.template operator()<kNone, true>(", fast, row by row", Scaling::kRow, Scaling::kRow);
+  test.template operator()<kNone, false>(", tensor by tensor", Scaling::kTensor, Scaling::kTensor);
+  test.template operator()<kNone, false>(", row by tensor", Scaling::kRow, Scaling::kTensor);
+  test.template operator()<kNone, false>(", tensor by row", Scaling::kTensor, Scaling::kRow);
+  test.template operator()<BlockScales::k1x128By128x128, false>(
+      ", 1x128 by 128x128", Scaling::kBlock1x128, Scaling::kBlock128x128);
+  test.template operator()<BlockScales::k1x128By1x128, false>(
+      ", 1x128 by 1x128", Scaling::kBlock1x128, Scaling::kBlock1x128);
 }
 
 }  // namespace jaxkern

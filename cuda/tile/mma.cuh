@@ -30,6 +30,21 @@ struct Operand {
 
   __device__ __forceinline__ explicit Operand(uint32_t address) : chunk((address & 0x3ffff) >> 4) {}
 
+  // The same operand of the tile `n` further on in an array of tiles.
+  __device__ __forceinline__ Operand of_tile(int n) const {
+    Operand other = *this;
+    other.chunk += static_cast<uint32_t>(n) * (sizeof(Tile) >> 4);
+    return other;
+  }
+
+  // The same columns of the rows `n` further on in the tile, a multiple of 8.
+  __device__ __forceinline__ Operand of_rows(int n) const {
+    static_assert(kKMajor_, "rows are the reduction axis");
+    Operand other = *this;
+    other.chunk += static_cast<uint32_t>(n) * (kPanelBytes >> 4);
+    return other;
+  }
+
   // The matrix descriptor (PTX ISA, "Matrix descriptor") of the k-th instruction's operand.
   // Descriptors count in 16 bytes. Only the low word varies, so only that costs a register.
   __device__ __forceinline__ uint64_t step(int k) const {
@@ -49,6 +64,13 @@ template <int kExtent, class T, int kRows, int kCols>
 __device__ __forceinline__ auto k_major(SharedTile<T, kRows, kCols>& tile, int row = 0) {
   using Tile = SharedTile<T, kRows, kCols>;
   return Operand<Tile, kExtent, true>(ptx::shared_address(tile.data) + row * kPanelBytes);
+}
+
+// The same operand, worked out here, as settled() of shared storage is.
+template <class Tile, int kExtent, bool kKMajor>
+__device__ __forceinline__ auto settled(Operand<Tile, kExtent, kKMajor> x) {
+  x.chunk = __shfl_sync(0xffffffffu, x.chunk, 0);
+  return x;
 }
 
 template <int kExtent, class T, int kRows, int kCols>

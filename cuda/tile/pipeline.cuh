@@ -20,6 +20,10 @@ struct Barrier {
     while (!ptx::mbarrier_try_wait(&word, parity)) {
     }
   }
+  // Whether it has, perhaps after a short wait.
+  __device__ __forceinline__ bool try_wait(uint32_t parity) {
+    return ptx::mbarrier_try_wait(&word, parity);
+  }
   // One arrival for the calling warp, after all its lanes have come here.
   __device__ __forceinline__ void arrive_warp() {
     __syncwarp();
@@ -51,8 +55,12 @@ struct Slot {
   __device__ __forceinline__ uint32_t parity() const { return count / kStages % 2; }
   __device__ __forceinline__ void advance() { ++count; }
   __device__ __forceinline__ Slot previous() const { return {count - 1}; }
+  __device__ __forceinline__ Slot next() const { return {count + 1}; }
   __device__ __forceinline__ void wait_full(Ring<kStages>& ring) const {
     ring.full[stage()].wait(parity());
+  }
+  __device__ __forceinline__ bool try_full(Ring<kStages>& ring) const {
+    return ring.full[stage()].try_wait(parity());
   }
   __device__ __forceinline__ void wait_empty(Ring<kStages>& ring) const {
     ring.empty[stage()].wait(parity() ^ 1);  // the first round finds every stage empty

@@ -161,6 +161,22 @@ __device__ __forceinline__ void add_row(RegisterTile<float, 64, kCols>& x, const
   }
 }
 
+// x(r, c) = x(r, c) * scale[c] + y[c], both in memory
+template <int kCols>
+__device__ __forceinline__ void scale_add_row(RegisterTile<float, 64, kCols>& x, const float* scale,
+                                              const float* y) {
+#pragma unroll
+  for (int j = 0; j < kCols / 8; ++j) {
+    const float2 s = *reinterpret_cast<const float2*>(scale + fragment_col(j));
+    const float2 t = *reinterpret_cast<const float2*>(y + fragment_col(j));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      x.at(j, i, 0) = x.at(j, i, 0) * s.x + t.x;
+      x.at(j, i, 1) = x.at(j, i, 1) * s.y + t.y;
+    }
+  }
+}
+
 template <int kCols>
 __device__ __forceinline__ void scale(RegisterTile<float, 64, kCols>& x, float factor) {
 #pragma unroll

@@ -47,6 +47,15 @@ __device__ __forceinline__ Storage& shared_storage() {
   return *reinterpret_cast<Storage*>(shared_bytes);
 }
 
+// The same storage, at an address that is worked out here, once. Otherwise the compiler does so
+// wherever it is used, also in loops; in a cluster, the number of the block is part of it, which
+// takes a special register.
+template <class Storage>
+__device__ __forceinline__ Storage& settled(Storage& shared) {
+  const uint32_t address = __shfl_sync(0xffffffffu, ptx::shared_address(&shared), 0);
+  return *static_cast<Storage*>(__cvta_shared_to_generic(address));
+}
+
 // y[row0 + r, col0 + c] = x(r, c), by one warpgroup.
 template <class T, int kRows, int kTileCols, int kCols>
 __device__ __forceinline__ void store(SharedTile<T, kRows, kTileCols>& y, int row0,
