@@ -53,17 +53,18 @@ Provider variant(int group) {
 // The first is what the library runs.
 std::vector<Provider> blocks_of_both() {
   constexpr auto kScales = BlockScales::k1x128By1x128;
-  constexpr ScaledMatmulConfig kDeep = {2, 128, 4, 2, 1}, kWhole = {2, 128, 3, 2, 4};
+  constexpr ScaledMatmulConfig kDeep = {2, 128, 4, 2, 1}, kAlone = {2, 128, 4, 1, 1};
+  constexpr ScaledMatmulConfig kWhole = {2, 128, 3, 2, 4};
   return {variant<float, kScales, false, kDeep>(8), variant<float, kScales, false, kDeep>(16),
-          variant<float, kScales, false, kWhole>(8)};
+          variant<float, kScales, false, kAlone>(8), variant<float, kScales, false, kWhole>(8)};
 }
 
 template <class Out, BlockScales kScales>
 std::vector<Provider> promoted() {
-  constexpr ScaledMatmulConfig kWhole = {2, 128, 3, 2, 4}, kAlone = {2, 128, 3, 1, 4};
+  constexpr ScaledMatmulConfig kAlone = {2, 128, 3, 1, 4}, kPair = {2, 128, 3, 2, 4};
   constexpr ScaledMatmulConfig kSmall = {1, 128, 6, 2, 1};
-  return {variant<Out, kScales, false, kWhole>(8), variant<Out, kScales, false, kWhole>(4),
-          variant<Out, kScales, false, kWhole>(16), variant<Out, kScales, false, kAlone>(8),
+  return {variant<Out, kScales, false, kAlone>(8), variant<Out, kScales, false, kAlone>(4),
+          variant<Out, kScales, false, kAlone>(16), variant<Out, kScales, false, kPair>(8),
           variant<Out, kScales, false, kSmall>(8)};
 }
 
@@ -82,7 +83,7 @@ template <BlockScales kScales, bool kFast, int kTokens>
 std::vector<Provider> few_rows() {
   using Matmul = ScaledMatmulFewRows<tile::bf16, kScales, kFast, kTokens>;
   std::vector<Provider> found;
-  for (const int splits : {0, 1, 2, 4, 8}) {
+  for (const int splits : {0, 1, 2, 4}) {
     found.push_back(
         {"few rows splits" + std::to_string(splits), [splits](const auto& p, cudaStream_t s) {
            bench::check(launch_scaled_matmul_few_rows_sm90<Matmul>(p, s, splits), "few rows");

@@ -27,12 +27,10 @@ class LocalShares(NamedTuple):
 
     share: from the shards of the operands to what the devices add up.
     finish: from the sums and the shards of the operands to the results.
-    rounded: the indices of the results whose sums need this; all when None.
     """
 
     share: Callable
     finish: Callable
-    rounded: Sequence[int] | None = None
 
 
 def sharded(
@@ -63,7 +61,7 @@ def sharded(
             split = _with_whole_sums(split, result_axes)
 
         summed = [_summed(split, axes) for axes in result_axes]
-        share, finish, _ = shares if _needs(shares, summed) else _as_they_are(local)
+        share, finish = shares if shares and any(summed) else _as_they_are(local)
 
         def lower(*shards):
             sums = tuple(
@@ -226,14 +224,6 @@ def _summed(split, axes):
     """The mesh axes over which the devices have shares of a result with these axes."""
     own = {name for axis in axes for name in split.get(axis, ())}
     return tuple(name for name in _names(split) if name not in own)
-
-
-def _needs(shares, summed):
-    """Whether the devices add up a result that `shares` is for."""
-    if shares is None:
-        return False
-    rounded = range(len(summed)) if shares.rounded is None else shares.rounded
-    return any(summed[i] for i in rounded)
 
 
 def _as_they_are(local):

@@ -20,13 +20,11 @@ class Shares(NamedTuple):
 
     kernel, reference: functions of the op's operands; the devices add up their results.
     finish: from those sums and the operands to the op's results.
-    rounded: the indices of the results whose sums need this; all when None.
     """
 
     kernel: Callable
     reference: Callable
     finish: Callable
-    rounded: Sequence[int] | None = None
 
 
 def kernel_op(
@@ -68,7 +66,7 @@ def kernel_op(
 
     local = by_platform(kernel, reference)
     local_shares = shares and _partitioning.LocalShares(
-        by_platform(shares.kernel, shares.reference), shares.finish, shares.rounded
+        by_platform(shares.kernel, shares.reference), shares.finish
     )
 
     @jax.custom_jvp

@@ -14,14 +14,14 @@
 namespace jaxkern {
 
 // Without promotion all columns of a tile are one product, which reads lhs from shared memory once;
-// with it, there are registers for two products of half of them. Room for a whole result is worth
-// a stage, except where the sums of blocks take longest.
+// with it, there are registers for two products of half of them, and blocks that wait for no other
+// are 1% faster. Room for a whole result is worth a stage, except where the sums take longest.
 constexpr ScaledMatmulConfig scaled_matmul_config(BlockScales scales, bool fast_accumulation) {
   if (fast_accumulation) return {.waves = 1, .block_n = 256, .stages = 4, .blocks = 2, .pieces = 2};
   if (scales == BlockScales::k1x128By1x128) {
     return {.waves = 2, .block_n = 128, .stages = 4, .blocks = 2, .pieces = 1};
   }
-  return {.waves = 2, .block_n = 128, .stages = 3, .blocks = 2, .pieces = 4};
+  return {.waves = 2, .block_n = 128, .stages = 3, .blocks = 1, .pieces = 4};
 }
 
 template <class T>
@@ -96,16 +96,44 @@ cudaError_t launch_scaled_matmul_sm90(const ScaledMatmulParams& params, cudaStre
                 Matmul::kThreads, Matmul::kSharedBytes, stream, p);
 }
 
-// The blocks that share a tile's K: so many that the last round of the grid, one block an SM,
-// wastes least.
-inline int few_rows_splits(int64_t tiles, int K_blocks, int multiprocessors) {
+// How many clusters of `splits` blocks the GPU has room for, or 0.
+template <class Matmul>
+int resident_clusters(int splits) {
+  const auto kernel = scaled_matmul_few_rows_sm90_kernel<Matmul>;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = splits;
+  config.blockDim = Matmul::kThreads;
+  config.dynamicSmemBytes = Matmul::kSharedBytes;
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(splits), 1, 1};
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  int count = 0;
+  const auto size = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  if (cudaFuncSetAttribute(kernel, size, Matmul::kSharedBytes) != cudaSuccess ||
+      cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess) {
+    return 0;
+  }
+  return count;
+}
+
+// The blocks that share a tile's K, of those that take least time by this estimate, in loads of one
+// block of weights: all loads at the rate of the memory, or those of one SM at the rate of an SM,
+// which is at most twice its part; and what a cluster costs (H200: 1.5 us if it is two, 3 if four).
+template <class Matmul>
+int few_rows_splits(int64_t tiles, int K_blocks, int multiprocessors) {
+  static const int kResident[] = {0, resident_clusters<Matmul>(2), resident_clusters<Matmul>(4)};
   int best = 1;
   double least = INFINITY;
-  for (int splits = 1; splits <= 8 && (splits == 1 || K_blocks >= 4 * splits); splits *= 2) {
-    const double rounds =
-        static_cast<double>(tile::ceil_div<int64_t>(tiles * splits, multiprocessors));
-    if (rounds / splits < least) {
-      least = rounds / splits;
+  for (int i = 0; i < 3; ++i) {
+    const int splits = 1 << i, resident = i == 0 ? multiprocessors : kResident[i];
+    if (resident == 0 || K_blocks < 4 * splits) continue;
+    const double rounds = static_cast<double>(tile::ceil_div<int64_t>(tiles, resident));
+    const double all = static_cast<double>(tiles) * K_blocks / multiprocessors;
+    const double loads = std::max(all, rounds * K_blocks / splits / 2) + 3.0 * (splits / 2);
+    if (loads < least) {
+      least = loads;
       best = splits;
     }
   }
@@ -123,10 +151,12 @@ cudaError_t launch_scaled_matmul_few_rows_sm90(const ScaledMatmulParams& params,
   if (cudaError_t error =
           fill_params<Matmul>(&p, params, Matmul::kTokens, Matmul::kBlockN, Matmul::kTokens))
     return error;
+  p.B = static_cast<int>(params.B);
   p.tiles = tile::ceil_div(p.N, Matmul::kBlockN);
   const int64_t tiles = params.B * p.tiles;
-  p.splits = splits > 0 ? splits : few_rows_splits(tiles, p.K_blocks, multiprocessors);
-  return launch_clusters(scaled_matmul_few_rows_sm90_kernel<Matmul>, tiles * p.splits, p.splits,
+  p.splits = splits > 0 ? splits : few_rows_splits<Matmul>(tiles, p.K_blocks, multiprocessors);
+  const int64_t clusters = p.splits > 1 ? tiles : std::min<int64_t>(tiles, multiprocessors);
+  return launch_clusters(scaled_matmul_few_rows_sm90_kernel<Matmul>, clusters * p.splits, p.splits,
                          Matmul::kThreads, Matmul::kSharedBytes, stream, p);
 }
 

@@ -2,9 +2,9 @@
 // rhs (weights) that takes the time.
 //
 // Tensor cores multiply 64 rows at a time, so weights are those rows: a tile is out^T, kBlockN rows
-// of rhs by all tokens. A cluster shares out the blocks of K of a tile, so that all SMs read at any
-// N; its first block adds up the sums of the others through their shared memory, in a fixed order.
-// Warpgroups have roles:
+// of rhs by all tokens. Persistent blocks go from tile to tile and keep on reading. Where there are
+// too few tiles for all SMs, a cluster shares out the blocks of K of one; its first block adds up
+// the sums of the others through their shared memory, in a fixed order. Warpgroups have roles:
 //   producer    one thread loads blocks of 128 along K, and scales, into a ring of stages;
 //   consumers   each own 64 rows of rhs.
 #pragma once
@@ -39,20 +39,19 @@ struct ScaledMatmulFewRows {
   static constexpr int kStageBytes =
       TileRhs::kBytes + TileLhs::kBytes + kBlocks * kTokens * static_cast<int>(sizeof(float));
   // All the shared memory there is: most of it is weights on their way.
-  static constexpr int kStages = std::min(8, (tile::kMaxSharedBytes - (8 << 10)) / kStageBytes);
+  static constexpr int kOtherBytes = kConsumers * TileOut::kBytes + (4 << 10);
+  static constexpr int kStages = std::min(8, (tile::kMaxSharedBytes - kOtherBytes) / kStageBytes);
   struct Storage {
     TileRhs rhs[kStages];
     TileLhs lhs[kStages];
+    TileOut out[kConsumers];
     alignas(128) float lhs_scale[kBlocks ? kStages : 1][kTokens < 32 ? 32 : kTokens];
     tile::Ring<kStages> ring;
 
     // When all products are done.
     __device__ __forceinline__ float* sums(int consumer) {
+      static_assert(sizeof(rhs) >= kConsumers * 64 * kTokens * sizeof(float));
       return reinterpret_cast<float*>(rhs) + consumer * 64 * kTokens;
-    }
-    __device__ __forceinline__ TileOut& out(int consumer) {
-      static_assert(sizeof(rhs) >= kConsumers * sizeof(TileOut));
-      return reinterpret_cast<TileOut*>(rhs)[consumer];
     }
   };
   static constexpr int kSharedBytes = sizeof(Storage);
@@ -65,42 +64,52 @@ struct ScaledMatmulFewRows {
     const float *lhs_scale, *rhs_scale, *bias;
     int lhs_scale_step,
         rhs_scale_step;  // without blocks: 1 if rows have scales, 0 if all share one
-    int splits;          // blocks of a cluster
+    int splits;          // blocks of a cluster; if there are several, each cluster has but one tile
     int tiles;           // of a matrix
-    int M, N, K_blocks;
+    int B, M, N, K_blocks;
   };
 
   struct Work {
     int batch, col, rank;
     int begin, end;  // blocks of K
 
-    __device__ __forceinline__ explicit Work(const Params& p) : rank(blockIdx.x % p.splits) {
-      const int index = blockIdx.x / p.splits;
-      batch = index / p.tiles;
-      col = index % p.tiles * kBlockN;
+    __device__ __forceinline__ Work(const Params& p, int index)
+        : batch(index / p.tiles), col(index % p.tiles * kBlockN), rank(blockIdx.x % p.splits) {
       begin = static_cast<int>(int64_t{p.K_blocks} * rank / p.splits);
       end = static_cast<int>(int64_t{p.K_blocks} * (rank + 1) / p.splits);
     }
   };
-
-  __device__ __forceinline__ static void load(const Params& p, Storage& shared, const Work& at) {
-    tile::Slot<kStages> slot;
-    for (int k = at.begin; k < at.end; ++k, slot.advance()) {
-      slot.wait_empty(shared.ring);
-      const int stage = slot.stage();
-      auto& full = shared.ring.full[stage];
-      full.arrive_expect(kStageBytes);
-      tile::tma::load(shared.rhs[stage], p.rhs, Corner{at.batch * p.N + at.col, k * kBlockK}, full);
-      tile::tma::load(shared.lhs[stage], p.lhs, Corner{at.batch * p.M, k * kBlockK}, full);
-      if constexpr (kBlocks) {
-        tile::tma::load(shared.lhs_scale[stage], p.lhs_rows, at.batch * p.K_blocks + k, 0, full);
-      }
+  template <class Do>
+  __device__ __forceinline__ static void for_each_work(const Params& p, const Do& work) {
+    const int clusters = gridDim.x / p.splits;
+    for (int index = blockIdx.x / p.splits; index < p.B * p.tiles; index += clusters) {
+      work(Work(p, index));
     }
   }
 
-  __device__ __forceinline__ static void multiply(const Params& p, Storage& shared, const Work& at,
-                                                  int consumer, Sum& sum) {
+  __device__ __forceinline__ static void load(const Params& p, Storage& shared) {
     tile::Slot<kStages> slot;
+    for_each_work(p, [&](const Work& at) {
+      for (int k = at.begin; k < at.end; ++k, slot.advance()) {
+        slot.wait_empty(shared.ring);
+        const int stage = slot.stage();
+        auto& full = shared.ring.full[stage];
+        full.arrive_expect(kStageBytes);
+        tile::tma::load(shared.rhs[stage], p.rhs, Corner{at.batch * p.N + at.col, k * kBlockK},
+                        full);
+        tile::tma::load(shared.lhs[stage], p.lhs, Corner{at.batch * p.M, k * kBlockK}, full);
+        if constexpr (kBlocks) {
+          tile::tma::load(shared.lhs_scale[stage], p.lhs_rows, at.batch * p.K_blocks + k, 0, full);
+        }
+      }
+    });
+  }
+
+  __device__ __forceinline__ static void multiply(const Params& p, Storage& shared,
+                                                  tile::Slot<kStages>& slot, const Work& at,
+                                                  int consumer, Sum& sum) {
+    const auto rhs = tile::settled(tile::k_major<64>(shared.rhs[0], 64 * consumer));
+    const auto lhs = tile::settled(tile::k_major<kTokens>(shared.lhs[0]));
     tile::zero(sum);
     const float* rhs_scale = p.rhs_scale;  // of the tile's rows, for a block of K
     if constexpr (kBlocks) {
@@ -112,17 +121,15 @@ struct ScaledMatmulFewRows {
       if constexpr (kBlocks) row_scale[0] = row_scale[1] = rhs_scale[k];
       slot.wait_full(shared.ring);
       const int stage = slot.stage();
-      const auto rhs = tile::k_major<64>(shared.rhs[stage], 64 * consumer);
-      const auto lhs = tile::k_major<kTokens>(shared.lhs[stage]);
       if constexpr (kFastAccumulation) {
         tile::mma_fence(sum);
-        tile::mma(sum, rhs, lhs, true);
+        tile::mma(sum, rhs.of_tile(stage), lhs.of_tile(stage), true);
         tile::mma_commit();
         tile::mma_wait<0>(sum);
       } else {
         Sum part;
         tile::mma_fence(part);
-        tile::mma(part, rhs, lhs, false);
+        tile::mma(part, rhs.of_tile(stage), lhs.of_tile(stage), false);
         tile::mma_commit();
         tile::mma_wait<0>(part);
         if constexpr (kBlocks) {
@@ -164,9 +171,15 @@ struct ScaledMatmulFewRows {
     }
   }
 
+  // The last tile may still be on its way when the next one's products begin.
   __device__ __forceinline__ static void store(const Params& p, Storage& shared, const Work& at,
-                                               int consumer, const Sum& sum) {
-    auto& out = shared.out(consumer);
+                                               int consumer, Sum& sum) {
+    const bool leader = threadIdx.x % tile::kWarpgroupSize == 0;
+    const auto sync = [&] { tile::ptx::named_barrier_sync(1 + consumer, tile::kWarpgroupSize); };
+    auto& out = shared.out[consumer];
+    finish(p, at, consumer, sum);
+    if (leader) tile::tma::wait_stores_read();
+    sync();  // out is free
     if constexpr (std::is_same_v<Out, float>) {
       tile::store_transposed(out, sum);
     } else {
@@ -175,19 +188,16 @@ struct ScaledMatmulFewRows {
       tile::store_transposed(out, rounded);
     }
     tile::tma::fence_writes();
-    tile::ptx::named_barrier_sync(1 + consumer, tile::kWarpgroupSize);
-    if (threadIdx.x % tile::kWarpgroupSize == 0) {
-      tile::tma::store(p.out, {at.batch, 0, 0}, out, 0, at.col + 64 * consumer);
-      tile::tma::wait_stores_read();
-    }
+    sync();  // and full
+    if (leader) tile::tma::store(p.out, {at.batch, 0, 0}, out, 0, at.col + 64 * consumer);
   }
 };
 
 template <class Matmul>
 __global__ void __launch_bounds__(Matmul::kThreads, 1)
     scaled_matmul_few_rows_sm90_kernel(const __grid_constant__ typename Matmul::Params p) {
-  auto& shared = tile::shared_storage<typename Matmul::Storage>();
-  const typename Matmul::Work at(p);
+  using Work = typename Matmul::Work;
+  auto& shared = tile::settled(tile::shared_storage<typename Matmul::Storage>());
   const int consumer = tile::warpgroup_index() - 1;
 
   if (threadIdx.x == 0) {
@@ -198,11 +208,16 @@ __global__ void __launch_bounds__(Matmul::kThreads, 1)
 
   typename Matmul::Sum sum;
   if (consumer < 0) {
-    if (threadIdx.x == 0) Matmul::load(p, shared, at);
+    if (threadIdx.x == 0) Matmul::load(p, shared);
   } else {
-    Matmul::multiply(p, shared, at, consumer, sum);
+    tile::Slot<Matmul::kStages> slot;
+    Matmul::for_each_work(p, [&](const Work& at) {
+      Matmul::multiply(p, shared, slot, at, consumer, sum);
+      if (p.splits == 1) Matmul::store(p, shared, at, consumer, sum);
+    });
   }
   if (p.splits > 1) {
+    const Work at(p, blockIdx.x / p.splits);
     __syncthreads();  // nobody reads weights any more
     if (consumer >= 0 && at.rank > 0) tile::store_fragments(shared.sums(consumer), sum);
     tile::ptx::cluster_arrive();
@@ -214,13 +229,9 @@ __global__ void __launch_bounds__(Matmul::kThreads, 1)
     }
     tile::ptx::cluster_arrive();
     tile::ptx::cluster_wait();  // and read
-  } else {
-    __syncthreads();
+    if (consumer >= 0 && at.rank == 0) Matmul::store(p, shared, at, consumer, sum);
   }
-  if (consumer >= 0 && at.rank == 0) {
-    Matmul::finish(p, at, consumer, sum);
-    Matmul::store(p, shared, at, consumer, sum);
-  }
+  if (consumer >= 0 && threadIdx.x % tile::kWarpgroupSize == 0) tile::tma::wait_stores_read();
 }
 
 }  // namespace jaxkern

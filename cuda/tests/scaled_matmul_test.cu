@@ -135,10 +135,11 @@ void test_few_rows(std::string what, Scaling lhs, Scaling rhs) {
           },
           what + ", splits " + std::to_string(splits), B, M, N, K, lhs, rhs, with_bias);
     };
-    test(1, kTokens, 128, 128, false);     // a tile, and splits with nothing to do
-    test(1, 1, 8, 16, true);               // almost nothing of one
-    test(3, kTokens - 3, 264, 144, true);  // several matrices
-    test(1, kTokens, 1000, 2064, false);   // several rounds of the ring
+    test(1, kTokens, 128, 128, false);                      // a tile, and splits with nothing to do
+    test(1, 1, 8, 16, true);                                // almost nothing of one
+    test(3, kTokens - 3, 264, 144, true);                   // several matrices
+    test(1, kTokens, 1000, 2064, false);                    // several rounds of the ring
+    if (splits < 2) test(1, kTokens - 1, 35000, 48, true);  // several tiles a block
   }
 }
 

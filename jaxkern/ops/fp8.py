@@ -192,8 +192,7 @@ def _fp8_matmul_fwd(config, x, w, *quantized):
 
 
 def _fp8_matmul_bwd(config, residuals, dy):
-    dx, dw = _backward_op(config)(*residuals, dy)
-    return dx, dw.astype(config.weight_dtype), *((None,) * 4 if config.has_quantized else ())
+    return *_backward_op(config)(*residuals, dy), *((None,) * 4 if config.has_quantized else ())
 
 
 _fp8_matmul.defvjp(_fp8_matmul_fwd, _fp8_matmul_bwd)
@@ -259,7 +258,7 @@ def _backward_op(config):
         return (axes.x, *axes.backward, axes.y), (axes.x, axes.dw)
 
     def finish(sums, x, *_):
-        return sums[0].astype(x.dtype), sums[1]
+        return sums[0].astype(x.dtype), sums[1].astype(config.weight_dtype)
 
     return kernel_op(_OP, config, _backward, axes, finish, weight=slice(1, -1))
 
@@ -291,7 +290,6 @@ def kernel_op(op, config, function, axes, finish, *, weight):
             local(config, _SINGLE),
             local(by_reference, _SINGLE),
             finish,
-            rounded=(0,),  # dw is float32
         ),
         derivatives="it can be differentiated once, in reverse mode",
     )
@@ -318,7 +316,7 @@ def _forward(config, dtype, x, *weight):
 
 
 def _backward(config, dtype, x, *weight_and_dy):
-    """dx, in x's dtype unless another is given, and dw in float32."""
+    """dx and dw, in the dtypes of x and w unless another is given."""
     *weight, dy = weight_and_dy
     scalings = config.recipe
     lead = config.lead(x.ndim)
@@ -327,7 +325,12 @@ def _backward(config, dtype, x, *weight_and_dy):
     dy, dy_t = quantized(config, rows[1:], config.gradient_format, scalings.activation, "both")
     w = _weight(config, weight, "natural")
     dx = multiplied(config, (dy, scalings.activation), (w, scalings.weight), dtype or x.dtype)
-    dw = multiplied(config, (x_t, scalings.activation), (dy_t, scalings.activation), _SINGLE)
+    dw = multiplied(
+        config,
+        (x_t, scalings.activation),
+        (dy_t, scalings.activation),
+        dtype or config.weight_dtype,
+    )
     sizes = _sizes(config.depth, dw.shape[-2]) + _sizes(config.width, dw.shape[-1])
     return dx.reshape(x.shape), dw.reshape(*x.shape[:lead], *sizes)
 

@@ -127,9 +127,7 @@ def _fp8_mlp_fwd(config, *operands):
 
 
 def _fp8_mlp_bwd(config, residuals, dy):
-    dx, *dweights = _backward_op(config)(*residuals, dy)
-    dtypes = config.weight_dtypes
-    return dx, *(dw.astype(dtype) for dw, dtype in zip(dweights, dtypes, strict=True))
+    return _backward_op(config)(*residuals, dy)
 
 
 _fp8_mlp.defvjp(_fp8_mlp_fwd, _fp8_mlp_bwd)
@@ -192,7 +190,8 @@ def _backward_op(config):
         return operands, (axes.x, *axes.dweights)
 
     def finish(sums, x, *_):
-        return sums[0].astype(x.dtype), *sums[1:]
+        dtypes = x.dtype, *config.weight_dtypes
+        return tuple(s.astype(dtype) for s, dtype in zip(sums, dtypes, strict=True))
 
     return fp8.kernel_op(_OP, config, _backward, axes, finish, weight=_WEIGHTS)
 
@@ -210,7 +209,7 @@ def _forward(config, dtype, x, gate, up, down):
 
 
 def _backward(config, dtype, x, gate, up, down, *hidden_and_dy):
-    """dx, in x's dtype unless another is given, and the gradients of the weights in float32."""
+    """The gradients, in the dtypes of x and the weights unless another is given."""
     *hidden, dy = (_matrices(config, a) for a in hidden_and_dy)
     scaling, format = config.recipe.activation, config.gradient_format
     dy, dy_t = fp8.quantized(config, (dy,), format, scaling, "both")
@@ -225,9 +224,10 @@ def _backward(config, dtype, x, gate, up, down, *hidden_and_dy):
     dx = (shares[0] + shares[1]).astype(dtype or x.dtype)
     z_t = _activation(config, _matrices(config, x), orientation="transposed")
     h_t = _activation(config, *hidden, orientation="transposed", op="quantize_swiglu")
+    pairs = (z_t, dgate_t), (z_t, dup_t), (h_t, dy_t)
     return dx.reshape(x.shape), *(
-        fp8.multiplied(config, (lhs, scaling), (rhs, scaling), _SINGLE)
-        for lhs, rhs in ((z_t, dgate_t), (z_t, dup_t), (h_t, dy_t))
+        fp8.multiplied(config, (lhs, scaling), (rhs, scaling), dtype or weight_dtype)
+        for (lhs, rhs), weight_dtype in zip(pairs, config.weight_dtypes, strict=True)
     )
 
 
