@@ -14,6 +14,7 @@ from fp8 import (
     assert_same_fp8,
     numpy_quantize,
     numpy_scaled_matmul,
+    numpy_spread,
     random_operands,
 )
 
@@ -52,6 +53,20 @@ def test_quantize(rows, columns, orientation, scaling, dtype, format):
         values, scale = numpy_quantize(matrix, format, scaling)
         np.testing.assert_array_equal(array.scale, scale)
         assert_same_fp8(array.values, values)
+
+
+@pytest.mark.parametrize("format", [E4M3, E5M2])
+def test_reference_quantizes(format):
+    """What a compiler that may keep more precision would like to leave out."""
+    x = draw(64, 300, "float32")[1:]
+
+    @jax.jit
+    def there_and_back(x):
+        return quantize(x, format, scaling="1x128", implementation="xla").dequantize(jnp.float32)
+
+    values, scale = numpy_quantize(x, format, "1x128")
+    wanted = values.astype(np.float32) * numpy_spread(scale, x.shape).astype(np.float32)
+    np.testing.assert_array_equal(there_and_back(x), wanted)
 
 
 @jax.jit

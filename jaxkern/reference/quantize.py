@@ -66,7 +66,9 @@ def cast(x, scale, format):
     subnormal = bits.astype(jnp.float32) * _power_of_two(jnp.maximum(105 - exponent, 0))
     quotient = jnp.where(bits < _SMALLEST_NORMAL, subnormal, normal)
     quotient = jnp.where(jnp.signbit(x), -quotient, quotient)
-    return jnp.where(jnp.isnan(scale), jnp.nan, quotient).astype(format)
+    values = jnp.where(jnp.isnan(scale), jnp.nan, quotient).astype(format)
+    # NOTE: without this XLA for GPUs leaves out a way to FP8 and back: it may keep more precision.
+    return jax.lax.optimization_barrier(values)
 
 
 def dequantize(values, scale):
