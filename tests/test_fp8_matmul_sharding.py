@@ -18,7 +18,7 @@ from fp8 import (
 )
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from lowering import exchanges
+from lowering import exchanges, sum_of
 
 from jaxkern import fp8_matmul, quantize_weight
 from jaxkern.ops import matmul
@@ -65,11 +65,6 @@ def products(recipe, **options):
         return y, *pull(dy)
 
     return run
-
-
-def sum_of(array):
-    """The exchange that sums shares of `array`, on each device."""
-    return f"all-reduce f32 {array.addressable_shards[0].data.size}"
 
 
 SPECS = {  # of x and w; shards of M, K and N; which of y, dx and dw are sums over devices
