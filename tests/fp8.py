@@ -1,4 +1,4 @@
-"""FP8 in NumPy: quantisation and products by their definition, in float64, a block at a time."""
+"""FP8 in NumPy: quantisation and products by their definition, in float64."""
 
 import itertools
 
@@ -13,28 +13,21 @@ BLOCKS = {"tensor": (None, None), "row": (1, None), "1x128": (1, 128), "128x128"
 def numpy_quantize(x, format, scaling):
     """values and float32 scale of x [..., R, C]."""
     x = np.asarray(x).astype(np.float64)
-    high, wide = (step or size for step, size in zip(BLOCKS[scaling], x.shape[-2:], strict=True))
-    starts = [range(0, size, step) for size, step in zip(x.shape[-2:], (high, wide), strict=True)]
-    values = np.empty(x.shape, getattr(ml_dtypes, format))
-    scale = np.empty((*x.shape[:-2], *map(len, starts)), np.float32)
-    for lead in np.ndindex(x.shape[:-2]):
-        for i, row in enumerate(starts[0]):
-            for j, column in enumerate(starts[1]):
-                where = (*lead, slice(row, row + high), slice(column, column + wide))
-                unit = numpy_scale(np.abs(x[where]).max(), LARGEST[format])
-                scale[(*lead, i, j)] = unit
-                values[where] = (x[where] / unit).astype(values.dtype)
-    return values, scale
+    *lead, rows, columns = x.shape
+    high, wide = (step or size for step, size in zip(BLOCKS[scaling], (rows, columns), strict=True))
+    down, across = -(-rows // high), -(-columns // wide)
+    whole = np.zeros((*lead, down * high, across * wide))
+    whole[..., :rows, :columns] = np.abs(x)
+    amax = whole.reshape(*lead, down, high, across, wide).max((-3, -1))
+    scale = numpy_scale(amax, LARGEST[format])
+    values = (x / numpy_spread(scale, x.shape)).astype(getattr(ml_dtypes, format))
+    return values, scale.astype(np.float32)
 
 
 def numpy_scale(amax, largest):
-    """The smallest power of two from 2^-126 on that brings amax into range; NaN if none does."""
-    if not np.isfinite(amax):
-        return np.nan
-    exponent = max(-126, int(np.frexp(amax)[1]) - 20) if amax else -126
-    while amax > np.ldexp(largest, exponent):
-        exponent += 1
-    return np.ldexp(1.0, exponent)
+    """The smallest powers of two from 2^-126 on that bring amax into range; NaN where none does."""
+    powers = np.ldexp(1.0, np.arange(-126, 128))
+    return np.append(powers, np.nan)[np.searchsorted(largest * powers, amax)]
 
 
 def numpy_spread(scale, shape):

@@ -1,5 +1,6 @@
 """What a function becomes when it is lowered for CUDA, which needs no GPU."""
 
+import math
 import re
 from collections import Counter
 
@@ -49,9 +50,25 @@ def attributes(line):
 COLLECTIVES = ("all-gather", "all-to-all", "collective-permute", "reduce-scatter", "all-reduce")
 
 
-def collectives(function, *args, **jit_options):
-    """The collectives in what jit(function)(*args) compiles to, and its result."""
+def exchanges(function, *args, **jit_options):
+    """What a device takes part in when jit(function)(*args) runs, as {"all-reduce f32 8192": 1}
+    for 8192 numbers, and its result."""
     compiled = jax.jit(function, **jit_options).lower(*args).compile()
-    text = compiled.as_text()
-    found = {name for name in COLLECTIVES if re.search(rf"{name}(-start)?\(", text)}
+    instruction = rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\("
+    found = Counter(
+        f"{name} {dtype} {math.prod(int(size) for size in sizes.split(',') if size)}"
+        for arrays, name in re.findall(instruction, compiled.as_text())
+        for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", arrays)
+    )
     return found, compiled(*args)
+
+
+def sum_of(array):
+    """The exchange that adds up float32 shares of a sharded array."""
+    return f"all-reduce f32 {array.addressable_shards[0].data.size}"
+
+
+def collectives(function, *args, **jit_options):
+    """The names of the collectives in what jit(function)(*args) compiles to, and its result."""
+    found, result = exchanges(function, *args, **jit_options)
+    return {name.split()[0] for name in found}, result

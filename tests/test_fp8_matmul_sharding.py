@@ -1,6 +1,7 @@
 """fp8_matmul on sharded arrays, on eight CPU devices: who exchanges what, and whose scales."""
 
 import functools
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +18,13 @@ from fp8 import (
 )
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from lowering import COLLECTIVES, collectives
+from lowering import exchanges, sum_of
 
 from jaxkern import fp8_matmul, quantize_weight
 from jaxkern.ops import matmul
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
-GATHERS = set(COLLECTIVES) - {"all-reduce"}
-SUMS = {"all-reduce"}
 M, K, N = 32, 512, 512
 
 recipes = pytest.mark.parametrize("recipe", RECIPES)
@@ -58,12 +57,12 @@ def forward(recipe, **options):
     return lambda x, w: fp8_matmul(x, w, recipe=recipe, **options)
 
 
-def backward(recipe, wrt, **options):
-    """The gradient of x (0) or of w (1)."""
+def products(recipe, **options):
+    """y, dx and dw."""
 
     def run(x, w, dy):
-        _, pull = jax.vjp(forward(recipe, **options), x, w)
-        return pull(dy)[wrt]
+        y, pull = jax.vjp(forward(recipe, **options), x, w)
+        return y, *pull(dy)
 
     return run
 
@@ -79,53 +78,51 @@ SPECS = {  # of x and w; shards of M, K and N; which of y, dx and dw are sums ov
 }
 
 
+def sharded(mesh, case):
+    """x, w and dy."""
+    x_spec, w_spec, *_ = SPECS[case]
+    rows, width = (*x_spec, None)[0], (*w_spec, None, None)[1]
+    specs = x_spec, w_spec, P(rows, width)
+    return [put(mesh, a, spec) for a, spec in zip(arrays(), specs, strict=True)]
+
+
+def check_exchanges(run, case, x, w, dy, *more):
+    """The results: sharded like their operands, and one exchange for each that is a sum."""
+    found, got = exchanges(run, x, w, dy, *more)
+    for array, like in zip(got, (dy, x, w), strict=True):
+        assert array.sharding.is_equivalent_to(like.sharding, 2)
+    assert found == Counter(
+        sum_of(a) for a, is_sum in zip(got, SPECS[case][3], strict=True) if is_sum
+    )
+    return got
+
+
 @recipes_on_meshes
 @pytest.mark.parametrize("case", SPECS)
 def test_devices_exchange_sums_only(mesh, recipe, case):
     """And quantise the shards that they have."""
-    x_spec, w_spec, shards, sums = SPECS[case]
-    x, w, dy = arrays()
-    rows, width = (*x_spec, None)[0], (*w_spec, None, None)[1]
-    args = put(mesh, x, x_spec), put(mesh, w, w_spec)
-    dy_arg = put(mesh, dy, P(rows, width))
-    runs = (
-        (forward(recipe), args),
-        (backward(recipe, 0), (*args, dy_arg)),
-        (backward(recipe, 1), (*args, dy_arg)),
-    )
-    got = []
-    for (run, operands), is_sum, like in zip(runs, sums, (dy_arg, *args), strict=True):
-        found, array = collectives(run, *operands)
-        assert found == (SUMS if is_sum else set())
-        assert array.sharding.is_equivalent_to(like.sharding, 2)
-        got.append(array)
-    assert_products(got, numpy_fp8_products(x, w, dy, recipe, shards=shards))
+    got = check_exchanges(products(recipe), case, *sharded(mesh, case))
+    assert_products(got, numpy_fp8_products(*arrays(), recipe, shards=SPECS[case][2]))
 
 
 @pytest.mark.parametrize("case", ["tokens and K", "K and N"])
 def test_the_reference_by_name_has_the_same_scales(case):
-    x_spec, w_spec, shards, _ = SPECS[case]
-    mesh = make_mesh(AxisType.Auto)
-    x, w, dy = arrays()
-    args = put(mesh, x, x_spec), put(mesh, w, w_spec), dy
-    run = jax.jit(lambda *args: [backward("row", i, implementation="xla")(*args) for i in (0, 1)])
-    wanted = numpy_fp8_products(x, w, dy, "row", shards=shards)
-    assert_products(run(*args), wanted[1:])
+    run = jax.jit(products("row", implementation="xla"))
+    wanted = numpy_fp8_products(*arrays(), "row", shards=SPECS[case][2])
+    assert_products(run(*sharded(make_mesh(AxisType.Auto), case)), wanted)
 
 
-@recipes
+@recipes_on_meshes
 def test_batch_and_sequence_are_tokens(mesh, recipe):
     """Both stay sharded next to N."""
     x, w, dy = arrays()
     x, dy = x.reshape(8, 4, K), dy.reshape(8, 4, N)
     spec = P("data", "model")
-    found, y = collectives(forward(recipe), put(mesh, x, spec), put(mesh, w, P()))
-    assert found == set()
-    assert y.sharding.is_equivalent_to(NamedSharding(mesh, spec), 3)
-    found, dw = collectives(
-        backward(recipe, 1), put(mesh, x, spec), put(mesh, w, P()), put(mesh, dy, spec)
-    )
-    assert found == SUMS
+    args = put(mesh, x, spec), put(mesh, w, P()), put(mesh, dy, spec)
+    found, (y, dx, dw) = exchanges(products(recipe), *args)
+    assert found == {sum_of(dw): 1}
+    for array in (y, dx):
+        assert array.sharding.is_equivalent_to(NamedSharding(mesh, spec), 3)
     shares = [
         numpy_fp8_products(
             *(a[i : i + 4, j].reshape(4, -1) if a.ndim == 3 else a for a in (x, w, dy)),
@@ -145,18 +142,14 @@ def test_sums_are_float32_before_they_are_rounded(result):
     lhs = np.zeros((8, 128), np.float32)
     lhs[:, 0], lhs[:, 1], lhs[:, 64] = 256, 1, -256
     ones = np.ones((8, 128), np.float32)
-    over = "model"
-    if result == "y":
-        run, operands = forward("tensor"), (lhs, ones.T)
-        specs = P(None, over), P(over)
-    elif result == "dx":
-        run, operands = backward("tensor", 0), (np.zeros((8, 8)), ones, lhs)
-        specs = P(), P(None, over), P(None, over)
-    else:
-        run, operands = backward("tensor", 1), (lhs.T, np.zeros((8, 8)), ones.T)
-        specs = P(over), P(), P(over)
+    zeros, over = np.zeros((8, 8)), P(None, "model")
+    operands, specs = {
+        "y": ((lhs, ones.T, zeros), (over, P("model"), P())),
+        "dx": ((zeros, ones, lhs), (P(), over, over)),
+        "dw": ((lhs.T, zeros, ones.T), (P("model"), P(), P("model"))),
+    }[result]
     args = [put(mesh, jnp.asarray(a, "bfloat16"), s) for a, s in zip(operands, specs, strict=True)]
-    got = jax.jit(run)(*args)
+    got = jax.jit(products("tensor"))(*args)[("y", "dx", "dw").index(result)]
     assert got.dtype == jnp.bfloat16
     assert (got == 1).all()
 
@@ -165,11 +158,8 @@ def test_sums_are_float32_before_they_are_rounded(result):
 def test_the_gradient_of_x_is_float32_only_where_it_is_a_sum(case, monkeypatch):
     """Data parallelism, where dw is one, writes dx once in its own dtype."""
     mesh = make_mesh(AxisType.Auto)
-    x_spec, w_spec, *_ = SPECS[case]
-    x, w, dy = (jnp.asarray(a, "bfloat16") for a in arrays())
-    dy_spec = P(x_spec[0]) if x_spec else P(None, w_spec[1])
-    args = put(mesh, x, x_spec), put(mesh, w, w_spec), put(mesh, dy, dy_spec)
-    lowered = jax.jit(lambda *args: [backward("row", i)(*args) for i in (0, 1)]).lower(*args)
+    args = [a.astype("bfloat16") for a in sharded(mesh, case)]
+    lowered = jax.jit(lambda *args: products("row")(*args)[1:]).lower(*args)
     dtypes, reference = [], matmul.by_reference
 
     def recorded(config, *operands):
@@ -182,15 +172,6 @@ def test_the_gradient_of_x_is_float32_only_where_it_is_a_sum(case, monkeypatch):
 
 
 # --- Quantised weights ----------------------------------------------------------------------------
-
-
-QUANTISED = {  # of x and w; which of y, dx and dw are sums over devices
-    "tokens": (P(("data", "model")), P(), (False, False, True)),
-    "N": (P(), P(None, "model"), (False, True, False)),
-    "K": (P(None, "model"), P("model"), (True, False, False)),
-    "tokens and N": (P("data"), P(None, "model"), (False, True, True)),
-    "K and N": (P(None, "data"), P("data", "model"), (True, True, False)),
-}
 
 
 def put_weight(mesh, weight, spec):
@@ -207,26 +188,15 @@ def put_weight(mesh, weight, spec):
 
 
 @recipes_on_meshes
-@pytest.mark.parametrize("case", QUANTISED)
+@pytest.mark.parametrize("case", ["tokens", "N", "K", "tokens and N", "K and N"])
 def test_quantised_weights_stay_sharded(mesh, recipe, case):
-    x_spec, w_spec, sums = QUANTISED[case]
     x, w, dy = arrays()
-    rows, width = (*x_spec, None)[0], (*w_spec, None, None)[1]
-    args = put(mesh, x, x_spec), put(mesh, w, w_spec), put(mesh, dy, P(rows, width))
-    weight = put_weight(mesh, quantize_weight(w, recipe), w_spec)
-    got = []
-    for wrt, is_sum, like in zip((None, 0, 1), sums, (args[2], *args[:2]), strict=True):
+    weight = put_weight(mesh, quantize_weight(w, recipe), SPECS[case][1])
 
-        def run(weight, x, w, dy, wrt=wrt):
-            options = {"quantized_weight": weight}
-            if wrt is None:
-                return forward(recipe, **options)(x, w)
-            return backward(recipe, wrt, **options)(x, w, dy)
+    def run(x, w, dy, weight):
+        return products(recipe, quantized_weight=weight)(x, w, dy)
 
-        found, array = collectives(run, weight, *args)
-        assert found == (SUMS if is_sum else set())
-        assert array.sharding.is_equivalent_to(like.sharding, 2)
-        got.append(array)
+    got = check_exchanges(run, case, *sharded(mesh, case), weight)
     assert_products(got, numpy_with_whole_weight(x, w, dy, recipe, SPECS[case][2]))
 
 
@@ -252,9 +222,8 @@ def test_quantised_blocks_that_devices_do_not_divide(mesh, k, n, shards):
     weight = quantize_weight(w, "block")
 
     @jax.jit
-    def run(weight, x, w, dy):
-        y, pull = jax.vjp(forward("block", quantized_weight=weight), x, w)
-        return y, *pull(dy)
+    def run(weight, *args):
+        return products("block", quantized_weight=weight)(*args)
 
     got = run(put_weight(mesh, weight, P()), *args, put(mesh, dy, P("data")))
     assert_products(got, numpy_with_whole_weight(x, w, dy, "block", shards))
@@ -280,23 +249,25 @@ def test_shard_map_over_tokens(recipe, manual, quantized):
         axis_names=manual,
     )
     def run(x, w, dy, weight):
-        y, pull = jax.vjp(forward(recipe, quantized_weight=weight), x, w)
-        return y, *pull(dy)
+        return products(recipe, quantized_weight=weight)(x, w, dy)
 
     got = jax.jit(run)(x, w, dy, weight)
     numpy = numpy_with_whole_weight if quantized else numpy_fp8_products
     assert_products(got, numpy(x, w, dy, recipe, shards=(2, 1, 1)))
 
 
-@recipes
+@recipes_on_meshes
 def test_vmap_over_sharded_examples(mesh, recipe):
     """The examples and their tokens stay where they are."""
     xs, w, dys = uneven(1, 4, M, K), uneven(2, K, N), uneven(3, 4, M, N)
     args = put(mesh, xs, P("data")), put(mesh, w, P()), put(mesh, dys, P("data"))
+
+    def run(*args):
+        return jax.vmap(products(recipe), (0, None, 0))(*args)[:2]
+
     with jax.set_mesh(mesh):
-        found, y = collectives(jax.vmap(forward(recipe), (0, None)), *args[:2])
-        found_dx, dx = collectives(jax.vmap(backward(recipe, 0), (0, None, 0)), *args)
-    assert found == found_dx == set()
+        found, (y, dx) = exchanges(run, *args)
+    assert not found
     y, dx = np.asarray(y), np.asarray(dx)
     for i in range(4):
         assert_products((y[i], dx[i]), numpy_fp8_products(xs[i], w, dys[i], recipe)[:2])

@@ -1,6 +1,7 @@
 """examples/train_transformer.py, made tiny: its runs, its resumption, its parts."""
 
 import csv
+import functools
 import importlib.util
 import json
 import os
@@ -39,7 +40,7 @@ def options(**changes):
 
 
 def start(output, *arguments):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     command = [sys.executable, str(SCRIPT), f"--output={output}", *options(), *arguments]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -286,30 +287,37 @@ def test_eight_devices_share_a_batch(example):
     assert all(x.sharding.is_fully_replicated and len(x.devices()) == 8 for x in leaves)
 
 
-def test_bfloat16_keeps_float32_weights_and_learns(example):
-    config = example.Config(**TINY | {"dtype": "bfloat16"})
-    trainer = example.Trainer(config, "xla", 1)
-    windows = np.frombuffer(SCRIPT.read_bytes()[: 8 * 33], np.uint8).reshape(8, 33)
-    losses = [float(trainer.train(windows)) for _ in range(10)]
+@pytest.fixture(scope="module")
+def learn(example):
+    """A function of the precision: the losses of ten steps, and the shapes of the state."""
+
+    @functools.cache
+    def learn(precision):
+        windows = np.frombuffer(SCRIPT.read_bytes()[: 8 * 33], np.uint8).reshape(8, 33)
+        config = example.Config(
+            **TINY | {"dtype": "bfloat16", "precision": precision, "kv_heads": 1}
+        )
+        trainer = example.Trainer(config, "xla", 1)
+        losses = [float(trainer.train(windows)) for _ in range(10)]
+        return np.array(losses), jax.eval_shape(lambda: trainer.state)
+
+    return learn
+
+
+def test_bfloat16_keeps_float32_weights_and_learns(learn):
+    losses, state = learn("dtype")
     assert losses[-1] < losses[0] - 1
-    assert {x.dtype for x in jax.tree.leaves(trainer.state["params"])} == {jnp.dtype("float32")}
+    assert {x.dtype for x in jax.tree.leaves(state["params"])} == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize("precision", ["fp8-row", "fp8-block", "fp8-tensor"])
-def test_fp8_learns_beside_the_plain_run(example, precision):
+def test_fp8_learns_beside_the_plain_run(learn, precision):
     """From the same parameters, which stay float32, with a loss near to theirs and not the same."""
-    windows = np.frombuffer(SCRIPT.read_bytes()[: 8 * 33], np.uint8).reshape(8, 33)
-    trainers, losses = [], []
-    for name in ("dtype", precision):
-        config = example.Config(**TINY | {"dtype": "bfloat16", "precision": name, "kv_heads": 1})
-        trainers.append(example.Trainer(config, "xla", 1))
-        losses.append([float(trainers[-1].train(windows)) for _ in range(10)])
-    plain, fp8 = np.array(losses)
+    (plain, shapes), (fp8, fp8_shapes) = learn("dtype"), learn(precision)
     assert fp8[-1] < fp8[0] - 1
     np.testing.assert_allclose(fp8, plain, rtol=0.05)
     assert (fp8 != plain).all()
-    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), t.state) for t in trainers]
-    assert shapes[0] == shapes[1]
+    assert fp8_shapes == shapes
 
 
 def test_the_precision_of_blocks_alone(example):

@@ -84,10 +84,22 @@ def variant(name, head_dim, dtype="bfloat16"):
     return plain._replace(**VARIANTS[name])
 
 
+def check_path(case):
+    """On a CPU the path of the kernel ends in the reference: equal but for a unit in the last
+    place, where XLA fuses differently."""
+    arrays = case.operands()
+    results = zip(RESULTS, solve(case, None, arrays), solve(case, "xla", arrays), strict=True)
+    for name, got, wanted in results:
+        assert got.dtype == wanted.dtype
+        got, wanted = np.float32(got), np.float32(wanted)
+        atol = 1e-5 * np.abs(wanted).max(initial=0, where=wanted > -1e30)
+        np.testing.assert_allclose(got, wanted, 2**-7, atol, err_msg=f"{name} of {case}")
+
+
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variant_on_the_path_of_the_kernel(name):
-    check_case(variant(name, 64), None)
+    check_path(variant(name, 64))
 
 
 @pytest.mark.gpu
@@ -123,27 +135,29 @@ def test_keys_past_the_end_have_no_weight(head_dim):
         np.testing.assert_allclose(gradient, want, atol=0.1)
 
 
-def check_random_variants(seed, count, longest, implementation):
+def check_random_variants(seed, count, longest, check):
     @hypothesis.seed(seed)
     @hypothesis.settings(max_examples=count, deadline=None, database=None)
     @hypothesis.given(attention_variants(longest))
-    def check(case):
-        if implementation == "cuda":
-            poison_memory(1 << 26)
-        check_case(case, implementation)
+    def check_all(case):
+        check(case)
 
-    check()
+    check_all()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("part", range(16))
 def test_random_variants(part):
-    check_random_variants(part, 20, 400, "cuda")
+    def check(case):
+        poison_memory(1 << 26)
+        check_case(case, "cuda")
+
+    check_random_variants(part, 20, 400, check)
 
 
 @pytest.mark.usefixtures("kernels")
 def test_random_variants_on_the_path_of_the_kernel():
-    check_random_variants(0, 8, 70, None)
+    check_random_variants(0, 8, 70, check_path)
 
 
 def attention(implementation, **options):
