@@ -25,8 +25,9 @@ Axes = tuple[str, ...]
 class LocalShares(NamedTuple):
     """What is called in the place of a local function where the devices add up its results.
 
-    share: from the shards of the operands to what the devices add up.
-    finish: from the sums and the shards of the operands to the results.
+    share: from which of the results are sums, a bool each, to a function of the shards of the
+      operands; the devices add up those of its results.
+    finish: from the results so far and the shards of the operands to the results.
     """
 
     share: Callable
@@ -61,7 +62,9 @@ def sharded(
             split = _with_whole_sums(split, result_axes)
 
         summed = [_summed(split, axes) for axes in result_axes]
-        share, finish = shares if shares and any(summed) else _as_they_are(local)
+        share, finish = local, lambda results, *_: results
+        if shares and any(summed):
+            share, finish = shares.share(tuple(map(bool, summed))), shares.finish
 
         def lower(*shards):
             sums = tuple(
@@ -224,11 +227,6 @@ def _summed(split, axes):
     """The mesh axes over which the devices have shares of a result with these axes."""
     own = {name for axis in axes for name in split.get(axis, ())}
     return tuple(name for name in _names(split) if name not in own)
-
-
-def _as_they_are(local):
-    """The shares of a function whose results are added up as they are."""
-    return LocalShares(local, lambda sums, *_: sums)
 
 
 def _names(split):

@@ -16,10 +16,11 @@ _ONE_DERIVATIVE = (
 
 
 class Shares(NamedTuple):
-    """What an op is where its results are sums over devices and cannot be added up as they are.
+    """What an op is where results are sums over devices and cannot be added up as they are.
 
-    kernel, reference: functions of the op's operands; the devices add up their results.
-    finish: from those sums and the operands to the op's results.
+    kernel, reference: from which of the results are sums, a bool each, to functions of the op's
+      operands; the devices add up those of their results.
+    finish: from the results so far and the operands to the op's results.
     """
 
     kernel: Callable
@@ -66,7 +67,7 @@ def kernel_op(
 
     local = by_platform(kernel, reference)
     local_shares = shares and _partitioning.LocalShares(
-        by_platform(shares.kernel, shares.reference), shares.finish
+        lambda summed: by_platform(shares.kernel(summed), shares.reference(summed)), shares.finish
     )
 
     @jax.custom_jvp

@@ -155,8 +155,8 @@ def test_sums_are_float32_before_they_are_rounded(result):
 
 
 @pytest.mark.parametrize("case", ["tokens", "N"])
-def test_the_gradient_of_x_is_float32_only_where_it_is_a_sum(case, monkeypatch):
-    """Data parallelism, where dw is one, writes dx once in its own dtype."""
+def test_gradients_are_float32_only_where_they_are_sums(case, monkeypatch):
+    """Data parallelism, where dw is one, writes dx once in its own dtype. With N it is dw."""
     mesh = make_mesh(AxisType.Auto)
     args = [a.astype("bfloat16") for a in sharded(mesh, case)]
     lowered = jax.jit(lambda *args: products("row")(*args)[1:]).lower(*args)
@@ -168,7 +168,8 @@ def test_the_gradient_of_x_is_float32_only_where_it_is_a_sum(case, monkeypatch):
 
     monkeypatch.setattr(matmul, "by_reference", recorded)
     lowered.compile()  # which partitions
-    assert ("bfloat16" in dtypes) == (case == "tokens") and "float32" in dtypes
+    wanted = {"tokens": ("bfloat16", "float32"), "N": ("float32", "bfloat16")}
+    assert set(zip(dtypes[::2], dtypes[1::2], strict=True)) == {wanted[case]}  # of dx and dw
 
 
 # --- Quantised weights ----------------------------------------------------------------------------

@@ -276,21 +276,17 @@ def kernel_op(op, config, function, axes, finish, *, weight):
             whole[weight] = operands[weight]  # the examples share it
         return op(*whole)
 
-    def local(config, first_dtype=None):
-        return functools.partial(function, config, first_dtype)
+    def shares(config):
+        return lambda summed: functools.partial(function, config, summed)
 
     return _stack.kernel_op(
         op,
-        local(config),
-        local(by_reference),
+        functools.partial(function, config, ()),
+        functools.partial(function, by_reference, ()),
         axes,
         fallback=config.fallback,
         vmap=vmapped,
-        shares=_stack.Shares(
-            local(config, _SINGLE),
-            local(by_reference, _SINGLE),
-            finish,
-        ),
+        shares=_stack.Shares(shares(config), shares(by_reference), finish),
         derivatives="it can be differentiated once, in reverse mode",
     )
 
@@ -298,8 +294,16 @@ def kernel_op(op, config, function, axes, finish, *, weight):
 # --- One device -----------------------------------------------------------------------------------
 
 
-def _forward(config, dtype, x, *weight):
-    """y, in config's dtype unless another is given."""
+def share_dtype(summed, result, dtype):
+    """The dtype of a device's share of a result, which has this one: float32 if it is a sum.
+
+    summed: which results are, a bool each; nothing if none is.
+    """
+    return _SINGLE if summed and summed[result] else dtype
+
+
+def _forward(config, summed, x, *weight):
+    """y."""
     scalings = config.recipe
     rows = _matrices(x, config.lead(x.ndim), config.depth)
     (lhs,) = quantized(config, (rows,), arguments.FORMAT, scalings.activation)
@@ -308,15 +312,15 @@ def _forward(config, dtype, x, *weight):
         config,
         (lhs, scalings.activation),
         (rhs, scalings.weight),
-        dtype or config.dtype,
+        share_dtype(summed, 0, config.dtype),
         fast_accumulation=config.fast_accumulation,
     )
     lead = x.shape[: x.ndim - len(config.depth.axes)]
     return (y.reshape(*lead, *_sizes(config.width, y.shape[-1])),)
 
 
-def _backward(config, dtype, x, *weight_and_dy):
-    """dx and dw, in the dtypes of x and w unless another is given."""
+def _backward(config, summed, x, *weight_and_dy):
+    """dx and dw."""
     *weight, dy = weight_and_dy
     scalings = config.recipe
     lead = config.lead(x.ndim)
@@ -324,12 +328,17 @@ def _backward(config, dtype, x, *weight_and_dy):
     (x_t,) = quantized(config, rows[:1], arguments.FORMAT, scalings.activation, "transposed")
     dy, dy_t = quantized(config, rows[1:], config.gradient_format, scalings.activation, "both")
     w = _weight(config, weight, "natural")
-    dx = multiplied(config, (dy, scalings.activation), (w, scalings.weight), dtype or x.dtype)
+    dx = multiplied(
+        config,
+        (dy, scalings.activation),
+        (w, scalings.weight),
+        share_dtype(summed, 0, x.dtype),
+    )
     dw = multiplied(
         config,
         (x_t, scalings.activation),
         (dy_t, scalings.activation),
-        dtype or config.weight_dtype,
+        share_dtype(summed, 1, config.weight_dtype),
     )
     sizes = _sizes(config.depth, dw.shape[-2]) + _sizes(config.width, dw.shape[-1])
     return dx.reshape(x.shape), dw.reshape(*x.shape[:lead], *sizes)

@@ -172,8 +172,8 @@ def _forward_op(config, has_residuals):
         axes = _axes(config, *ranks[:2])
         return (axes.x, *axes.weights), (axes.y,) + (axes.hidden,) * (2 * has_residuals)
 
-    def function(config, dtype, *operands):
-        results = _forward(config, dtype, *operands)
+    def function(config, summed, *operands):
+        results = _forward(config, summed, *operands)
         return results if has_residuals else results[:1]
 
     def finish(sums, x, *_):
@@ -199,17 +199,17 @@ def _backward_op(config):
 # --- One device -----------------------------------------------------------------------------------
 
 
-def _forward(config, dtype, x, gate, up, down):
-    """y, in x's dtype unless another is given, and the products with gate and up."""
+def _forward(config, summed, x, gate, up, down):
+    """y, and the products with gate and up."""
     z = _activation(config, _matrices(config, x))
     products = [_product(config, z, w, "transposed", x.dtype) for w in (gate, up)]
     h = _activation(config, *products, op="quantize_swiglu")
-    y = _product(config, h, down, "transposed", dtype or x.dtype)
+    y = _product(config, h, down, "transposed", fp8.share_dtype(summed, 0, x.dtype))
     return tuple(a.reshape(*x.shape[:-1], a.shape[-1]) for a in (y, *products))
 
 
-def _backward(config, dtype, x, gate, up, down, *hidden_and_dy):
-    """The gradients, in the dtypes of x and the weights unless another is given."""
+def _backward(config, summed, x, gate, up, down, *hidden_and_dy):
+    """The gradients of x and the weights."""
     *hidden, dy = (_matrices(config, a) for a in hidden_and_dy)
     scaling, format = config.recipe.activation, config.gradient_format
     dy, dy_t = fp8.quantized(config, (dy,), format, scaling, "both")
@@ -217,17 +217,20 @@ def _backward(config, dtype, x, gate, up, down, *hidden_and_dy):
     dgate, dgate_t, dup, dup_t = fp8.quantized(
         config, (*hidden, dh), format, scaling, "both", "quantize_swiglu_grad"
     )
+    dtype = fp8.share_dtype(summed, 0, x.dtype)
     shares = [
-        _product(config, d, w, "natural", dtype or x.dtype).astype(_SINGLE)
+        _product(config, d, w, "natural", dtype).astype(_SINGLE)
         for d, w in ((dgate, gate), (dup, up))
     ]
-    dx = (shares[0] + shares[1]).astype(dtype or x.dtype)
+    dx = (shares[0] + shares[1]).astype(dtype)
     z_t = _activation(config, _matrices(config, x), orientation="transposed")
     h_t = _activation(config, *hidden, orientation="transposed", op="quantize_swiglu")
     pairs = (z_t, dgate_t), (z_t, dup_t), (h_t, dy_t)
     return dx.reshape(x.shape), *(
-        fp8.multiplied(config, (lhs, scaling), (rhs, scaling), dtype or weight_dtype)
-        for (lhs, rhs), weight_dtype in zip(pairs, config.weight_dtypes, strict=True)
+        fp8.multiplied(
+            config, (lhs, scaling), (rhs, scaling), fp8.share_dtype(summed, 1 + i, dtype)
+        )
+        for i, ((lhs, rhs), dtype) in enumerate(zip(pairs, config.weight_dtypes, strict=True))
     )
 
 

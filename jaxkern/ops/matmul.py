@@ -202,8 +202,8 @@ def _op(config):
         fallback=config.fallback,
         vmap=vmapped,
         shares=_stack.Shares(
-            lambda *operands: by_kernel(shares, *operands[:4]),
-            lambda *operands: by_reference(shares, *operands[:4]),
+            lambda _: lambda *operands: by_kernel(shares, *operands[:4]),
+            lambda _: lambda *operands: by_reference(shares, *operands[:4]),
             finish,
         ),
     )
