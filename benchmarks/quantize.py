@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import common
 import jax
@@ -38,9 +38,15 @@ class Form:
     function: Callable
     operands: int = 1
     results: int = 1
+    scalings: Sequence[str] = SCALINGS
 
 
-FORMS = {"quantize": Form(jaxkern.quantize)}
+FUSED = ("row", "1x128", "128x128")  # with "tensor" the matrices are made in memory first
+FORMS = {
+    "quantize": Form(jaxkern.quantize),
+    "quantize_swiglu": Form(jaxkern.quantize_swiglu, 2, 1, FUSED),
+    "quantize_swiglu_grad": Form(jaxkern.quantize_swiglu_grad, 3, 2, FUSED),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +113,7 @@ SHAPES = tuple(
     Shape(form, scaling, orientation, rows, width, "bf16", "e4m3")
     for form in FORMS
     for rows, width in ((16384, 4096), (16384, 8192), (16384, 16384), (4096, 4096))
-    for scaling in SCALINGS
+    for scaling in FORMS[form].scalings
     for orientation in ORIENTATIONS
 )
 QUICK = tuple(s for s in SHAPES if (s.rows, s.width, s.orientation) == (16384, 8192, "both"))

@@ -181,7 +181,7 @@ def main(argv: Sequence[str]) -> int:
             row = measured.row("train", what, run.provider, metric, value)
             benchmarking.append_rows(chosen.output, [row])
     if chosen.losses and trained:
-        stem = plot.LOSSES["fp8" in chosen.precisions]
+        stem = "fp8_loss" if "fp8" in chosen.precisions else "train_loss"
         write_losses(chosen.output / f"{stem}.csv", trained)
         plot.draw_losses(chosen.output / f"{stem}.csv", chosen.output / f"{stem}.svg")
     return 1 if failed else 0

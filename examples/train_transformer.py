@@ -356,7 +356,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     if c.eval_every % c.log_every:
         parser.error(f"--eval-every {c.eval_every} must be a multiple of --log-every {c.log_every}")
     for name, value in (("preset", args.preset), ("implementation", args.implementation)):
-        if value and value.startswith(("gpu", "cu")) and platform != "gpu":
+        if value in {*PRESETS, "cuda", "cudnn"} - {"cpu"} and platform != "gpu":
             parser.error(f"--{name} {value} needs a GPU; JAX has {platform} only")
     return args, config
 

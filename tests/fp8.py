@@ -2,8 +2,11 @@
 
 import itertools
 
+import jax
 import ml_dtypes
 import numpy as np
+
+from jaxkern.testing import relative_error
 
 E4M3, E5M2 = "float8_e4m3fn", "float8_e5m2"
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
@@ -147,3 +150,11 @@ def assert_products(got, wanted, atol=1e-5):
         error = np.abs(np.asarray(array).astype(np.float64) - product)
         allowed = atol * size + eps[array.dtype.name] * np.abs(product)
         assert (error <= allowed).all(), (error / np.maximum(allowed, 1e-30)).max()
+
+
+def assert_near(got, wanted, limit):
+    """The same trees of arrays, but for relative errors below `limit` of their norms."""
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert (g.shape, g.dtype) == (w.shape, w.dtype)
+        assert relative_error(g, w) < limit

@@ -58,7 +58,7 @@ cudaError_t run_backward(void (*kernel)(typename Backward::Params),
   p.turns = params.deterministic ? turns : nullptr;
   p.last_keys_first = false;
   p.scale = options.scale;
-  p.scale_log2 = (Backward::kSoftCap ? options.soft_cap : options.scale) * kLog2E;
+  p.scale_log2 = (Backward::kSoftCap ? options.soft_cap : options.scale) * tile::kLog2E;
   p.cap_factor = Backward::kSoftCap ? options.scale / options.soft_cap : 0.0f;
   p.mask = Backward::Mask::of(shape, options, granules);
   p.kv_heads = static_cast<int>(shape.K);

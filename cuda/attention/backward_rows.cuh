@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kRowsThreads)
   if (lane == 0) {
     const int64_t row = head_row * p.T + t, padded_row = head_row * p.padded_T + t;
     const bool hidden = t >= p.T || p.lse[row] == kHiddenLse;
-    p.lse_log2[padded_row] = hidden ? INFINITY : p.lse[row] * kLog2E;
+    p.lse_log2[padded_row] = hidden ? INFINITY : p.lse[row] * tile::kLog2E;
     p.delta[padded_row] = hidden ? 0.0f : dot - p.dlse[row];
   }
   float4* accum =

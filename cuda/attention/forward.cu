@@ -35,7 +35,7 @@ cudaError_t run_forward(const AttentionFwdParams& params, cudaStream_t stream) {
   if (cudaError_t error = key_map(&p.value, params.value)) return error;
   p.value_data = static_cast<const T*>(params.value);
   p.lse = params.lse;
-  p.scale_log2 = (Forward::kSoftCap ? options.soft_cap : options.scale) * kLog2E;
+  p.scale_log2 = (Forward::kSoftCap ? options.soft_cap : options.scale) * tile::kLog2E;
   p.cap_factor = Forward::kSoftCap ? options.scale / options.soft_cap : 0.0f;
   auto* granules = reinterpret_cast<GranuleColumns*>(params.workspace + 4);
   p.mask = Forward::Mask::of(shape, options, granules);

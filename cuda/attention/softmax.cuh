@@ -8,9 +8,6 @@
 
 namespace jaxkern {
 
-constexpr float kLog2E = 1.44269504088896340736f;
-constexpr float kLn2 = 0.69314718055994530942f;
-
 // lse of a query that sees no key, as the reference has it: its hidden logits are 0.7 of the lowest
 // float32, and the logarithm of their number is lost in rounding.
 constexpr float kHiddenLse = -0.7f * 3.40282346638528859812e38f;
@@ -18,7 +15,7 @@ constexpr float kHiddenLse = -0.7f * 3.40282346638528859812e38f;
 // tanh, absolute error below 1e-6: tanh.approx, with 2^-11 relative, would be felt in float16.
 __device__ __forceinline__ float tanh_accurate(float x) {
   return 1.0f -
-         2.0f * tile::ptx::reciprocal_approx(tile::ptx::exp2_approx(x * (2 * kLog2E)) + 1.0f);
+         2.0f * tile::ptx::reciprocal_approx(tile::ptx::exp2_approx(x * (2 * tile::kLog2E)) + 1.0f);
 }
 
 // x = tanh(x * factor), the capped logits in units of the cap.
@@ -91,7 +88,7 @@ struct OnlineSoftmax {
       sum[i] = tile::row_sum(sum[i]);
       const bool hidden = sum[i] == 0.0f;
       inverse[i] = hidden ? 0.0f : 1.0f / sum[i];
-      lse[i] = hidden ? kHiddenLse : (max[i] * scale_log2 + log2f(sum[i])) * kLn2;
+      lse[i] = hidden ? kHiddenLse : (max[i] * scale_log2 + log2f(sum[i])) * tile::kLn2;
     }
     return inverse;
   }

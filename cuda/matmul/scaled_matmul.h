@@ -14,8 +14,8 @@
 namespace jaxkern {
 
 // Without promotion all columns of a tile are one product, which reads lhs from shared memory once;
-// with it, there are registers for two products of half of them, and blocks that wait for no other
-// are 1% faster. Room for a whole result is worth a stage, except where the sums take longest.
+// with it, there are registers for two products of half of them, and blocks need not wait for each
+// other. Room for a whole result is worth a stage, except where the sums take longest.
 constexpr ScaledMatmulConfig scaled_matmul_config(BlockScales scales, bool fast_accumulation) {
   if (fast_accumulation) return {.waves = 1, .block_n = 256, .stages = 4, .blocks = 2, .pieces = 2};
   if (scales == BlockScales::k1x128By1x128) {
@@ -96,34 +96,16 @@ cudaError_t launch_scaled_matmul_sm90(const ScaledMatmulParams& params, cudaStre
                 Matmul::kThreads, Matmul::kSharedBytes, stream, p);
 }
 
-// How many clusters of `splits` blocks the GPU has room for, or 0.
-template <class Matmul>
-int resident_clusters(int splits) {
-  const auto kernel = scaled_matmul_few_rows_sm90_kernel<Matmul>;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = splits;
-  config.blockDim = Matmul::kThreads;
-  config.dynamicSmemBytes = Matmul::kSharedBytes;
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(splits), 1, 1};
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  int count = 0;
-  const auto size = cudaFuncAttributeMaxDynamicSharedMemorySize;
-  if (cudaFuncSetAttribute(kernel, size, Matmul::kSharedBytes) != cudaSuccess ||
-      cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess) {
-    return 0;
-  }
-  return count;
-}
-
 // The blocks that share a tile's K, of those that take least time by this estimate, in loads of one
 // block of weights: all loads at the rate of the memory, or those of one SM at the rate of an SM,
 // which is at most twice its part; and what a cluster costs (H200: 1.5 us if it is two, 3 if four).
 template <class Matmul>
 int few_rows_splits(int64_t tiles, int K_blocks, int multiprocessors) {
-  static const int kResident[] = {0, resident_clusters<Matmul>(2), resident_clusters<Matmul>(4)};
+  const auto clusters_of = [](int splits) {
+    return resident_clusters(scaled_matmul_few_rows_sm90_kernel<Matmul>, splits, Matmul::kThreads,
+                             Matmul::kSharedBytes);
+  };
+  static const int kResident[] = {0, clusters_of(2), clusters_of(4)};
   int best = 1;
   double least = INFINITY;
   for (int i = 0; i < 3; ++i) {

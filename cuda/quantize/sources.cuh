@@ -47,8 +47,7 @@ __device__ __forceinline__ void for_each_element(const Load<T> (&in)[kInputs],
 
 // 1 / (1 + e^-x), relative error 2^-21; exactly 0, 0.5 and 1 at -100, 0 and 100.
 __device__ __forceinline__ float sigmoid(float x) {
-  constexpr float kLog2E = 1.44269504f;
-  return tile::ptx::reciprocal_approx(1.0f + tile::ptx::exp2_approx(-kLog2E * x));
+  return tile::ptx::reciprocal_approx(1.0f + tile::ptx::exp2_approx(-tile::kLog2E * x));
 }
 
 struct Matrix {

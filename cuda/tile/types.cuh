@@ -1,4 +1,4 @@
-// Element types of tiles, their PTX names and packing of pairs into 32-bit registers.
+// Element types of tiles, their PTX names and packing of pairs into 32-bit registers; constants.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,6 +13,9 @@ using bf16 = __nv_bfloat16;
 using f16 = __half;
 using e4m3 = __nv_fp8_e4m3;
 using e5m2 = __nv_fp8_e5m2;
+
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kLn2 = 0.69314718055994530942f;
 
 constexpr int kWarpSize = 32;
 constexpr int kWarpgroupSize = 128;

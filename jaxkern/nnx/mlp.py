@@ -5,8 +5,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from flax.nnx.nn.linear import default_kernel_init
 
-from jaxkern import _flax
-from jaxkern.ops.fp8_mlp import fp8_mlp
+from jaxkern import _flax, fp8_mlp
 
 
 class Fp8MLP(nnx.Module):

@@ -227,10 +227,8 @@ def _backward(config, summed, x, gate, up, down, *hidden_and_dy):
     h_t = _activation(config, *hidden, orientation="transposed", op="quantize_swiglu")
     pairs = (z_t, dgate_t), (z_t, dup_t), (h_t, dy_t)
     return dx.reshape(x.shape), *(
-        fp8.multiplied(
-            config, (lhs, scaling), (rhs, scaling), fp8.share_dtype(summed, 1 + i, dtype)
-        )
-        for i, ((lhs, rhs), dtype) in enumerate(zip(pairs, config.weight_dtypes, strict=True))
+        fp8.multiplied(config, (lhs, scaling), (rhs, scaling), fp8.share_dtype(summed, i, dtype))
+        for i, (lhs, rhs), dtype in zip((1, 2, 3), pairs, config.weight_dtypes, strict=True)
     )
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -100,11 +100,18 @@ def of_source(op, inputs, format, scaling, orientation, implementation):
     return tuple(arrays[i : i + 2] for i in range(0, len(arrays), 2))
 
 
-# What each public function quantises: matrices of the shape of its arguments.
+class _Source(NamedTuple):
+    """What a public function quantises: matrices of the shape of its arguments."""
+
+    make: Callable
+    inputs: int = 1
+    matrices: int = 1
+
+
 _SOURCES = {
-    "quantize": lambda x: (x,),
-    "quantize_swiglu": lambda gate, up: (activation.swiglu(gate, up),),
-    "quantize_swiglu_grad": activation.swiglu_grad,
+    "quantize": _Source(lambda x: (x,)),
+    "quantize_swiglu": _Source(lambda gate, up: (activation.swiglu(gate, up),), inputs=2),
+    "quantize_swiglu_grad": _Source(activation.swiglu_grad, inputs=3, matrices=2),
 }
 
 
@@ -117,14 +124,8 @@ class Config(NamedTuple):
     op: str = _OP  # of _SOURCES
 
     @property
-    def inputs(self):
-        """How many arrays it takes."""
-        return {"quantize": 1, "quantize_swiglu": 2, "quantize_swiglu_grad": 3}[self.op]
-
-    @property
-    def matrices(self):
-        """How many matrices it quantises."""
-        return 2 if self.op == "quantize_swiglu_grad" else 1
+    def source(self):
+        return _SOURCES[self.op]
 
     @property
     def has_natural(self):
@@ -147,7 +148,9 @@ def _quantize(config, *inputs):
         # An amax of all has to be known first: the matrices are made in memory.
         operand_axes = (_axes(config, inputs[0].ndim)[0][0],)
         make = _partitioning.on_auto_mesh(
-            _SOURCES[config.op], operand_axes * config.inputs, operand_axes * config.matrices
+            config.source.make,
+            operand_axes * config.source.inputs,
+            operand_axes * config.source.matrices,
         )
         return sum((_quantize(config._replace(op=_OP), x) for x in make(*inputs)), ())
     operands, (operand_axes, result_axes) = inputs, _axes(config, inputs[0].ndim)
@@ -164,7 +167,7 @@ def _quantize(config, *inputs):
     else:
         plain = functools.partial(by_reference, config)
         results = _partitioning.on_auto_mesh(plain, operand_axes, result_axes)(*operands)
-    return as_arrays(config, results, *operands[config.inputs :])
+    return as_arrays(config, results, *operands[config.source.inputs :])
 
 
 def as_arrays(config, results, *scale):
@@ -188,14 +191,14 @@ def _axes(config, rank):
     scale = (*lead, rows if config.rows_are_alone else "scale_rows", "scale_columns")
     scale_t = (*lead, "scale_t_rows", "scale_t_columns")
     results = (x, scale) * config.has_natural + (x_t, scale_t) * config.has_transposed
-    return (x,) * config.inputs, results * config.matrices
+    return (x,) * config.source.inputs, results * config.source.matrices
 
 
 def by_reference(config, *operands):
     """The results by the reference: values and scale, or values alone of a given scale."""
-    inputs, scale = operands[: config.inputs], operands[config.inputs :]
+    inputs, scale = operands[: config.source.inputs], operands[config.source.inputs :]
     results = []
-    for x in _SOURCES[config.op](*inputs):
+    for x in config.source.make(*inputs):
         if config.has_transposed:
             # NOTE: XLA's CPU compiler folds bits of a constant that is transposed into wrong ones.
             x = jax.lax.optimization_barrier(x)
@@ -216,7 +219,7 @@ def on_one_device(config, *inputs):
     if config.scaling != "tensor":
         return as_arrays(config, run(config, *inputs))
     arrays = ()
-    for x in _SOURCES[config.op](*inputs):
+    for x in config.source.make(*inputs):
         single, scale = (
             config._replace(op=_OP),
             reference.scale_of(x, config.format, scaling="tensor"),
@@ -268,12 +271,12 @@ def _call(config, *operands):
     ]
     results = _ffi.call(
         f"jaxkern.{config.op}",
-        of_one * config.matrices,
+        of_one * config.source.matrices,
         *operands,
         scaling=scales.code(config.scaling),
     )
     wanted = []
-    for i in range(config.matrices):
+    for i in range(config.source.matrices):
         values, scale, values_t, scale_t, _ = results[5 * i : 5 * i + 5]
         for has, *result, length in (
             (config.has_natural, values, scale, rows),
