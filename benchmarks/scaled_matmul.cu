@@ -41,41 +41,40 @@ constexpr Recipe kRecipes[] = {
 template <class Out, BlockScales kScales, bool kFast, ScaledMatmulConfig kConfig>
 Provider variant(int group) {
   using Matmul = ScaledMatmul<e4m3, e4m3, Out, kScales, kFast, kConfig>;
-  return {"waves" + std::to_string(kConfig.waves) + " n" + std::to_string(kConfig.block_n) +
-              " stages" + std::to_string(kConfig.stages) + " cluster" +
-              std::to_string(kConfig.blocks) + " pieces" + std::to_string(kConfig.pieces) +
-              " group" + std::to_string(group),
+  return {"consumers" + std::to_string(kConfig.consumers) + " waves" +
+              std::to_string(kConfig.waves) + " n" + std::to_string(kConfig.block_n) + " stages" +
+              std::to_string(kConfig.stages) + " cluster" + std::to_string(kConfig.blocks) +
+              " pieces" + std::to_string(kConfig.pieces) + " group" + std::to_string(group),
           [group](const ScaledMatmulParams& p, cudaStream_t stream) {
             bench::check(launch_scaled_matmul_sm90<Matmul>(p, stream, group), "scaled_matmul");
           }};
 }
 
 // The first is what the library runs.
-std::vector<Provider> blocks_of_both() {
-  constexpr auto kScales = BlockScales::k1x128By1x128;
-  constexpr ScaledMatmulConfig kDeep = {2, 128, 4, 2, 1}, kAlone = {2, 128, 4, 1, 1};
-  constexpr ScaledMatmulConfig kWhole = {2, 128, 3, 2, 4};
-  return {variant<float, kScales, false, kDeep>(8), variant<float, kScales, false, kDeep>(16),
-          variant<float, kScales, false, kAlone>(8), variant<float, kScales, false, kWhole>(8)};
-}
-
 template <class Out, BlockScales kScales>
 std::vector<Provider> promoted() {
-  constexpr ScaledMatmulConfig kAlone = {2, 128, 3, 1, 4}, kPair = {2, 128, 3, 2, 4};
-  constexpr ScaledMatmulConfig kSmall = {1, 128, 6, 2, 1};
-  return {variant<Out, kScales, false, kAlone>(8), variant<Out, kScales, false, kAlone>(4),
-          variant<Out, kScales, false, kAlone>(16), variant<Out, kScales, false, kPair>(8),
-          variant<Out, kScales, false, kSmall>(8)};
+  constexpr ScaledMatmulConfig kTwo = scaled_matmul_config(kScales, false);
+  constexpr ScaledMatmulConfig kPair = {2, 2, 128, 3, 2, 4}, kThreeAlone = {3, 1, 128, 4, 1, 2};
+  const auto library = [](const ScaledMatmulParams& p, cudaStream_t stream) {
+    bench::check(launch_promoted_sm90<e4m3, e4m3, Out, kScales>(p, stream), "scaled_matmul");
+  };
+  return {{"library", library},
+          variant<Out, kScales, false, kTwo>(8),
+          variant<Out, kScales, false, kTwo>(16),
+          variant<Out, kScales, false, kPair>(8),
+          variant<Out, kScales, false, kThreeConsumers>(8),
+          variant<Out, kScales, false, kThreeConsumers>(12),
+          variant<Out, kScales, false, kThreeAlone>(8)};
 }
 
 template <class Out>
 std::vector<Provider> fast() {
   constexpr auto kNone = BlockScales::kNone;
-  constexpr ScaledMatmulConfig kWide = {1, 256, 4, 2, 2}, kHigh = {2, 128, 4, 2, 2};
-  constexpr ScaledMatmulConfig kAlone = {1, 256, 4, 1, 2}, kSmall = {1, 128, 6, 2, 1};
-  return {variant<Out, kNone, true, kWide>(8),  variant<Out, kNone, true, kWide>(4),
+  constexpr ScaledMatmulConfig kWide = scaled_matmul_config(kNone, true);
+  constexpr ScaledMatmulConfig kHigh = {2, 2, 128, 4, 2, 2}, kAlone = {2, 1, 256, 4, 1, 2};
+  return {variant<Out, kNone, true, kWide>(8), variant<Out, kNone, true, kWide>(4),
           variant<Out, kNone, true, kWide>(16), variant<Out, kNone, true, kHigh>(8),
-          variant<Out, kNone, true, kAlone>(8), variant<Out, kNone, true, kSmall>(8)};
+          variant<Out, kNone, true, kAlone>(8)};
 }
 
 // The first is what the library runs.
@@ -111,7 +110,7 @@ std::vector<Provider> variants(const Recipe& recipe, int64_t M) {
   if (recipe.fast) return fast<tile::bf16>();
   switch (recipe.rhs) {
     case Scaling::kBlock1x128:
-      return blocks_of_both();
+      return promoted<float, BlockScales::k1x128By1x128>();
     case Scaling::kBlock128x128:
       return promoted<tile::bf16, BlockScales::k1x128By128x128>();
     default:

@@ -9,18 +9,17 @@ namespace {
 
 template <class Lhs, class Rhs, class Out>
 cudaError_t launch_with_scales(const ScaledMatmulParams& p, cudaStream_t stream) {
-  const auto run = [&]<BlockScales kScales, bool kFastAccumulation>() {
-    constexpr ScaledMatmulConfig kConfig = scaled_matmul_config(kScales, kFastAccumulation);
-    using Matmul = ScaledMatmul<Lhs, Rhs, Out, kScales, kFastAccumulation, kConfig>;
-    return launch_scaled_matmul_sm90<Matmul>(p, stream);
-  };
+  constexpr auto kNone = BlockScales::kNone;
+  if (p.fast_accumulation) {
+    constexpr ScaledMatmulConfig kConfig = scaled_matmul_config(kNone, true);
+    return launch_scaled_matmul_sm90<ScaledMatmul<Lhs, Rhs, Out, kNone, true, kConfig>>(p, stream);
+  }
   if (p.lhs_scaling != Scaling::kBlock1x128) {
-    return p.fast_accumulation ? run.template operator()<BlockScales::kNone, true>()
-                               : run.template operator()<BlockScales::kNone, false>();
+    return launch_promoted_sm90<Lhs, Rhs, Out, kNone>(p, stream);
   }
   return p.rhs_scaling == Scaling::kBlock1x128
-             ? run.template operator()<BlockScales::k1x128By1x128, false>()
-             : run.template operator()<BlockScales::k1x128By128x128, false>();
+             ? launch_promoted_sm90<Lhs, Rhs, Out, BlockScales::k1x128By1x128>(p, stream)
+             : launch_promoted_sm90<Lhs, Rhs, Out, BlockScales::k1x128By128x128>(p, stream);
 }
 
 }  // namespace

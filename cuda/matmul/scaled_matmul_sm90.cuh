@@ -11,7 +11,7 @@
 // scales where there are some for blocks; meanwhile the other consumer multiplies. With
 // kFastAccumulation tensor cores do all of the sum.
 // Such a consumer has as much to do between two products as they take. What is in its loop counts:
-// addresses are settled before it, and the next block's barrier is tried among this one's sums.
+// addresses are settled before it, and the next block's barrier is tested among this one's sums.
 // Blocks of K with scales of their own are DeepSeek-V3's recipe, the promotion is DeepGEMM's.
 // docs/matmul.md draws the schedule.
 #pragma once
@@ -26,7 +26,7 @@ enum class BlockScales { kNone, k1x128By128x128, k1x128By1x128 };
 
 // A tile has 64 * kConsumers * kWaves rows and kBlockN columns.
 struct ScaledMatmulConfig {
-  int waves, block_n, stages;
+  int consumers, waves, block_n, stages;
   int blocks;  // of a cluster
   int pieces;  // of a consumer's result that shared memory has room for, 64 rows and 128 bytes each
 };
@@ -41,11 +41,15 @@ struct ScaledMatmul {
   using Corner = tile::tma::Corner;
   static constexpr BlockScales kScales = kScales_;
   static constexpr bool kFastAccumulation = kFastAccumulation_;
-  static constexpr int kConsumers = 2, kWaves = kConfig.waves, kStages = kConfig.stages;
+  static constexpr int kConsumers = kConfig.consumers, kWaves = kConfig.waves;
+  static constexpr int kStages = kConfig.stages;
   static constexpr int kBlockM = 64 * kConsumers * kWaves, kBlockN = kConfig.block_n;
   static constexpr int kBlockK = kScaleBlock, kScaleRows = kBlockM;
   static constexpr int kThreads = tile::kWarpgroupSize * (1 + kConsumers);
-  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
+                (1 + kConsumers) * tile::launch_registers(kThreads));
   static constexpr bool kLhsBlocks = kScales != BlockScales::kNone;
   static constexpr bool kRhsBlocks = kScales == BlockScales::k1x128By1x128;
   static_assert(!kLhsBlocks || !kFastAccumulation, "scales of blocks need float32 sums");
@@ -198,7 +202,7 @@ struct ScaledMatmul {
                                                   Sum (&sums)[kWaves]) {
     const auto lhs = tile::settled(lhs_rows(shared, consumer, 0));
     const auto rhs = tile::settled(tile::k_major<kBlockN>(shared.rhs[0]));
-    bool ready = slot.try_full(shared.ring);
+    bool ready = slot.is_full(shared.ring);
     for (int k = 0; k < p.K_blocks; ++k, slot.advance()) {
       if (!ready) slot.wait_full(shared.ring);
       const int stage = slot.stage();
@@ -208,7 +212,7 @@ struct ScaledMatmul {
         tile::mma(sums[wave], lhs.of_tile(stage).of_rows(64 * wave), rhs.of_tile(stage), k > 0);
       }
       tile::mma_commit();
-      ready = slot.next().try_full(shared.ring);
+      ready = slot.next().is_full(shared.ring);
       tile::mma_wait<1>();  // the products before these
       if (k > 0) release(shared, slot.previous());
     }
@@ -243,7 +247,7 @@ struct ScaledMatmul {
       return __shfl_sync(0xffffffffu, lane_scale, k % kLanes);
     };
     float next_scale = rhs_scale_of(0);
-    bool ready = slot.try_full(shared.ring);
+    bool ready = slot.is_full(shared.ring);
 #pragma unroll kUnroll
     for (int k = 0; k < p.K_blocks; ++k, slot.advance()) {
       const float col_scale = next_scale;
@@ -264,7 +268,7 @@ struct ScaledMatmul {
         tile::mma_wait<0>(part);
         if (!kRhsBlocks && wave == kWaves - 1) release(shared, slot);
         if (wave == kWaves - 1) {
-          ready = slot.next().try_full(shared.ring);
+          ready = slot.next().is_full(shared.ring);
           next_scale = rhs_scale_of(k + 1);
         }
         if constexpr (kRhsBlocks) {

@@ -40,7 +40,7 @@ __global__ void ring_kernel(int* out, int items, bool slow_producer) {
       if (!slow_producer && item % 3 == warp - 1) __nanosleep(2000);
       out[(item * kConsumers + warp - 1) * kWarp + lane] = shared.values[slot.stage()][lane];
       shared.ring.empty[slot.stage()].arrive_warp();
-      ready = warp == 1 && slot.next().try_full(shared.ring);
+      ready = warp == 1 && slot.next().is_full(shared.ring);
     }
   }
 }

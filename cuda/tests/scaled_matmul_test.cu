@@ -160,6 +160,10 @@ void test_types(std::string what) {
                                                          Scaling rhs) {
     constexpr ScaledMatmulConfig kConfig = scaled_matmul_config(kScales, kFast);
     test_sizes<ScaledMatmul<Lhs, Rhs, Out, kScales, kFast, kConfig>>(what + how, lhs, rhs);
+    if constexpr (!kFast) {
+      using Three = ScaledMatmul<Lhs, Rhs, Out, kScales, kFast, kThreeConsumers>;
+      test_sizes<Three>(what + how + ", three consumers", lhs, rhs);
+    }
   };
   test.template operator()<kNone, true>(", fast, row by row", Scaling::kRow, Scaling::kRow);
   test.template operator()<kNone, false>(", tensor by tensor", Scaling::kTensor, Scaling::kTensor);

@@ -20,9 +20,9 @@ struct Barrier {
     while (!ptx::mbarrier_try_wait(&word, parity)) {
     }
   }
-  // Whether it has, perhaps after a short wait.
-  __device__ __forceinline__ bool try_wait(uint32_t parity) {
-    return ptx::mbarrier_try_wait(&word, parity);
+  // Whether it has.
+  __device__ __forceinline__ bool test(uint32_t parity) {
+    return ptx::mbarrier_test_wait(&word, parity);
   }
   // One arrival for the calling warp, after all its lanes have come here.
   __device__ __forceinline__ void arrive_warp() {
@@ -59,8 +59,8 @@ struct Slot {
   __device__ __forceinline__ void wait_full(Ring<kStages>& ring) const {
     ring.full[stage()].wait(parity());
   }
-  __device__ __forceinline__ bool try_full(Ring<kStages>& ring) const {
-    return ring.full[stage()].try_wait(parity());
+  __device__ __forceinline__ bool is_full(Ring<kStages>& ring) const {
+    return ring.full[stage()].test(parity());
   }
   __device__ __forceinline__ void wait_empty(Ring<kStages>& ring) const {
     ring.empty[stage()].wait(parity() ^ 1);  // the first round finds every stage empty
