@@ -33,16 +33,18 @@ cudaError_t launch_tiles(const QuantizeParams& p, cudaStream_t stream) {
                                    : start(quantize_tiles_kernel<Source, T, F, kScaling, false>);
 }
 
-// As few threads per row as hold it in their slots, or else the most there may be.
-template <class Source, class T, class F>
-cudaError_t launch_rows(const QuantizeParams& p, cudaStream_t stream) {
+// As few threads per row as hold it in their slots, or else the most there may be. With rstd they
+// are whole groups, whatever is scaled, so that its sum has one order.
+template <class Source, class T>
+cudaError_t launch_rows(void (*kernel)(QuantizeParams), const QuantizeParams& p,
+                        cudaStream_t stream) {
   constexpr int kThreads = 128;  // per block, unless one row takes more
+  constexpr int64_t kLeast = kNormalises<Source> ? kGroupLanes<T> : 1, kMost = kMaxThreadsPerRow;
   const int64_t wanted = tile::ceil_div(p.cols, kSlots<Source> * kVec<T>);
-  const int threads = static_cast<int>(
-      std::bit_ceil(static_cast<uint64_t>(std::min<int64_t>(wanted, kMaxThreadsPerRow))));
+  const int threads =
+      static_cast<int>(std::bit_ceil(static_cast<uint64_t>(std::clamp(wanted, kLeast, kMost))));
   const int rows = std::max(1, kThreads / threads);
-  return launch(quantize_rows_kernel<Source, T, F>, tile::ceil_div(p.rows, rows),
-                dim3(threads, rows), 0, stream, p);
+  return launch(kernel, tile::ceil_div(p.rows, rows), dim3(threads, rows), 0, stream, p);
 }
 
 template <class Source, class T, class F>
@@ -60,7 +62,14 @@ cudaError_t launch_rows_and_columns(const QuantizeParams& p, cudaStream_t stream
 }
 
 template <class Source, class T, class F>
-cudaError_t launch_scaling(const QuantizeParams& p, cudaStream_t stream) {
+cudaError_t launch_scaling(QuantizeParams p, cudaStream_t stream) {
+  const bool rows_alone = p.outputs[0].values_t == nullptr && p.scaling != Scaling::kBlock128x128;
+  if constexpr (kNormalises<Source>) {
+    if (!rows_alone && p.rstd_in == nullptr) {
+      if (cudaError_t error = launch_rows<Source, T>(rstd_kernel<T>, p, stream)) return error;
+      p.rstd_in = p.rstd;
+    }
+  }
   switch (p.scaling) {
     case Scaling::kTensor:
       if constexpr (std::is_same_v<Source, Matrix>) {
@@ -68,9 +77,16 @@ cudaError_t launch_scaling(const QuantizeParams& p, cudaStream_t stream) {
       }
       return cudaErrorInvalidValue;
     case Scaling::kRow:
-      return p.outputs[0].values_t == nullptr ? launch_rows<Source, T, F>(p, stream)
-                                              : launch_rows_and_columns<Source, T, F>(p, stream);
+      return rows_alone ? launch_rows<Source, T>(quantize_rows_kernel<Source, T, F, Scaling::kRow>,
+                                                 p, stream)
+                        : launch_rows_and_columns<Source, T, F>(p, stream);
     case Scaling::kBlock1x128:
+      if constexpr (kNormalises<Source>) {
+        if (rows_alone) {
+          return launch_rows<Source, T>(quantize_rows_kernel<Source, T, F, Scaling::kBlock1x128>, p,
+                                        stream);
+        }
+      }
       return launch_tiles<Source, T, F, Scaling::kBlock1x128>(p, stream);
     case Scaling::kBlock128x128:
       return launch_tiles<Source, T, F, Scaling::kBlock128x128>(p, stream);

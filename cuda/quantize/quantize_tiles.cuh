@@ -11,8 +11,7 @@
 //                 then 8 lanes store 128 bytes of a transposed row, 16 each
 #pragma once
 
-#include "cuda/quantize/sources.cuh"
-#include "cuda/tile/reduce.cuh"
+#include "cuda/quantize/rms_norm.cuh"
 
 namespace jaxkern::quantize {
 
@@ -22,7 +21,7 @@ inline constexpr int kTile = kScaleBlock;  // rows and columns
 template <class T>
 struct Threads {
   static constexpr int kRows = 8;  // of a thread
-  static constexpr int kLanes = kTile / kVec<T>;
+  static constexpr int kLanes = kGroupLanes<T>;
   static constexpr int kGroups = kTile / kRows;
   static constexpr int kThreads = kLanes * kGroups;
   static_assert(kLanes <= tile::kWarpSize, "the lanes of a group reduce by shuffles");
@@ -95,6 +94,13 @@ __device__ __forceinline__ void for_each_patch(Patches<Source, T>& patches, cons
   Patch<T> x;
   if constexpr (Source::kOutputs == 1) {
     load<Source, T, kAtOnce>(p, at, aligned, [&](int i, const auto& out) { x[i] = out[0]; });
+    if constexpr (kNormalises<Source>) {
+      const Weights<T> weights = load_weights<T>(p, at.col, at.cols_inside, aligned);
+#pragma unroll
+      for (int i = 0; i < Threads<T>::kRows; ++i) {
+        normalise<T>(x[i], i < at.rows_inside ? p.rstd_in[at.row + i] : 0.0f, weights);
+      }
+    }
     use(0, x);
   } else {
     load<Source, T, kAtOnce>(p, at, aligned, [&](int i, const auto& out) {
@@ -207,9 +213,6 @@ __global__ void __launch_bounds__(Threads<T>::kThreads, kBlocksPerSm<Source, T>)
     }
   }
 }
-
-// padded_scale_row() on the device.
-__device__ __forceinline__ int64_t scale_pitch(int64_t size) { return tile::ceil_div(size, 4) * 4; }
 
 // to[first + i] = scales[i], up to to[size].
 template <int kCount>

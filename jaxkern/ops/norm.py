@@ -55,8 +55,8 @@ def rms_norm(
     x = _checks.float_array("x", x)
     if x.ndim == 0:
         raise ValueError("x has shape (), wanted at least one axis")
-    scale = _check_scale(scale, x)
-    _check_epsilon(epsilon)
+    scale = check_scale(scale, x)
+    check_epsilon(epsilon)
     choice = _dispatch.choose(_OP, implementation, _unsupported(x, epsilon))
     if choice.kernel:
         return _kernel_rms_norm(_Config(float(epsilon), choice.fallback), x, scale)
@@ -66,7 +66,7 @@ def rms_norm(
 # --- Arguments ------------------------------------------------------------------------------------
 
 
-def _check_scale(scale, x):
+def check_scale(scale, x):
     if scale is None:
         return None
     scale = _checks.float_array("scale", scale)
@@ -75,11 +75,11 @@ def _check_scale(scale, x):
     return scale
 
 
-def _ones_if_none(scale, x):
+def ones_if_none(scale, x):
     return jnp.ones(x.shape[-1:], jnp.float32) if scale is None else scale
 
 
-def _check_epsilon(epsilon):
+def check_epsilon(epsilon):
     if np.ndim(epsilon) != 0:
         raise ValueError(f"epsilon has shape {np.shape(epsilon)}, wanted a scalar")
     if isinstance(epsilon, jax.Array | np.ndarray):
@@ -103,7 +103,7 @@ def _unsupported(x, epsilon):
 
 @jax.jit
 def _reference_rms_norm(x, scale, epsilon):
-    scale = _ones_if_none(scale, x)
+    scale = ones_if_none(scale, x)
 
     def plain(x, scale, epsilon):
         return reference.rms_norm(x, scale, epsilon=epsilon)
@@ -123,7 +123,7 @@ class _Config(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _kernel_rms_norm(config, x, scale):
-    scale = _ones_if_none(scale, x)
+    scale = ones_if_none(scale, x)
     if scale.dtype != x.dtype:
         scale = scale.astype(jnp.float32)
     return _rms_norm(config, *_partitioning.alike((x, scale), _axes(x.ndim, scale.ndim)))
