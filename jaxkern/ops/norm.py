@@ -59,7 +59,7 @@ def rms_norm(
     check_epsilon(epsilon)
     choice = _dispatch.choose(_OP, implementation, _unsupported(x, epsilon))
     if choice.kernel:
-        return _kernel_rms_norm(_Config(float(epsilon), choice.fallback), x, scale)
+        return _kernel_rms_norm(Config(float(epsilon), choice.fallback), x, scale)
     return _reference_rms_norm(x, scale, epsilon)
 
 
@@ -116,9 +116,10 @@ def _reference_rms_norm(x, scale, epsilon):
 # --- Kernel ---------------------------------------------------------------------------------------
 
 
-class _Config(NamedTuple):
+class Config(NamedTuple):
     epsilon: float
     fallback: bool  # to the reference, where the lowering is not for CUDA
+    kernel: bool = True  # else the reference everywhere
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -141,11 +142,20 @@ def _rms_norm_fwd(config, x, scale):
 
 def _rms_norm_bwd(config, residuals, dy):
     _, scale, _ = residuals
-    dx, dscale = _backward_op(config)(*residuals, dy)
+    dx, dscale = gradients(config, *residuals, dy)
     return dx, dscale.astype(scale.dtype)
 
 
 _rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
+
+
+def gradients(config, x, scale, rstd, dy):
+    """The gradients of x [..., W] and scale [W], the latter in float32, from that of rms_norm.
+
+    scale is float32 or of x's dtype, rstd float32 [...]. After vmap scale may have x's first axes.
+    """
+    return _backward_op(config)(x, scale, rstd, dy)
+
 
 # Under vmap, x has more leading axes, and a scale that is vmapped too has the first of them.
 
@@ -218,7 +228,7 @@ def _backward_op(config):
 
     return _stack.kernel_op(
         _OP,
-        _for_each_scale(kernel),
+        _for_each_scale(kernel if config.kernel else plain),
         _for_each_scale(plain),
         axes,
         fallback=config.fallback,
