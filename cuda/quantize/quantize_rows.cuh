@@ -61,18 +61,9 @@ __device__ __forceinline__ float row_rstd(const RowPart<RmsNorm, T>& part,
     part.load(x, col);
     sum += sum_of_squares<T>(x[0]);
   });
-  const float rstd = rstd_of(sum, p, scratch);
+  const float rstd = rstd_of(tile::row_sum(sum, scratch), p);
   if (threadIdx.x == 0 && part.row < p.rows) p.rstd[part.row] = rstd;
   return rstd;
-}
-
-// rstd alone, for kernels that take it as given.
-template <class T>
-__global__ void __launch_bounds__(kMaxThreadsPerRow) rstd_kernel(const QuantizeParams p) {
-  const RowPart<RmsNorm, T> part{p};
-  Load<T> in[kSlots<RmsNorm>][1];
-  part.load_slots(in);
-  row_rstd(part, in);
 }
 
 // kBlock1x128: blockDim.x is at least kGroupLanes.

@@ -39,10 +39,9 @@ __device__ __forceinline__ float sum_of_squares(const Load<T>& x) {
   return sum;
 }
 
-// rstd of a row, of whose squares the threads that share threadIdx.y have a sum each.
-__device__ __forceinline__ float rstd_of(float sum, const QuantizeParams& p,
-                                         float (&scratch)[tile::kMaxWarps]) {
-  return rsqrtf(tile::row_sum(sum, scratch) / static_cast<float>(p.cols) + p.epsilon);
+// rstd of a row whose squares have this sum.
+__device__ __forceinline__ float rstd_of(float sum, const QuantizeParams& p) {
+  return rsqrtf(sum / static_cast<float>(p.cols) + p.epsilon);
 }
 
 }  // namespace jaxkern::quantize

@@ -364,11 +364,13 @@ def _call(config, *operands):
         operands = *operands, *(() if given else (absent,))
         further = [((0 if given else rows,), _SINGLE)]
         attributes["epsilon"] = np.float32(0 if given else config.epsilon)
-    needs_workspace = config.scaling == "row" and config.has_transposed
+    words = rows + columns if config.scaling == "row" and config.has_transposed else 0
+    if config.source.further and not config.rows_are_alone:
+        words += 1 + reference.blocks(rows)
     of_one = [
         *_result_types(config, config.has_natural, rows, columns),
         *_result_types(config, config.has_transposed, columns, rows),
-        ((rows + columns if needs_workspace else 0,), np.dtype(np.int32)),
+        ((words,), np.dtype(np.int32)),
     ]
     results = _ffi.call(
         f"jaxkern.{config.op}",

@@ -30,8 +30,8 @@ def quantize_rms_norm(
 
     The product is computed in float32, in this order, and rounded to x's dtype. Scales and values
     are exactly those that `quantize` has for it. rstd is a sum, whose order is the implementation's
-    own: its last bits, and with them here and there a value, differ between implementations and
-    from rms_norm. Given rstd, all bits are the same.
+    own: its last bits, and with them here and there a value, differ between implementations,
+    orientations and scalings, and from rms_norm. Given rstd, all bits are the same.
 
     Args:
       x: [..., R, C], bfloat16, float16 or float32.
@@ -39,7 +39,7 @@ def quantize_rms_norm(
       format: as in `quantize`, like all the others.
       epsilon: a positive Python number, added to the mean square. Not used where rstd is given.
       rstd: float32 [..., R], say of an earlier call. None has 1 / sqrt(mean(x**2) + epsilon)
-        computed: orientation "natural" with scaling "row" and "1x128" then still reads x once.
+        computed, for which x is not read again.
       scaling: "tensor" makes the product in memory first, as its amax has to be known.
 
     Returns:
