@@ -35,7 +35,7 @@ DIRECTIONS = ("fwd",)
 class Form:
     """What is quantised: a function of matrices [rows, width], and how many it takes and gives.
 
-    normalises: it also takes a scale [width], and gives the norm [rows]; float32.
+    normalises: it also takes a scale [width], and gives rstd [rows]; float32.
     """
 
     function: Callable

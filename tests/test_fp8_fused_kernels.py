@@ -10,6 +10,7 @@ import pytest
 from fp8 import E4M3, E5M2, RECIPES, assert_near, assert_same_fp8, numpy_quantize
 
 from jaxkern import fp8_mlp, quantize_rms_norm, quantize_swiglu, quantize_swiglu_grad
+from jaxkern.testing import poison_memory
 
 pytestmark = pytest.mark.gpu
 
@@ -92,6 +93,7 @@ def test_quantize_rms_norm(rows, columns, orientation, scaling, dtype, format):
     x[-1, columns // 2] = np.nan
     x[-2, columns // 3] = np.inf
     scale = scale[0].astype(np.float32)
+    poison_memory(1 << 26)
     options = {"scaling": scaling, "orientation": orientation, "implementation": "cuda"}
 
     @jax.jit
