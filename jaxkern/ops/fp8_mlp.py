@@ -59,8 +59,8 @@ def fp8_mlp(
       [..., N] in x's dtype. To be differentiated once, in reverse mode; the gradients of weights
       are float32 up to their cast to the weights' dtypes. A remat policy knows the result, the
       products with gate and up, and rstd by the names "jaxkern_fp8_mlp_out",
-      "jaxkern_fp8_mlp_gate", "jaxkern_fp8_mlp_up" and "jaxkern_rms_norm_rstd": all three of the
-      latter, or the products are computed again.
+      "jaxkern_fp8_mlp_gate", "jaxkern_fp8_mlp_up" and "jaxkern_rms_norm_rstd". One that saves not
+      all of the last three has the products computed again.
 
     Raises:
       ValueError: arguments that do not fit together, or an unknown implementation.
