@@ -33,17 +33,22 @@ DIRECTIONS = ("fwd",)
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What is quantised: a function of matrices [rows, width], and how many it takes and gives."""
+    """What is quantised: a function of matrices [rows, width], and how many it takes and gives.
+
+    normalises: it also takes a scale [width], and gives rstd [rows]; float32.
+    """
 
     function: Callable
     operands: int = 1
     results: int = 1
     scalings: Sequence[str] = SCALINGS
+    normalises: bool = False
 
 
 FUSED = ("row", "1x128", "128x128")  # with "tensor" the matrices are made in memory first
 FORMS = {
     "quantize": Form(jaxkern.quantize),
+    "quantize_rms_norm": Form(jaxkern.quantize_rms_norm, 1, 1, FUSED, normalises=True),
     "quantize_swiglu": Form(jaxkern.quantize_swiglu, 2, 1, FUSED),
     "quantize_swiglu_grad": Form(jaxkern.quantize_swiglu_grad, 3, 2, FUSED),
 }
@@ -95,7 +100,8 @@ class Shape:
         sides = [(self.rows, self.width)] * (self.orientation != "transposed")
         sides += [(self.width, self.rows)] * (self.orientation != "natural")
         written = sum(count + 4 * _scales(self.scaling, *side) for side in sides)
-        return read + form.results * written
+        norm = 4 * (self.rows + self.width) if form.normalises else 0
+        return read + form.results * written + norm
 
 
 def _scales(scaling: str, rows: int, columns: int) -> int:
@@ -121,9 +127,10 @@ PROVIDERS = ("jaxkern", "jaxkern xla", "copy")
 
 
 def inputs(shape: Shape) -> common.Inputs:
-    operands = FORMS[shape.form].operands
-    matrices = [(shape.rows, shape.width)] * operands
-    return common.normal_inputs(matrices, [common.DTYPES[shape.dtype]] * operands)
+    form = FORMS[shape.form]
+    shapes = [(shape.rows, shape.width)] * form.operands + [(shape.width,)] * form.normalises
+    dtypes = [common.DTYPES[shape.dtype]] * form.operands + [jnp.float32] * form.normalises
+    return common.normal_inputs(shapes, dtypes)
 
 
 def _jaxkern(implementation: str):

@@ -8,6 +8,7 @@ from jaxkern.ops.fp8_mlp import fp8_mlp as fp8_mlp
 from jaxkern.ops.matmul import scaled_matmul as scaled_matmul
 from jaxkern.ops.norm import rms_norm as rms_norm
 from jaxkern.ops.quantize import quantize as quantize
+from jaxkern.ops.quantize_rms_norm import quantize_rms_norm as quantize_rms_norm
 from jaxkern.ops.quantize_swiglu import quantize_swiglu as quantize_swiglu
 from jaxkern.ops.quantize_swiglu import quantize_swiglu_grad as quantize_swiglu_grad
 from jaxkern.ops.quantized_array import QuantizedArray as QuantizedArray

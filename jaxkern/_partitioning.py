@@ -4,7 +4,7 @@ Every axis of an array has a name. Those that begin with b, as "b0", "b1", ... o
 are batch axes. "k" are key heads; "n" are query heads, which are the key heads times a group size.
 Batch axes and heads may be sharded: each device calls the kernel on its own. All other axes are
 made whole first. A result that lacks a sharded axis of the operands is a sum over it, so the
-devices add up their shares.
+devices add up their shares, unless its axes are `Repeated`.
 """
 
 import functools
@@ -20,6 +20,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 Axes = tuple[str, ...]
+
+
+class Repeated(tuple):
+    """Axes of a result that all devices compute alike, along the axes that it lacks."""
 
 
 class LocalShares(NamedTuple):
@@ -225,6 +229,8 @@ def _split(mesh_shape, operand_axes, shapes, entries):
 
 def _summed(split, axes):
     """The mesh axes over which the devices have shares of a result with these axes."""
+    if isinstance(axes, Repeated):
+        return ()
     own = {name for axis in axes for name in split.get(axis, ())}
     return tuple(name for name in _names(split) if name not in own)
 

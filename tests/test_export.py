@@ -1,5 +1,7 @@
 """jax.export of the ops, for the CPU, for CUDA, and for both."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +12,12 @@ from jaxkern.testing import random_normal
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
-CHECKS = [
-    jax.export.DisabledSafetyCheck.custom_call(f"jaxkern.{name}")
-    for name in ("attention_fwd", "attention_bwd", "rms_norm_fwd", "rms_norm_bwd")
-]
+
+def allowed(*targets):
+    return [jax.export.DisabledSafetyCheck.custom_call(f"jaxkern.{name}") for name in targets]
+
+
+CHECKS = allowed("attention_fwd", "attention_bwd", "rms_norm_fwd", "rms_norm_bwd")
 
 
 def block(query, key, value, scale):
@@ -68,3 +72,31 @@ def test_symbolic_batch():
             np.testing.assert_allclose(
                 g.astype("float32"), w.astype("float32"), rtol=2e-2, atol=2e-2
             )
+
+
+def fp8(x, scale, w, down):
+    """A product, an MLP, their gradients, and quantised values."""
+
+    def loss(x, scale, w, down):
+        y = jaxkern.fp8_matmul(x, w) + jaxkern.fp8_mlp(x, scale, w, w, down, recipe="block")
+        return y.astype(jnp.float32).sum()
+
+    quantized = jaxkern.quantize(x, scaling="1x128")
+    return quantized.values, quantized.scale, jax.grad(loss, (0, 1, 2, 3))(x, scale, w, down)
+
+
+@pytest.mark.parametrize("platforms", [["cuda"], ["cpu", "cuda"]], ids="+".join)
+def test_export_of_fp8(platforms):
+    targets = {"quantize", "quantize_rms_norm", "quantize_swiglu", "quantize_swiglu_grad"}
+    targets |= {"scaled_matmul", "rms_norm_bwd"}
+    shapes = (32, 128), (128,), (128, 128), (128, 128)
+    args = random_normal(3, *shapes, dtype="float32")
+    exported = jax.export.export(
+        jax.jit(fp8), platforms=platforms, disabled_checks=allowed(*targets)
+    )(*args)
+    assert set(re.findall(r"custom_call @jaxkern\.(\w+)", exported.mlir_module())) == targets
+    again = jax.export.deserialize(exported.serialize())
+    if "cpu" in platforms:
+        got, wanted = jax.tree.leaves(again.call(*args)), jax.tree.leaves(jax.jit(fp8)(*args))
+        for g, w in zip(got, wanted, strict=True):
+            np.testing.assert_array_equal(g, w)

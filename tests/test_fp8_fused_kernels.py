@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from fp8 import E4M3, E5M2, RECIPES, assert_near, numpy_quantize
+from fp8 import E4M3, E5M2, RECIPES, assert_near, assert_same_fp8, numpy_quantize
 
-from jaxkern import fp8_mlp, quantize_swiglu, quantize_swiglu_grad
+from jaxkern import fp8_mlp, quantize_rms_norm, quantize_swiglu, quantize_swiglu_grad
+from jaxkern.testing import poison_memory
 
 pytestmark = pytest.mark.gpu
 
@@ -75,6 +76,54 @@ def test_quantize_swiglu(rows, columns, orientation, scaling, dtype, format):
         found = arrays if orientation == "both" else [arrays]
         for array, matrix in zip(found, matrices, strict=True):
             check(array, matrix, format, scaling)
+
+
+NORM_SHAPES = [*SHAPES, (3, 40001), (1100, 1500)]
+
+
+@pytest.mark.parametrize("rows, columns", NORM_SHAPES)
+@pytest.mark.parametrize("orientation", ["natural", "transposed", "both"])
+@pytest.mark.parametrize("scaling", ["row", "1x128", "128x128"])
+@pytest.mark.parametrize(
+    "dtype, format", [("bfloat16", E4M3), ("float32", E5M2), ("float16", E4M3)]
+)
+def test_quantize_rms_norm(rows, columns, orientation, scaling, dtype, format):
+    """The bits of what NumPy makes of rstd, computed or given; with a NaN and an infinity in x."""
+    x, _, scale = draw(rows, columns, dtype)
+    x[-1, columns // 2] = np.nan
+    x[-2, columns // 3] = np.inf
+    scale = scale[0].astype(np.float32)
+    poison_memory(1 << 26)
+    options = {"scaling": scaling, "orientation": orientation, "implementation": "cuda"}
+
+    @jax.jit
+    def run(x, scale):
+        computed, rstd = quantize_rms_norm(x, scale, format, epsilon=0.5, **options)
+        given, _ = quantize_rms_norm(x, scale, format, rstd=0.75 * rstd, **options)
+        return (computed, rstd), (given, 0.75 * rstd)
+
+    results = run(x, scale)
+    with np.errstate(invalid="ignore"):
+        mean = (x.astype(np.float64) ** 2).mean(-1)
+        np.testing.assert_allclose(results[0][1], 1 / np.sqrt(mean + 0.5), rtol=1e-5)
+        for arrays, rstd in results:
+            single = x.astype(np.float32) * np.asarray(rstd)[:, None] * scale
+            z = single.astype(x.dtype)
+            matrices = {"natural": [z], "transposed": [z.T], "both": [z, z.T]}[orientation]
+            found = arrays if orientation == "both" else [arrays]
+            for array, matrix in zip(found, matrices, strict=True):
+                values, scales = numpy_quantize(matrix, format, scaling)
+                np.testing.assert_array_equal(array.scale, scales)
+                assert_same_fp8(array.values, values)
+
+
+def test_quantize_rms_norm_repeats_bitwise():
+    x, _, scale = draw(3000, 4096, "bfloat16")
+    run = jax.jit(functools.partial(quantize_rms_norm, scaling="128x128", orientation="both"))
+    first, *others = (jax.device_get(run(x, scale[0])) for _ in range(5))
+    for other in others:
+        for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True):
+            np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -13,7 +13,13 @@ import pytest
 from fp8 import E4M3, assert_same_fp8, numpy_quantize, numpy_scaled_matmul, random_operands
 
 import jaxkern
-from jaxkern import quantize, quantize_swiglu, quantize_swiglu_grad, scaled_matmul
+from jaxkern import (
+    quantize,
+    quantize_rms_norm,
+    quantize_swiglu,
+    quantize_swiglu_grad,
+    scaled_matmul,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -178,6 +184,21 @@ def test_fused_quantizers(scaling, orientation):
             values, scale = numpy_quantize(matrix, E4M3, scaling)
             np.testing.assert_array_equal(array.scale, scale)
             assert_same_fp8(array.values, values)
+
+
+@pytest.mark.parametrize("orientation", ["natural", "both"])
+@pytest.mark.parametrize("scaling", FUSED)
+def test_quantize_rms_norm(scaling, orientation):
+    shape, dtype = FUSED[scaling]
+    [x], [scale] = normal(0, [shape], dtype), normal(1, [shape[1:]], np.float32)
+    options = {"scaling": scaling, "orientation": orientation, "implementation": "cuda"}
+    arrays, rstd = jax.jit(functools.partial(quantize_rms_norm, **options))(x, scale)
+    z = (x.astype(np.float32) * np.asarray(rstd)[:, None] * scale).astype(dtype)
+    found = arrays if orientation == "both" else [arrays]
+    for array, matrix in zip(found, (z, z.T), strict=False):
+        values, scale = numpy_quantize(matrix, E4M3, scaling)
+        np.testing.assert_array_equal(array.scale, scale)
+        assert_same_fp8(array.values, values)
 
 
 @pytest.mark.parametrize("case", SCALED_MATMUL)

@@ -18,6 +18,7 @@ namespace nb = nanobind;
   TARGET("jaxkern.attention_fwd", AttentionFwd)              \
   TARGET("jaxkern.attention_bwd", AttentionBwd)              \
   TARGET("jaxkern.quantize", Quantize)                       \
+  TARGET("jaxkern.quantize_rms_norm", QuantizeRmsNorm)       \
   TARGET("jaxkern.quantize_swiglu", QuantizeSwiglu)          \
   TARGET("jaxkern.quantize_swiglu_grad", QuantizeSwigluGrad) \
   TARGET("jaxkern.rms_norm_fwd", RmsNormFwd)                 \

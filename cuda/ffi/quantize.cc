@@ -60,10 +60,31 @@ struct Input {
   ffi::AnyBuffer data;
 };
 
-// What all handlers do. Only kMatrix has a scale_in.
+// What kRmsNorm has beside x.
+struct Norm {
+  ffi::AnyBuffer weight, rstd_in, rstd;  // of the last two one has shape [0]
+  float epsilon;
+
+  void check(Checks& checks, QuantizeParams& params) const {
+    const bool given = rstd_in.element_count() != 0;
+    checks.shape("weight", weight, {params.cols})
+        .dtype("weight", weight, {F32})
+        .shape("rstd_in", rstd_in, {given ? params.rows : 0})
+        .dtype("rstd_in", rstd_in, {F32})
+        .shape("rstd", rstd, {given ? 0 : params.rows})
+        .dtype("rstd", rstd, {F32});
+    params.weight = static_cast<const float*>(weight.untyped_data());
+    params.rstd_in = given ? static_cast<const float*>(rstd_in.untyped_data()) : nullptr;
+    params.rstd = given ? nullptr : static_cast<float*>(rstd.untyped_data());
+    params.epsilon = epsilon;
+  }
+};
+
+// What all handlers do. Only kMatrix has a scale_in, and only kRmsNorm a norm.
 ffi::Error quantize_source(const char* op, cudaStream_t stream, QuantizeSource source,
                            std::initializer_list<Input> inputs, const ffi::AnyBuffer* scale_in,
-                           std::initializer_list<Output> outputs, int32_t scaling_number) {
+                           std::initializer_list<Output> outputs, int32_t scaling_number,
+                           const Norm* norm = nullptr) {
   Checks checks(op);
   const auto& [first_name, x] = *inputs.begin();
   const int least = scale_in != nullptr ? 0 : 1;  // 0 is kTensor
@@ -92,6 +113,7 @@ ffi::Error quantize_source(const char* op, cudaStream_t stream, QuantizeSource s
         .shape("scale_in", *scale_in, {scaling == Scaling::kTensor ? 1 : 0});
     params.scale_in = static_cast<const float*>(scale_in->untyped_data());
   }
+  if (norm != nullptr) norm->check(checks, params);
   const void** data = params.inputs;
   for (const auto& [name, input] : inputs) {
     checks.shape(name, input, {rows, cols}).dtype(name, input, {x.element_type()});
@@ -101,10 +123,14 @@ ffi::Error quantize_source(const char* op, cudaStream_t stream, QuantizeSource s
   for (const auto& [natural, transposed, workspace] : outputs) {
     natural.check(checks, scaling, has_natural, one.element_type(), rows, cols);
     transposed.check(checks, scaling, has_transposed, one.element_type(), cols, rows);
-    const int64_t words = scaling == Scaling::kRow && has_transposed ? rows + cols : 0;
+    const int64_t amax = scaling == Scaling::kRow && has_transposed ? rows + cols : 0;
+    const bool ahead = params.rstd != nullptr && !quantizes_rows_alone(scaling, has_transposed);
+    const int64_t words = amax + (ahead ? quantize_progress(rows) : 0);
     checks.dtype("workspace", workspace, {S32}).shape("workspace", workspace, {words});
+    auto* const workspace_data = static_cast<int32_t*>(workspace.untyped_data());
+    if (ahead) params.progress = workspace_data + amax;
     *to++ = {natural.values_data(), natural.scale_data(scaling), transposed.values_data(),
-             transposed.scale_data(scaling), static_cast<int32_t*>(workspace.untyped_data())};
+             transposed.scale_data(scaling), workspace_data};
   }
   if (checks.failed() || rows == 0 || cols == 0) return checks.error();
   return launch_error(op, launch_quantize(params, stream));
@@ -146,6 +172,15 @@ ffi::Error quantize_swiglu_grad(cudaStream_t stream, ffi::AnyBuffer gate, ffi::A
       scaling);
 }
 
+ffi::Error quantize_rms_norm(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer weight,
+                             ffi::AnyBuffer rstd_in, Result values, Result scale, Result values_t,
+                             Result scale_t, Result workspace, Result rstd, int32_t scaling,
+                             float epsilon) {
+  const Norm norm = {weight, rstd_in, *rstd, epsilon};
+  return quantize_source("quantize_rms_norm", stream, QuantizeSource::kRmsNorm, {{"x", x}}, nullptr,
+                         {output(values, scale, values_t, scale_t, workspace)}, scaling, &norm);
+}
+
 // The results of a matrix: values, scale, values_t, scale_t, workspace.
 template <class Binding>
 auto with_output(Binding&& binding) {
@@ -180,5 +215,15 @@ JAXKERN_DEFINE_HANDLER(QuantizeSwigluGrad, quantize_swiglu_grad,
                                                    .Arg<ffi::AnyBuffer>()    // up
                                                    .Arg<ffi::AnyBuffer>()))  // dh
                            .Attr<int32_t>("scaling"));
+
+JAXKERN_DEFINE_HANDLER(QuantizeRmsNorm, quantize_rms_norm,
+                       with_output(ffi::Ffi::Bind()
+                                       .Ctx<Stream>()
+                                       .Arg<ffi::AnyBuffer>()   // x
+                                       .Arg<ffi::AnyBuffer>()   // weight
+                                       .Arg<ffi::AnyBuffer>())  // rstd_in
+                           .Ret<ffi::AnyBuffer>()               // rstd
+                           .Attr<int32_t>("scaling")
+                           .Attr<float>("epsilon"));
 
 }  // namespace jaxkern

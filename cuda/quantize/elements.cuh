@@ -75,6 +75,13 @@ using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
 template <class T>
 using Load = Run<Bits<T>, kVec<T>>;
 
+// Threads that load the 128 columns of a block of a row.
+template <class T>
+inline constexpr int kGroupLanes = kScaleBlock / kVec<T>;
+
+// padded_scale_row() on the device.
+__device__ __forceinline__ int64_t scale_pitch(int64_t size) { return tile::ceil_div(size, 4) * 4; }
+
 // How many of the elements of a run, the first of which is number `first` of `size`, exist; 0 or
 // less if none.
 __device__ __forceinline__ int inside(int64_t first, int64_t size) {

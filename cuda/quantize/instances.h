@@ -10,6 +10,7 @@ namespace jaxkern::quantize {
 struct Matrix;
 struct Swiglu;
 struct SwigluGrad;
+struct RmsNorm;
 
 template <class Source>
 cudaError_t launch_source(const QuantizeParams& params, cudaStream_t stream);

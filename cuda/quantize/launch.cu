@@ -12,6 +12,8 @@ cudaError_t launch_quantize(const QuantizeParams& p, cudaStream_t stream) {
       return quantize::launch_source<quantize::Swiglu>(p, stream);
     case QuantizeSource::kSwigluGrad:
       return quantize::launch_source<quantize::SwigluGrad>(p, stream);
+    case QuantizeSource::kRmsNorm:
+      return quantize::launch_source<quantize::RmsNorm>(p, stream);
   }
   return cudaErrorInvalidValue;
 }

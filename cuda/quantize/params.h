@@ -23,14 +23,29 @@ enum class QuantizeSource : uint8_t {
   kMatrix,      // x
   kSwiglu,      // silu(gate) * up
   kSwigluGrad,  // of gate, up and the gradient of the above: the gradients of gate and of up
+  kRmsNorm,     // x * rstd * weight
 };
+
+// Words by which blocks know how far rstd is: the next turn, and a count for each 128 rows.
+constexpr int64_t quantize_progress(int64_t R) { return 1 + scale_blocks(R); }
+
+// Whether any rows can be quantised on their own.
+constexpr bool quantizes_rows_alone(Scaling scaling, bool has_transposed) {
+  return !has_transposed && (scaling == Scaling::kRow || scaling == Scaling::kBlock1x128);
+}
 
 struct QuantizeParams {
   const void* inputs[3];       // [R, C] dtype, in the order above
   const float* scale_in;       // [1]; read for kTensor alone
+  const float* weight;         // [C]; this and the next three are those of kRmsNorm
+  const float* rstd_in;        // [R]; null to have it computed
+  float* rstd;                 // [R] 1 / sqrt(mean(x^2) + epsilon); written where rstd_in is null
+  int32_t* progress;           // [quantize_progress(R)]; used where rstd is, but for rows alone
   QuantizedMatrix outputs[2];  // in the order above, all in the same orientations
   int64_t rows;                // at least 1
   int64_t cols;                // at least 1
+  float epsilon;               // of rstd
+  int32_t lead;                // set by the launcher: the blocks of 128 rows that rstd is ahead
   DType dtype;                 // kFloat32, kBFloat16 or kFloat16
   DType format;                // kFloat8E4M3 or kFloat8E5M2
   Scaling scaling;             // kTensor for kMatrix alone

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <bit>
 
+#include "cuda/host/device.h"
 #include "cuda/host/launch.h"
 #include "cuda/quantize/quantize_rows.cuh"
 #include "cuda/quantize/quantize_tiles.cuh"
@@ -12,6 +13,13 @@ namespace jaxkern::quantize {
 
 inline int64_t tiles(const QuantizeParams& p) {
   return tile::ceil_div(p.rows, kTile) * tile::ceil_div(p.cols, kTile);
+}
+
+// How many blocks a kernel of tiles has. With `progress` it computes rstd on the way.
+template <class T>
+int64_t tile_blocks(const QuantizeParams& p) {
+  const int64_t units = tile::ceil_div(p.rows, kTile) * TilesAhead<T>::kUnits;
+  return tiles(p) + (p.progress != nullptr ? units : 0);
 }
 
 template <class Source, class T>
@@ -24,43 +32,64 @@ bool all_aligned(const QuantizeParams& p) {
          std::all_of(p.outputs, p.outputs + Source::kOutputs, aligned);
 }
 
+// Has the kernel of tiles compute rstd.
+template <class Source, class T>
+cudaError_t start_progress(QuantizeParams& p, cudaStream_t stream) {
+  int multiprocessors;
+  if (cudaError_t error = multiprocessor_count(&multiprocessors)) return error;
+  const int64_t at_work = int64_t{multiprocessors} * kBlocksPerSm<Source, T>;
+  const int64_t of_panel = TilesAhead<T>::kUnits + tile::ceil_div(p.cols, kTile);
+  p.lead = static_cast<int32_t>(tile::ceil_div(at_work, of_panel) + 1);
+  p.rstd_in = p.rstd;
+  return cudaMemsetAsync(p.progress, 0, quantize_progress(p.rows) * sizeof(int32_t), stream);
+}
+
 template <class Source, class T, class F, Scaling kScaling>
 cudaError_t launch_tiles(const QuantizeParams& p, cudaStream_t stream) {
   const auto start = [&](auto kernel) {
-    return launch(kernel, tiles(p), Threads<T>::kThreads, sizeof(Memory<Source, T>), stream, p);
+    return launch(kernel, tile_blocks<T>(p), Threads<T>::kThreads, sizeof(Memory<Source, T>),
+                  stream, p);
   };
   return all_aligned<Source, T>(p) ? start(quantize_tiles_kernel<Source, T, F, kScaling, true>)
                                    : start(quantize_tiles_kernel<Source, T, F, kScaling, false>);
 }
 
-// As few threads per row as hold it in their slots, or else the most there may be.
-template <class Source, class T, class F>
-cudaError_t launch_rows(const QuantizeParams& p, cudaStream_t stream) {
+// As few threads per row as hold it in their slots, or else the most there may be. With rstd they
+// are whole groups, as kBlock1x128 wants them.
+template <class Source, class T>
+cudaError_t launch_rows(void (*kernel)(QuantizeParams), const QuantizeParams& p,
+                        cudaStream_t stream) {
   constexpr int kThreads = 128;  // per block, unless one row takes more
+  constexpr int64_t kLeast = kNormalises<Source> ? kGroupLanes<T> : 1, kMost = kMaxThreadsPerRow;
   const int64_t wanted = tile::ceil_div(p.cols, kSlots<Source> * kVec<T>);
-  const int threads = static_cast<int>(
-      std::bit_ceil(static_cast<uint64_t>(std::min<int64_t>(wanted, kMaxThreadsPerRow))));
+  const int threads =
+      static_cast<int>(std::bit_ceil(static_cast<uint64_t>(std::clamp(wanted, kLeast, kMost))));
   const int rows = std::max(1, kThreads / threads);
-  return launch(quantize_rows_kernel<Source, T, F>, tile::ceil_div(p.rows, rows),
-                dim3(threads, rows), 0, stream, p);
+  return launch(kernel, tile::ceil_div(p.rows, rows), dim3(threads, rows), 0, stream, p);
 }
 
 template <class Source, class T, class F>
-cudaError_t launch_rows_and_columns(const QuantizeParams& p, cudaStream_t stream) {
+cudaError_t launch_rows_and_columns(QuantizeParams p, cudaStream_t stream) {
   const size_t bytes = (p.rows + p.cols) * sizeof(int32_t);
   for (int o = 0; o < Source::kOutputs; ++o) {
     int32_t* workspace = p.outputs[o].workspace;
     if (cudaError_t error = cudaMemsetAsync(workspace, 0, bytes, stream)) return error;
   }
-  if (cudaError_t error = launch(quantize_amax_kernel<Source, T>, tiles(p), Threads<T>::kThreads,
-                                 sizeof(Patches<Source, T>), stream, p)) {
+  if (cudaError_t error = launch(quantize_amax_kernel<Source, T>, tile_blocks<T>(p),
+                                 Threads<T>::kThreads, sizeof(Patches<Source, T>), stream, p)) {
     return error;
   }
+  p.progress = nullptr;  // rstd is there
   return launch_tiles<Source, T, F, Scaling::kRow>(p, stream);
 }
 
 template <class Source, class T, class F>
-cudaError_t launch_scaling(const QuantizeParams& p, cudaStream_t stream) {
+cudaError_t launch_scaling(QuantizeParams p, cudaStream_t stream) {
+  const bool rows_alone = quantizes_rows_alone(p.scaling, p.outputs[0].values_t != nullptr);
+  if (rows_alone || p.rstd_in != nullptr) p.progress = nullptr;
+  if (p.progress != nullptr) {
+    if (cudaError_t error = start_progress<Source, T>(p, stream)) return error;
+  }
   switch (p.scaling) {
     case Scaling::kTensor:
       if constexpr (std::is_same_v<Source, Matrix>) {
@@ -68,9 +97,16 @@ cudaError_t launch_scaling(const QuantizeParams& p, cudaStream_t stream) {
       }
       return cudaErrorInvalidValue;
     case Scaling::kRow:
-      return p.outputs[0].values_t == nullptr ? launch_rows<Source, T, F>(p, stream)
-                                              : launch_rows_and_columns<Source, T, F>(p, stream);
+      return rows_alone ? launch_rows<Source, T>(quantize_rows_kernel<Source, T, F, Scaling::kRow>,
+                                                 p, stream)
+                        : launch_rows_and_columns<Source, T, F>(p, stream);
     case Scaling::kBlock1x128:
+      if constexpr (kNormalises<Source>) {
+        if (rows_alone) {
+          return launch_rows<Source, T>(quantize_rows_kernel<Source, T, F, Scaling::kBlock1x128>, p,
+                                        stream);
+        }
+      }
       return launch_tiles<Source, T, F, Scaling::kBlock1x128>(p, stream);
     case Scaling::kBlock128x128:
       return launch_tiles<Source, T, F, Scaling::kBlock128x128>(p, stream);

@@ -11,8 +11,7 @@
 //                 then 8 lanes store 128 bytes of a transposed row, 16 each
 #pragma once
 
-#include "cuda/quantize/sources.cuh"
-#include "cuda/tile/reduce.cuh"
+#include "cuda/quantize/rms_norm_ahead.cuh"
 
 namespace jaxkern::quantize {
 
@@ -22,13 +21,16 @@ inline constexpr int kTile = kScaleBlock;  // rows and columns
 template <class T>
 struct Threads {
   static constexpr int kRows = 8;  // of a thread
-  static constexpr int kLanes = kTile / kVec<T>;
+  static constexpr int kLanes = kGroupLanes<T>;
   static constexpr int kGroups = kTile / kRows;
   static constexpr int kThreads = kLanes * kGroups;
   static_assert(kLanes <= tile::kWarpSize, "the lanes of a group reduce by shuffles");
 
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
 };
+
+template <class T>
+using TilesAhead = Ahead<Threads<T>::kThreads, kTile>;
 
 // Where a tile is, the thread's first element, and how many rows and columns of its patch exist.
 template <class T>
@@ -95,6 +97,14 @@ __device__ __forceinline__ void for_each_patch(Patches<Source, T>& patches, cons
   Patch<T> x;
   if constexpr (Source::kOutputs == 1) {
     load<Source, T, kAtOnce>(p, at, aligned, [&](int i, const auto& out) { x[i] = out[0]; });
+    if constexpr (kNormalises<Source>) {
+      if (p.progress != nullptr) TilesAhead<T>::wait(p, at.tile_row);
+      const Weights<T> weights = load_weights<T>(p, at.col, at.cols_inside, aligned);
+#pragma unroll
+      for (int i = 0; i < Threads<T>::kRows; ++i) {
+        normalise<T>(x[i], i < at.rows_inside ? p.rstd_in[at.row + i] : 0.0f, weights);
+      }
+    }
     use(0, x);
   } else {
     load<Source, T, kAtOnce>(p, at, aligned, [&](int i, const auto& out) {
@@ -159,6 +169,15 @@ __device__ __forceinline__ RowMax<T> row_max(const Patch<T>& x) {
   return most;
 }
 
+// What the block is for: the tile with its number, or what its turn says.
+template <class Source, class T>
+__device__ __forceinline__ typename TilesAhead<T>::Turn turn_of_block(const QuantizeParams& p) {
+  if constexpr (kNormalises<Source>) {
+    if (p.progress != nullptr) return TilesAhead<T>::take(p);
+  }
+  return {false, blockIdx.x};
+}
+
 // Leaves float32 bits of the largest magnitude of every row, then of every column, in the
 // workspace of each matrix, which starts as zeros.
 template <class Source, class T>
@@ -171,10 +190,12 @@ __global__ void __launch_bounds__(Threads<T>::kThreads, kBlocksPerSm<Source, T>)
   static_assert(sizeof(rows[0]) == sizeof(uint32_t) * kWords);
   static_assert(2 * kWords <= Threads<T>::kThreads);
 
-  const Place<T> at(p, blockIdx.x);
   extern __shared__ __align__(16) unsigned char shared[];
   auto& patches = *reinterpret_cast<Patches<Source, T>*>(shared);
   const bool aligned = inputs_aligned<Source, T>(p);
+  const auto turn = turn_of_block<Source, T>(p);
+  if (turn.is_unit) return TilesAhead<T>::template work<T>(p, turn.index, aligned);
+  const Place<T> at(p, turn.index);
   for_each_patch<Source, T>(patches, p, at, aligned, [&](int o, const Patch<T>& x) {
     columns[o][at.group][at.lane] = column_max<T>(x);
     const RowMax<T> most = row_max<T>(x);
@@ -207,9 +228,6 @@ __global__ void __launch_bounds__(Threads<T>::kThreads, kBlocksPerSm<Source, T>)
     }
   }
 }
-
-// padded_scale_row() on the device.
-__device__ __forceinline__ int64_t scale_pitch(int64_t size) { return tile::ceil_div(size, 4) * 4; }
 
 // to[first + i] = scales[i], up to to[size].
 template <int kCount>
@@ -392,10 +410,12 @@ __global__ void __launch_bounds__(Threads<T>::kThreads, kBlocksPerSm<Source, T>)
     quantize_tiles_kernel(const QuantizeParams p) {
   extern __shared__ __align__(16) unsigned char shared[];
   auto& memory = *reinterpret_cast<Memory<Source, T>*>(shared);
+  const bool aligned = kAligned || inputs_aligned<Source, T>(p);
+  const auto turn = turn_of_block<Source, T>(p);
+  if (turn.is_unit) return TilesAhead<T>::template work<T>(p, turn.index, aligned);
   // Backwards after quantize_amax_kernel: L2 still has what that read last.
   constexpr bool kBackwards = kScaling == Scaling::kRow;
-  const Place<T> at(p, kBackwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-  const bool aligned = kAligned || inputs_aligned<Source, T>(p);
+  const Place<T> at(p, kBackwards ? gridDim.x - 1 - blockIdx.x : turn.index);
   // Loads of single elements take registers: fewer at once.
   constexpr int kAtOnce = Source::kRowsAtOnce / (kAligned ? 1 : Source::kOutputs);
   for_each_patch<Source, T, kAtOnce>(memory.patches, p, at, aligned, [&](int o, const Patch<T>& x) {

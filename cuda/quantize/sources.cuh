@@ -90,10 +90,23 @@ struct SwigluGrad {
   }
 };
 
+// x * rstd * weight. Kernels load x like a matrix, and normalise it (rms_norm.cuh) once they have
+// rstd, which takes all of a row.
+struct RmsNorm : Matrix {
+  static constexpr int kThreadsPerSm = 512;
+};
+
+template <class Source>
+inline constexpr bool kNormalises = std::is_same_v<Source, RmsNorm>;
+
+// The weights of a run's columns: float32, whatever T is.
+template <class T>
+using Weights = Run<uint32_t, kVec<T>>;
+
 // Whether runs of all inputs are aligned.
 template <class Source, class T>
 __host__ __device__ __forceinline__ bool inputs_aligned(const QuantizeParams& p) {
-  bool aligned = true;
+  bool aligned = !kNormalises<Source> || Weights<T>::aligned(p.weight, p.cols);
   for (int i = 0; i < Source::kInputs; ++i) aligned &= Load<T>::aligned(p.inputs[i], p.cols);
   return aligned;
 }

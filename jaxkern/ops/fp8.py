@@ -354,10 +354,10 @@ def _weight(config, weight, orientation):
     return QuantizedArray(_matrices(values, values.ndim - config.weight_rank, columns), scale)
 
 
-def quantized(config, inputs, format, scaling, orientation="natural", op="quantize"):
-    """QuantizedArrays of the inputs [..., R, C] of a quantiser, by config's implementation."""
+def quantized(config, inputs, format, scaling, orientation="natural", op="quantize", epsilon=None):
+    """What a quantiser gives for its inputs, [..., R, C], by config's implementation."""
     settings = quantization.Config(
-        jnp.dtype(format), scaling, orientation, config.kernel, config.fallback, op
+        jnp.dtype(format), scaling, orientation, config.kernel, config.fallback, op, epsilon
     )
     return quantization.on_one_device(settings, *inputs)
 

@@ -55,18 +55,18 @@ def rms_norm(
     x = _checks.float_array("x", x)
     if x.ndim == 0:
         raise ValueError("x has shape (), wanted at least one axis")
-    scale = _check_scale(scale, x)
-    _check_epsilon(epsilon)
+    scale = check_scale(scale, x)
+    check_epsilon(epsilon)
     choice = _dispatch.choose(_OP, implementation, _unsupported(x, epsilon))
     if choice.kernel:
-        return _kernel_rms_norm(_Config(float(epsilon), choice.fallback), x, scale)
+        return _kernel_rms_norm(Config(float(epsilon), choice.fallback), x, scale)
     return _reference_rms_norm(x, scale, epsilon)
 
 
 # --- Arguments ------------------------------------------------------------------------------------
 
 
-def _check_scale(scale, x):
+def check_scale(scale, x):
     if scale is None:
         return None
     scale = _checks.float_array("scale", scale)
@@ -75,11 +75,11 @@ def _check_scale(scale, x):
     return scale
 
 
-def _ones_if_none(scale, x):
+def ones_if_none(scale, x):
     return jnp.ones(x.shape[-1:], jnp.float32) if scale is None else scale
 
 
-def _check_epsilon(epsilon):
+def check_epsilon(epsilon):
     if np.ndim(epsilon) != 0:
         raise ValueError(f"epsilon has shape {np.shape(epsilon)}, wanted a scalar")
     if isinstance(epsilon, jax.Array | np.ndarray):
@@ -103,7 +103,7 @@ def _unsupported(x, epsilon):
 
 @jax.jit
 def _reference_rms_norm(x, scale, epsilon):
-    scale = _ones_if_none(scale, x)
+    scale = ones_if_none(scale, x)
 
     def plain(x, scale, epsilon):
         return reference.rms_norm(x, scale, epsilon=epsilon)
@@ -116,14 +116,15 @@ def _reference_rms_norm(x, scale, epsilon):
 # --- Kernel ---------------------------------------------------------------------------------------
 
 
-class _Config(NamedTuple):
+class Config(NamedTuple):
     epsilon: float
     fallback: bool  # to the reference, where the lowering is not for CUDA
+    kernel: bool = True  # else the reference everywhere
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _kernel_rms_norm(config, x, scale):
-    scale = _ones_if_none(scale, x)
+    scale = ones_if_none(scale, x)
     if scale.dtype != x.dtype:
         scale = scale.astype(jnp.float32)
     return _rms_norm(config, *_partitioning.alike((x, scale), _axes(x.ndim, scale.ndim)))
@@ -141,11 +142,20 @@ def _rms_norm_fwd(config, x, scale):
 
 def _rms_norm_bwd(config, residuals, dy):
     _, scale, _ = residuals
-    dx, dscale = _backward_op(config)(*residuals, dy)
+    dx, dscale = gradients(config, *residuals, dy)
     return dx, dscale.astype(scale.dtype)
 
 
 _rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
+
+
+def gradients(config, x, scale, rstd, dy):
+    """The gradients of x [..., W] and scale [W], the latter in float32, from that of rms_norm.
+
+    scale is float32 or of x's dtype, rstd float32 [...]. After vmap scale may have x's first axes.
+    """
+    return _backward_op(config)(x, scale, rstd, dy)
+
 
 # Under vmap, x has more leading axes, and a scale that is vmapped too has the first of them.
 
@@ -218,7 +228,7 @@ def _backward_op(config):
 
     return _stack.kernel_op(
         _OP,
-        _for_each_scale(kernel),
+        _for_each_scale(kernel if config.kernel else plain),
         _for_each_scale(plain),
         axes,
         fallback=config.fallback,

@@ -13,10 +13,11 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxkern import _checks, _dispatch, _ffi, _partitioning, _stack
 from jaxkern.ops import scales
 from jaxkern.ops.quantized_array import QuantizedArray
-from jaxkern.reference import activation
+from jaxkern.reference import activation, norm
 from jaxkern.reference import quantize as reference
 
 _OP = "quantize"
+_RMS_NORM = "quantize_rms_norm"
 _DTYPES = ("bfloat16", "float16", "float32")
 _ORIENTATIONS = ("natural", "transposed", "both")
 _SINGLE = np.dtype(np.float32)
@@ -65,15 +66,12 @@ def quantize(
         kernel cannot run the call, or when such a call is lowered for another platform.
       ExceptionGroup: no implementation of a sequence can.
     """
-    (array,) = of_source(_OP, {"x": x}, format, scaling, orientation, implementation)
+    (array,) = of_source(_OP, matrices({"x": x}), format, scaling, orientation, implementation)
     return array
 
 
-def of_source(op, inputs, format, scaling, orientation, implementation):
-    """What the public function `op` returns for each of its matrices, after checks.
-
-    inputs: arrays by the names of arguments.
-    """
+def matrices(inputs):
+    """Arrays to be quantised, by the names of arguments, after checks."""
     inputs = {name: _checks.array(name, x) for name, x in inputs.items()}
     (first_name, first), *others = inputs.items()
     if first.dtype.name not in _DTYPES:
@@ -88,31 +86,60 @@ def of_source(op, inputs, format, scaling, orientation, implementation):
                 f"{name} has shape {x.shape} and dtype {x.dtype}, wanted {first_name}'s "
                 f"{first.shape} and {first.dtype}"
             )
+    return tuple(inputs.values())
+
+
+def of_source(op, inputs, format, scaling, orientation, implementation, epsilon=None):
+    """What the public function `op` returns for each of its matrices, and then its further results.
+
+    inputs: of the source, checked. epsilon: as in Config.
+    """
     format = _checks.dtype("format", format, _checks.FP8)
     _checks.one_of("scaling", scaling, scales.SCALINGS)
     _checks.one_of("orientation", orientation, _ORIENTATIONS)
     choice = _dispatch.choose(op, implementation, None)
-    config = Config(format, scaling, orientation, *choice, op)
+    config = Config(format, scaling, orientation, *choice, op, epsilon)
     run = _stack.without_derivative(op, functools.partial(_quantize, config))
-    arrays = run(*inputs.values())
+    results = run(*inputs)
     if orientation != "both":
-        return arrays
-    return tuple(arrays[i : i + 2] for i in range(0, len(arrays), 2))
+        return results
+    count = 2 * config.source.matrices
+    return *(results[i : i + 2] for i in range(0, count, 2)), *results[count:]
+
+
+# What arrays have an element for: each of a matrix, or each of its rows or columns.
+_MATRIX, _ROWS, _COLUMNS = "matrix", "rows", "columns"
 
 
 class _Source(NamedTuple):
-    """What a public function quantises: matrices of the shape of its arguments."""
+    """What a public function quantises: matrices of the shape of its first argument.
+
+    make: from a Config and the inputs to the matrices, and then the further results.
+    """
 
     make: Callable
-    inputs: int = 1
+    inputs: tuple[str, ...] = (_MATRIX,)
     matrices: int = 1
+    further: tuple[str, ...] = ()
 
 
 _SOURCES = {
-    "quantize": _Source(lambda x: (x,)),
-    "quantize_swiglu": _Source(lambda gate, up: (activation.swiglu(gate, up),), inputs=2),
-    "quantize_swiglu_grad": _Source(activation.swiglu_grad, inputs=3, matrices=2),
+    "quantize": _Source(lambda _, x: (x,)),
+    "quantize_swiglu": _Source(
+        lambda _, gate, up: (activation.swiglu(gate, up),), inputs=(_MATRIX,) * 2
+    ),
+    "quantize_swiglu_grad": _Source(
+        lambda _, *inputs: activation.swiglu_grad(*inputs), inputs=(_MATRIX,) * 3, matrices=2
+    ),
+    _RMS_NORM: _Source(
+        lambda _, x, scale, rstd: (norm.scaled(x, rstd, scale),), inputs=(_MATRIX, _COLUMNS, _ROWS)
+    ),
 }
+_COMPUTES_RSTD = _Source(
+    lambda config, x, scale: norm.rms_norm(x, scale, epsilon=config.epsilon),
+    inputs=(_MATRIX, _COLUMNS),
+    further=(_ROWS,),
+)
 
 
 class Config(NamedTuple):
@@ -122,10 +149,16 @@ class Config(NamedTuple):
     kernel: bool
     fallback: bool  # to the reference, where the lowering is not for CUDA
     op: str = _OP  # of _SOURCES
+    epsilon: float | None = None  # of quantize_rms_norm where rstd is not given
 
     @property
     def source(self):
-        return _SOURCES[self.op]
+        return _SOURCES[self.op] if self.epsilon is None else _COMPUTES_RSTD
+
+    @property
+    def of_matrix(self):
+        """For the matrices of the source once they are in memory."""
+        return self._replace(op=_OP, epsilon=None)
 
     @property
     def has_natural(self):
@@ -143,17 +176,21 @@ class Config(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _quantize(config, *inputs):
-    """QuantizedArrays, for each matrix in each orientation."""
+    """QuantizedArrays, for each matrix in each orientation, and then the further results."""
+    source = config.source
     if config.scaling == "tensor" and config.op != _OP:
         # An amax of all has to be known first: the matrices are made in memory.
-        operand_axes = (_axes(config, inputs[0].ndim)[0][0],)
+        names = _Names.of(config, inputs[0].ndim)
         make = _partitioning.on_auto_mesh(
-            config.source.make,
-            operand_axes * config.source.inputs,
-            operand_axes * config.source.matrices,
+            functools.partial(source.make, config),
+            names.inputs(source, [x.ndim for x in inputs]),
+            (names.matrix,) * source.matrices + names.further(source),
         )
-        return sum((_quantize(config._replace(op=_OP), x) for x in make(*inputs)), ())
-    operands, (operand_axes, result_axes) = inputs, _axes(config, inputs[0].ndim)
+        made = make(*inputs)
+        arrays = (_quantize(config.of_matrix, x) for x in made[: source.matrices])
+        return sum(arrays, ()) + made[source.matrices :]
+    operands = inputs
+    operand_axes, result_axes = _axes(config, *(x.ndim for x in inputs))
     if config.scaling == "tensor":
         # In jax.numpy, so that XLA fuses it with what x comes from and partitions it.
         scale_of = _partitioning.on_auto_mesh(
@@ -167,38 +204,73 @@ def _quantize(config, *inputs):
     else:
         plain = functools.partial(by_reference, config)
         results = _partitioning.on_auto_mesh(plain, operand_axes, result_axes)(*operands)
-    return as_arrays(config, results, *operands[config.source.inputs :])
+    return as_arrays(config, results, *operands[len(source.inputs) :])
 
 
 def as_arrays(config, results, *scale):
     """QuantizedArrays of what by_kernel and by_reference give, and the scale they were given."""
     if config.scaling == "tensor":
         return tuple(QuantizedArray(values, *scale) for values in results)
-    return tuple(QuantizedArray(*results[i : i + 2]) for i in range(0, len(results), 2))
+    count = len(results) - len(config.source.further)
+    arrays = (QuantizedArray(*results[i : i + 2]) for i in range(0, count, 2))
+    return *arrays, *results[count:]
 
 
-def _axes(config, rank):
-    """Names of the axes of x and of the tensor's scale, and of values and scale of each result."""
-    lead = tuple(f"b{i}" for i in range(rank - 2))
-    if config.scaling == "tensor":
-        rows, columns = "brows", "bcolumns"
-    else:
-        rows, columns = "brows" if config.rows_are_alone else "rows", "columns"
-    x, x_t = (*lead, rows, columns), (*lead, columns, rows)
+class _Names(NamedTuple):
+    """Names of axes."""
+
+    lead: tuple[str, ...]
+    rows: str
+    columns: str
+
+    @classmethod
+    def of(cls, config, rank):
+        """Of a source whose matrices have this rank."""
+        lead = tuple(f"b{i}" for i in range(rank - 2))
+        if config.scaling == "tensor":
+            return cls(lead, "brows", "bcolumns")
+        return cls(lead, "brows" if config.rows_are_alone else "rows", "columns")
+
+    @property
+    def matrix(self):
+        return (*self.lead, self.rows, self.columns)
+
+    def inputs(self, source, ranks):
+        """Columns may lack leading axes; those they have are the first ones of the matrices."""
+        of_columns = (
+            (*self.lead[: rank - 1], self.columns) for rank in ranks[: len(source.inputs)]
+        )
+        return tuple(
+            {_MATRIX: self.matrix, _ROWS: self.matrix[:-1], _COLUMNS: columns}[kind]
+            for kind, columns in zip(source.inputs, of_columns, strict=True)
+        )
+
+    def further(self, source):
+        return (self.matrix[:-1],) * len(source.further)
+
+
+def _axes(config, *ranks):
+    """Names of the axes of the operands, the inputs and a tensor's scale, and of the results."""
+    names = _Names.of(config, ranks[0])
+    lead, rows, columns = names
+    x, x_t = names.matrix, (*lead, columns, rows)
     if config.scaling == "tensor":
         results = (x,) * config.has_natural + (x_t,) * config.has_transposed
         return (x, (*lead, "i", "j")), results
     scale = (*lead, rows if config.rows_are_alone else "scale_rows", "scale_columns")
     scale_t = (*lead, "scale_t_rows", "scale_t_columns")
     results = (x, scale) * config.has_natural + (x_t, scale_t) * config.has_transposed
-    return (x,) * config.source.inputs, results * config.source.matrices
+    source = config.source
+    return names.inputs(source, ranks), results * source.matrices + names.further(source)
 
 
 def by_reference(config, *operands):
     """The results by the reference: values and scale, or values alone of a given scale."""
-    inputs, scale = operands[: config.source.inputs], operands[config.source.inputs :]
+    source = config.source
+    inputs, scale = operands[: len(source.inputs)], operands[len(source.inputs) :]
+    made = source.make(config, *inputs)
     results = []
-    for x in config.source.make(*inputs):
+    for x in made[: source.matrices]:
         if config.has_transposed:
             # NOTE: XLA's CPU compiler folds bits of a constant that is transposed into wrong ones.
             x = jax.lax.optimization_barrier(x)
@@ -210,22 +282,20 @@ def by_reference(config, *operands):
                 results.append(reference.cast(matrix, *scale, config.format))
             elif wanted:
                 results.extend(reference.quantize(matrix, config.format, scaling=config.scaling))
-    return tuple(results)
+    return *results, *made[source.matrices :]
 
 
 def on_one_device(config, *inputs):
-    """QuantizedArrays of inputs without a sharding, for each matrix in each orientation."""
+    """What _quantize gives, of inputs without a sharding."""
     run = by_kernel if config.kernel else by_reference
     if config.scaling != "tensor":
         return as_arrays(config, run(config, *inputs))
-    arrays = ()
-    for x in config.source.make(*inputs):
-        single, scale = (
-            config._replace(op=_OP),
-            reference.scale_of(x, config.format, scaling="tensor"),
-        )
+    arrays, single = (), config.of_matrix
+    made = config.source.make(config, *inputs)
+    for x in made[: config.source.matrices]:
+        scale = reference.scale_of(x, config.format, scaling="tensor")
         arrays += as_arrays(single, run(single, x, scale), scale)
-    return arrays
+    return arrays + made[config.source.matrices :]
 
 
 # --- Kernel ---------------------------------------------------------------------------------------
@@ -237,43 +307,76 @@ def _op(config):
         config.op,
         functools.partial(by_kernel, config),
         functools.partial(by_reference, config),
-        lambda rank, *_: _axes(config, rank),
+        functools.partial(_axes, config),
         fallback=config.fallback,
+        vmap=functools.partial(_vmapped, config),
     )
+
+
+def _vmapped(config, op, axis_size, in_batched, operands):
+    """vmap of the op: columns that are shared by everything stay one row."""
+    whole = _stack.broadcast_unbatched(axis_size, in_batched, operands)
+    for i, kind in enumerate(config.source.inputs):
+        if kind == _COLUMNS and operands[i].ndim == 1:
+            whole[i] = operands[i]
+    return op(*whole)
 
 
 def by_kernel(config, *operands):
     """The results by the kernel, as by_reference has them."""
-    x = operands[0]
-    lead = x.shape[:-2]
-    if config.rows_are_alone:
-        results = _call(config, *(a.reshape(-1, x.shape[-1]) for a in operands))
-        return tuple(r.reshape(*x.shape[:-1], r.shape[-1]) for r in results)
+    shape, kinds = operands[0].shape, config.source.inputs
+    columns = [i for i, kind in enumerate(kinds) if kind == _COLUMNS]
+    lead = shape[:-2]
+    if config.rows_are_alone:  # all those that have the same columns are one matrix
+        lead = lead[: max((operands[i].ndim - 1 for i in columns), default=0)]
     if not lead:
-        return _call(config, *operands)
-    flat = [a.reshape(math.prod(lead), *a.shape[-2:]) for a in operands]
-    results = jax.lax.map(lambda operands: _call(config, *operands), flat)
+        return _of_one_matrix(config, *operands)
+    flat = []
+    for i, a in enumerate(operands):
+        if i in columns:
+            a = jnp.expand_dims(a, range(a.ndim - 1, len(lead)))
+            a = jnp.broadcast_to(a, (*lead, a.shape[-1]))
+        flat.append(a.reshape(math.prod(lead), *a.shape[len(lead) :]))
+    results = jax.lax.map(lambda operands: _of_one_matrix(config, *operands), flat)
     return tuple(r.reshape(*lead, *r.shape[1:]) for r in results)
+
+
+def _of_one_matrix(config, *operands):
+    """The results where leading axes are more rows."""
+    *lead, columns = operands[0].shape
+    shapes = {_MATRIX: (-1, columns), _ROWS: (-1,), _COLUMNS: (columns,)}
+    kinds = config.source.inputs
+    inputs = (a.reshape(shapes[kind]) for a, kind in zip(operands, kinds, strict=False))
+    results = _call(config, *inputs, *operands[len(kinds) :])
+    return results if len(lead) == 1 else tuple(r.reshape(*lead, *r.shape[1:]) for r in results)
 
 
 def _call(config, *operands):
     """The results for single matrices."""
     x = operands[0]
     rows, columns = x.shape
+    attributes, further = {"scaling": scales.code(config.scaling)}, []
+    absent = x.reshape(-1)[:0].astype(_SINGLE)
     if config.op == _OP:
-        scale = operands[1].reshape(1) if operands[1:] else x.reshape(-1)[:0].astype(_SINGLE)
-        operands = x, scale
-    needs_workspace = config.scaling == "row" and config.has_transposed
+        operands = x, operands[1].reshape(1) if operands[1:] else absent
+    if config.op == _RMS_NORM:
+        given = config.epsilon is None
+        operands = *operands, *(() if given else (absent,))
+        further = [((0 if given else rows,), _SINGLE)]
+        attributes["epsilon"] = np.float32(0 if given else config.epsilon)
+    words = rows + columns if config.scaling == "row" and config.has_transposed else 0
+    if config.source.further and not config.rows_are_alone:
+        words += 1 + reference.blocks(rows)
     of_one = [
         *_result_types(config, config.has_natural, rows, columns),
         *_result_types(config, config.has_transposed, columns, rows),
-        ((rows + columns if needs_workspace else 0,), np.dtype(np.int32)),
+        ((words,), np.dtype(np.int32)),
     ]
     results = _ffi.call(
         f"jaxkern.{config.op}",
-        of_one * config.source.matrices,
+        of_one * config.source.matrices + further,
         *operands,
-        scaling=scales.code(config.scaling),
+        **attributes,
     )
     wanted = []
     for i in range(config.source.matrices):
@@ -286,6 +389,8 @@ def _call(config, *operands):
                 wanted.append(result[0])
             elif has:
                 wanted += [result[0], scales.from_kernel(result[1], config.scaling, length)]
+    if config.source.further:
+        wanted.append(results[-1])
     return tuple(wanted)
 
 

@@ -41,7 +41,7 @@ def quantize_swiglu(
       ValueError: arguments that do not fit together, or an unknown implementation.
       NotImplementedError, ExceptionGroup: as `quantize`.
     """
-    inputs = {"gate": gate, "up": up}
+    inputs = quantization.matrices({"gate": gate, "up": up})
     (h,) = quantization.of_source(
         "quantize_swiglu", inputs, format, scaling, orientation, implementation
     )
@@ -75,7 +75,7 @@ def quantize_swiglu_grad(
       ValueError: arguments that do not fit together, or an unknown implementation.
       NotImplementedError, ExceptionGroup: as `quantize`.
     """
-    inputs = {"gate": gate, "up": up, "dh": dh}
+    inputs = quantization.matrices({"gate": gate, "up": up, "dh": dh})
     return quantization.of_source(
         "quantize_swiglu_grad", inputs, format, scaling, orientation, implementation
     )

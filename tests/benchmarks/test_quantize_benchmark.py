@@ -32,6 +32,15 @@ def test_bytes_written_are_those_of_the_results(scaling, orientation):
     assert case.work("fwd") == case.reads * x.nbytes + written
 
 
+@pytest.mark.parametrize("scaling", quantize.FUSED)
+def test_bytes_of_a_norm_are_those_of_all_arrays(scaling):
+    case = quantize.Shape("quantize_rms_norm", scaling, "natural", 300, 200, "bf16", "e4m3")
+    x, scale = operands = quantize.inputs(case).arguments[0]
+    results = jaxkern.quantize_rms_norm(*operands, scaling=scaling, implementation="xla")
+    arrays = x, scale, results[0].values, results[0].scale, results[1]
+    assert case.work("fwd") == sum(array.nbytes for array in arrays)
+
+
 def test_what_is_read_twice():
     """Where a value's scale needs a whole tensor or column."""
     cases = [shape(s, o) for s in quantize.SCALINGS for o in quantize.ORIENTATIONS]

@@ -109,7 +109,7 @@ def make_mesh(kind=AxisType.Auto):
     return jax.make_mesh((2, 4), ("data", "model"), (kind, kind), devices=jax.devices("cpu"))
 
 
-SPECS = {  # of x, gate and down; which of y, dx and the gradients of weights are sums
+SPECS = {  # of x, gate and down; which of y, dx and the gradients of scale and weights are sums
     "tokens": (P(("data", "model")), P(), P(), (False, False, True)),
     "F": (P(), P(None, "model"), P("model"), (True, True, False)),
     "tokens and F": (P("data"), P(None, "model"), P("model"), (True, True, True)),
@@ -123,22 +123,21 @@ SPECS = {  # of x, gate and down; which of y, dx and the gradients of weights ar
 )
 def test_devices_exchange_sums_only(case, kind):
     x_spec, gate_spec, down_spec, sums = SPECS[case]
-    x, _, *rest = arrays(32, 128, 512, 128, dtype="float32")
-    operands = x, *rest
-    specs = x_spec, gate_spec, gate_spec, down_spec, x_spec
+    operands = arrays(32, 128, 512, 128, dtype="float32")
+    specs = x_spec, P(), gate_spec, gate_spec, down_spec, x_spec
     mesh = make_mesh(kind)
     args = [
         jax.device_put(a, NamedSharding(mesh, spec))
         for a, spec in zip(operands, specs, strict=True)
     ]
 
-    def run(x, gate, up, down, dy):
-        y, (dx, _, *dw) = results(fp8_mlp, x, None, gate, up, down, dy)
-        return y, dx, *dw
+    def run(*operands):
+        y, gradients = results(fp8_mlp, *operands)
+        return y, *gradients
 
     found, got = exchanges(run, *args)
     y_is_sum, dx_is_sum, dw_is_sum = sums
-    are_sums = y_is_sum, dx_is_sum, *(dw_is_sum,) * 3
+    are_sums = y_is_sum, dx_is_sum, *(dw_is_sum,) * 4
     assert found == Counter(sum_of(a) for a, is_sum in zip(got, are_sums, strict=True) if is_sum)
     # With F sharded each device quantises h with scales of its own.
     check(got, jax.jit(run)(*operands), 6e-2)
@@ -162,15 +161,16 @@ def test_shard_map_over_tokens():
 def test_calls(recipe):
     operands = arrays()
     mlp = functools.partial(fp8_mlp, recipe=recipe)
-    fused = {} if recipe == "tensor" else {"quantize_swiglu": 1}
-    plain = 5 - len(fused)
-    forward = {"rms_norm_fwd": 1, "quantize": plain, "scaled_matmul": 3, **fused}
-    assert custom_calls(mlp, *operands[:-1]) == forward
+    fused = {"quantize_rms_norm": 1, "quantize_swiglu": 1, "quantize": 3}
+    forward = {"rms_norm_fwd": 1, "quantize": 5} if recipe == "tensor" else fused
+    assert custom_calls(mlp, *operands[:-1]) == {"scaled_matmul": 3, **forward}
     found = custom_calls(functools.partial(results, mlp), *operands)
     assert found["scaled_matmul"] == 9
     assert found["rms_norm_bwd"] == 1
-    if fused:
-        assert (found["quantize_swiglu"], found["quantize_swiglu_grad"]) == (2, 1)
+    if recipe != "tensor":
+        names = "quantize_rms_norm", "quantize_swiglu", "quantize_swiglu_grad"
+        assert [found[name] for name in names] == [2, 2, 1]
+        assert "rms_norm_fwd" not in found
 
 
 def test_a_policy_saves_what_is_kept():
@@ -180,7 +180,8 @@ def test_a_policy_saves_what_is_kept():
         return jnp.sin(fp8_mlp(x, scale, *weights).astype(jnp.float32)).sum()
 
     names = [f"jaxkern_fp8_mlp_{name}" for name in ("out", "gate", "up")]
-    for saved, products in ((names, 9), ([], 12)):
+    names.append("jaxkern_rms_norm_rstd")
+    for saved, products in ((names, 9), (names[:-1], 12), ([], 12)):
         policy = jax.checkpoint_policies.save_only_these_names(*saved)
         grad = jax.value_and_grad(jax.checkpoint(loss, policy=policy))
         assert custom_calls(grad, x)["scaled_matmul"] == products
