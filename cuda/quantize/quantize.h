@@ -60,12 +60,20 @@ template <class Source, class T>
 cudaError_t launch_rows(void (*kernel)(QuantizeParams), const QuantizeParams& p,
                         cudaStream_t stream) {
   constexpr int kThreads = 128;  // per block, unless one row takes more
-  constexpr int64_t kLeast = kNormalises<Source> ? kGroupLanes<T> : 1, kMost = kMaxThreadsPerRow;
+  constexpr int64_t kLeast = kNormalises<Source> ? kGroupLanes<T> : 1,
+                    kMost = kMaxThreadsPerRow<Source>;
   const int64_t wanted = tile::ceil_div(p.cols, kSlots<Source> * kVec<T>);
   const int threads =
       static_cast<int>(std::bit_ceil(static_cast<uint64_t>(std::clamp(wanted, kLeast, kMost))));
   const int rows = std::max(1, kThreads / threads);
-  return launch(kernel, tile::ceil_div(p.rows, rows), dim3(threads, rows), 0, stream, p);
+  const dim3 block(threads, rows);
+  int64_t blocks = tile::ceil_div(p.rows, rows);
+  if constexpr (kNormalises<Source>) {
+    const int resident = resident_clusters(kernel, 1, block, 0);
+    if (resident == 0) return cudaErrorInvalidValue;
+    blocks = std::min<int64_t>(blocks, resident);
+  }
+  return launch(kernel, blocks, block, 0, stream, p);
 }
 
 template <class Source, class T, class F>
