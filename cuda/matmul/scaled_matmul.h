@@ -162,7 +162,7 @@ cudaError_t launch_scaled_matmul_few_rows_sm90(const ScaledMatmulParams& params,
   if (params.M > Matmul::kTokens) return cudaErrorInvalidValue;
   typename Matmul::Params p = {};
   if (cudaError_t error =
-          fill_params<Matmul>(&p, params, Matmul::kTokens, Matmul::kBlockN, Matmul::kTokens))
+          fill_params<Matmul>(&p, params, Matmul::kTokens, Matmul::kBlockN, Matmul::kPartTokens))
     return error;
   p.B = static_cast<int>(params.B);
   p.tiles = tile::ceil_div(p.N, Matmul::kBlockN);

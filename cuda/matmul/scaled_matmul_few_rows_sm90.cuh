@@ -3,8 +3,9 @@
 //
 // Tensor cores multiply 64 rows at a time, so weights are those rows: a tile is out^T, kBlockN rows
 // of rhs by all tokens. Persistent blocks go from tile to tile and keep on reading. Where there are
-// too few tiles for all SMs, a cluster shares out the blocks of K of one; its first block adds up
-// the sums of the others through their shared memory, in a fixed order. Warpgroups have roles:
+// too few tiles for all SMs, a cluster shares out the blocks of K of one; then each block adds up
+// the sums of all for some of the tokens, through their shared memory and in a fixed order.
+// Warpgroups have roles:
 //   producer    one thread loads blocks of 128 along K, and scales, into a ring of stages;
 //   consumers   each own 64 rows of rhs.
 #pragma once
@@ -30,6 +31,9 @@ struct ScaledMatmulFewRows {
   static_assert(kScales != BlockScales::k1x128By1x128, "weights have scales for 128 rows");
   static_assert(!kBlocks || !kFastAccumulation, "scales of blocks need float32 sums");
   static_assert(kBlockN == kScaleBlock, "a tile has one scale for a block of K");
+
+  // Tokens of a tile that one of the blocks which share out K adds up and stores.
+  static constexpr int kPartTokens = kTokens < 32 ? kTokens : kTokens / 4;
 
   using TileRhs = tile::SharedTile<T, kBlockN, kBlockK>;  // (kBlockN, kBlockK)
   using TileLhs = tile::SharedTile<T, kTokens, kBlockK>;  // (kTokens, kBlockK)
@@ -59,7 +63,7 @@ struct ScaledMatmulFewRows {
 
   struct Params {
     CUtensorMap lhs, rhs;  // (B * M, K), (B * N, K); boxes: a tile
-    CUtensorMap out;       // (B, M, 1, N); boxes: one panel of a consumer's part
+    CUtensorMap out;       // (B, M, 1, N); boxes: one panel of kPartTokens of a consumer's rows
     CUtensorMap lhs_rows;  // scales (B * KB, M padded); boxes: those of a tile
     const float *lhs_scale, *rhs_scale, *bias;
     int lhs_scale_step,
@@ -79,6 +83,14 @@ struct ScaledMatmulFewRows {
       end = static_cast<int>(int64_t{p.K_blocks} * (rank + 1) / p.splits);
     }
   };
+  // Calls part(first) with the first token of each part of the tile that is this block's.
+  template <class Do>
+  __device__ __forceinline__ static void for_each_part(const Params& p, const Work& at,
+                                                       const Do& part) {
+    for (int first = at.rank * kPartTokens; first < kTokens; first += p.splits * kPartTokens) {
+      part(first);
+    }
+  }
   template <class Do>
   __device__ __forceinline__ static void for_each_work(const Params& p, const Do& work) {
     const int clusters = gridDim.x / p.splits;
@@ -189,7 +201,22 @@ struct ScaledMatmulFewRows {
     }
     tile::tma::fence_writes();
     sync();  // and full
-    if (leader) tile::tma::store(p.out, {at.batch, 0, 0}, out, 0, at.col + 64 * consumer);
+    if (leader) {
+      for_each_part(p, at, [&](int first) {
+        tile::tma::store(p.out, {at.batch, first, 0}, out, first, at.col + 64 * consumer);
+      });
+    }
+  }
+
+  // Adds the sums of the other blocks of the cluster, in this block's parts of the tile.
+  __device__ __forceinline__ static void add_others(const Params& p, Storage& shared,
+                                                    const Work& at, int consumer, Sum& sum) {
+    for (int i = 1; i < p.splits; ++i) {
+      const int other = (at.rank + i) % p.splits;
+      for_each_part(p, at, [&](int first) {
+        tile::add_fragments_of(sum, shared.sums(consumer), other, first, first + kPartTokens);
+      });
+    }
   }
 };
 
@@ -219,17 +246,13 @@ __global__ void __launch_bounds__(Matmul::kThreads, 1)
   if (p.splits > 1) {
     const Work at(p, blockIdx.x / p.splits);
     __syncthreads();  // nobody reads weights any more
-    if (consumer >= 0 && at.rank > 0) tile::store_fragments(shared.sums(consumer), sum);
+    if (consumer >= 0) tile::store_fragments(shared.sums(consumer), sum);
     tile::ptx::cluster_arrive();
     tile::ptx::cluster_wait();  // all sums are there
-    if (consumer >= 0 && at.rank == 0) {
-      for (int rank = 1; rank < p.splits; ++rank) {
-        tile::add_fragments_of(sum, shared.sums(consumer), rank);
-      }
-    }
+    if (consumer >= 0) Matmul::add_others(p, shared, at, consumer, sum);
     tile::ptx::cluster_arrive();
     tile::ptx::cluster_wait();  // and read
-    if (consumer >= 0 && at.rank == 0) Matmul::store(p, shared, at, consumer, sum);
+    if (consumer >= 0) Matmul::store(p, shared, at, consumer, sum);
   }
   if (consumer >= 0 && threadIdx.x % tile::kWarpgroupSize == 0) tile::tma::wait_stores_read();
 }

@@ -51,14 +51,16 @@ struct Cluster {
   }
 };
 
-// x += what store_fragments() left at `y` in block `rank` of the cluster, by one warpgroup.
+// x += what store_fragments() left at `y` in block `rank` of the cluster, by one warpgroup; in
+// columns from `first` on, up to `end`, multiples of 8.
 template <int kCols>
 __device__ __forceinline__ void add_fragments_of(RegisterTile<float, 64, kCols>& x, const float* y,
-                                                 int rank) {
+                                                 int rank, int first = 0, int end = kCols) {
   const uint32_t from =
       ptx::cluster_address(y, rank) + 16 * static_cast<uint32_t>(threadIdx.x % kWarpgroupSize);
 #pragma unroll
   for (int j = 0; j < kCols / 8; ++j) {
+    if (8 * j < first || 8 * j >= end) continue;
     const float4 d = ptx::load_cluster(from + 16 * kWarpgroupSize * j);
     x.data[4 * j] += d.x;
     x.data[4 * j + 1] += d.y;
