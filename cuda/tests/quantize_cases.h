@@ -234,7 +234,7 @@ void test_case(const std::string& name, const std::vector<Matrix>& inputs,
     params.dtype = kDType<T>;
     params.format = f.dtype;
     params.scaling = scaling;
-    test::check(quantize::launch_source<Source>(params, nullptr), what);
+    test::check(quantize::launch_format<Source, T>(params, nullptr), what);
     test::synchronize(what);
     for (size_t o = 0; o < outputs.size(); ++o) {
       results[o]->check(what + (o > 0 ? " (second matrix)" : ""), f);
