@@ -8,7 +8,7 @@
 //   consumers   each own 64 * kWaves rows of the tile and all of its columns.
 // A tensor core adds 8-bit products with about 14 bits. So a consumer takes the product of one
 // block of K, a wave of 64 rows at a time, and adds it to a sum in float32 registers, times its
-// scales where there are some for blocks; meanwhile the other consumer multiplies. With
+// scales where there are some for blocks; meanwhile another consumer multiplies. With
 // kFastAccumulation tensor cores do all of the sum.
 // Such a consumer has as much to do between two products as they take. What is in its loop counts:
 // addresses are settled before it, and the next block's barrier is tested among this one's sums.
