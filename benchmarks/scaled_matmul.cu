@@ -118,8 +118,7 @@ std::vector<Provider> variants(const Recipe& recipe, int64_t M) {
   }
 }
 
-// --- cuBLASLt
-// -------------------------------------------------------------------------------------
+// --- cuBLASLt ------------------------------------------------------------------------------------
 
 void check(cublasStatus_t status, const char* what) {
   bench::require(status == CUBLAS_STATUS_SUCCESS,
@@ -214,8 +213,7 @@ Provider cublaslt(const Recipe& recipe, const ScaledMatmulParams& p, Comparison&
   return fastest;
 }
 
-// --- Inputs
-// ---------------------------------------------------------------------------------------
+// --- Inputs --------------------------------------------------------------------------------------
 
 // Positive scales of `rows` rows, as many as the recipe wants.
 float* scales(Scaling scaling, int64_t rows, int64_t K) {

@@ -113,7 +113,7 @@ int64_t elements_of_each_sm(const ScaledMatmulParams& p, int multiprocessors) {
 }
 
 // Promoted sums, in the tiles that take least time: three consumers make an element in 98% of the
-// time of two, or 95% where both operands have scales of rows (H200).
+// time of two, or 95% where both operands have scales of 1x128 blocks (H200).
 template <class Lhs, class Rhs, class Out, BlockScales kScales>
 cudaError_t launch_promoted_sm90(const ScaledMatmulParams& params, cudaStream_t stream) {
   using Two = ScaledMatmul<Lhs, Rhs, Out, kScales, false, scaled_matmul_config(kScales, false)>;

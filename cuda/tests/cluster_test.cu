@@ -132,7 +132,14 @@ __global__ void fragments_kernel(const float* in, float* out) {
   tile::ptx::cluster_arrive();
   tile::ptx::cluster_wait();
   for (int rank = 0; rank < blocks; ++rank) {
-    if (rank != static_cast<int>(blockIdx.x)) tile::add_fragments_of(x, shared, rank);
+    if (rank == static_cast<int>(blockIdx.x)) continue;
+    constexpr int kHalf = kCols / 2;
+    if (rank == 0) {
+      tile::add_fragments_of(x, shared, rank);
+    } else {
+      tile::add_fragments_of(x, shared, rank, 0, kHalf);
+      tile::add_fragments_of(x, shared, rank, kHalf, kCols);
+    }
   }
   tile::ptx::cluster_arrive();
   tile::ptx::cluster_wait();

@@ -39,7 +39,7 @@ def quantize_rms_norm(
       format: as in `quantize`, like all the others.
       epsilon: a positive Python number, added to the mean square. Not used where rstd is given.
       rstd: float32 [..., R], say of an earlier call. None has 1 / sqrt(mean(x**2) + epsilon)
-        computed, for which x is not read again.
+        computed.
       scaling: "tensor" makes the product in memory first, as its amax has to be known.
 
     Returns:
