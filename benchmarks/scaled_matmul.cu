@@ -44,7 +44,8 @@ Provider variant(int group) {
   return {"consumers" + std::to_string(kConfig.consumers) + " waves" +
               std::to_string(kConfig.waves) + " n" + std::to_string(kConfig.block_n) + " stages" +
               std::to_string(kConfig.stages) + " cluster" + std::to_string(kConfig.blocks) +
-              " pieces" + std::to_string(kConfig.pieces) + " group" + std::to_string(group),
+              " pieces" + std::to_string(kConfig.pieces) + (kConfig.ping_pong ? " ping-pong" : "") +
+              " group" + std::to_string(group),
           [group](const ScaledMatmulParams& p, cudaStream_t stream) {
             bench::check(launch_scaled_matmul_sm90<Matmul>(p, stream, group), "scaled_matmul");
           }};
@@ -67,14 +68,20 @@ std::vector<Provider> promoted() {
           variant<Out, kScales, false, kThreeAlone>(8)};
 }
 
+// The first is what the library runs.
 template <class Out>
 std::vector<Provider> fast() {
   constexpr auto kNone = BlockScales::kNone;
   constexpr ScaledMatmulConfig kWide = scaled_matmul_config(kNone, true);
-  constexpr ScaledMatmulConfig kHigh = {2, 2, 128, 4, 2, 2}, kAlone = {2, 1, 256, 4, 1, 2};
-  return {variant<Out, kNone, true, kWide>(8), variant<Out, kNone, true, kWide>(4),
-          variant<Out, kNone, true, kWide>(16), variant<Out, kNone, true, kHigh>(8),
-          variant<Out, kNone, true, kAlone>(8)};
+  constexpr ScaledMatmulConfig kAlone = {2, 1, 256, 4, 1, 2};
+  const auto library = [](const ScaledMatmulParams& p, cudaStream_t stream) {
+    bench::check(launch_fast_sm90<e4m3, e4m3, Out>(p, stream), "scaled_matmul");
+  };
+  return {{"library", library},
+          variant<Out, kNone, true, kWide>(8),
+          variant<Out, kNone, true, kAlone>(8),
+          variant<Out, kNone, true, kPingPong>(8),
+          variant<Out, kNone, true, kPingPong>(16)};
 }
 
 // The first is what the library runs.

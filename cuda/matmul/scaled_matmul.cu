@@ -10,10 +10,7 @@ namespace {
 template <class Lhs, class Rhs, class Out>
 cudaError_t launch_with_scales(const ScaledMatmulParams& p, cudaStream_t stream) {
   constexpr auto kNone = BlockScales::kNone;
-  if (p.fast_accumulation) {
-    constexpr ScaledMatmulConfig kConfig = scaled_matmul_config(kNone, true);
-    return launch_scaled_matmul_sm90<ScaledMatmul<Lhs, Rhs, Out, kNone, true, kConfig>>(p, stream);
-  }
+  if (p.fast_accumulation) return launch_fast_sm90<Lhs, Rhs, Out>(p, stream);
   if (p.lhs_scaling != Scaling::kBlock1x128) {
     return launch_promoted_sm90<Lhs, Rhs, Out, kNone>(p, stream);
   }

@@ -30,6 +30,15 @@ constexpr ScaledMatmulConfig scaled_matmul_config(BlockScales scales, bool fast_
 constexpr ScaledMatmulConfig kThreeConsumers = {
     .consumers = 3, .waves = 1, .block_n = 128, .stages = 4, .blocks = 2, .pieces = 2};
 
+// Without promotion, consumers that take turns: one ends a tile while the other multiplies.
+constexpr ScaledMatmulConfig kPingPong = {.consumers = 2,
+                                          .waves = 2,
+                                          .block_n = 192,
+                                          .stages = 4,
+                                          .blocks = 2,
+                                          .pieces = 3,
+                                          .ping_pong = true};
+
 template <class T>
 constexpr CUtensorMapDataType tensor_map_type() {
   if (std::is_same_v<T, float>) return CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
@@ -112,19 +121,32 @@ int64_t elements_of_each_sm(const ScaledMatmulParams& p, int multiprocessors) {
   return tile::ceil_div(p.B * rows * cols, clusters) * Matmul::kBlockM * Matmul::kBlockN;
 }
 
-// Promoted sums, in the tiles that take least time: three consumers make an element in 98% of the
-// time of two, or 95% where both operands have scales of 1x128 blocks (H200).
+// In the tiles that take less time, where Other makes an element in `percent` of the time of One.
+template <class One, class Other>
+cudaError_t launch_faster_sm90(const ScaledMatmulParams& params, cudaStream_t stream, int percent) {
+  int multiprocessors;
+  if (cudaError_t error = multiprocessor_count(&multiprocessors)) return error;
+  const int64_t one = elements_of_each_sm<One>(params, multiprocessors);
+  const int64_t other = elements_of_each_sm<Other>(params, multiprocessors);
+  return other * percent < one * 100 ? launch_scaled_matmul_sm90<Other>(params, stream)
+                                     : launch_scaled_matmul_sm90<One>(params, stream);
+}
+
+// NOTE: on an H200 three consumers take 98% of the time of two, or 95% where both operands have
+// scales of 1x128 blocks; and consumers that take turns 94% at K = 4096 and 8192, 86% at 1536.
 template <class Lhs, class Rhs, class Out, BlockScales kScales>
 cudaError_t launch_promoted_sm90(const ScaledMatmulParams& params, cudaStream_t stream) {
   using Two = ScaledMatmul<Lhs, Rhs, Out, kScales, false, scaled_matmul_config(kScales, false)>;
   using Three = ScaledMatmul<Lhs, Rhs, Out, kScales, false, kThreeConsumers>;
-  constexpr int kPercent = kScales == BlockScales::k1x128By1x128 ? 95 : 98;
-  int multiprocessors;
-  if (cudaError_t error = multiprocessor_count(&multiprocessors)) return error;
-  const int64_t two = elements_of_each_sm<Two>(params, multiprocessors);
-  const int64_t three = elements_of_each_sm<Three>(params, multiprocessors);
-  return three * kPercent < two * 100 ? launch_scaled_matmul_sm90<Three>(params, stream)
-                                      : launch_scaled_matmul_sm90<Two>(params, stream);
+  return launch_faster_sm90<Two, Three>(params, stream,
+                                        kScales == BlockScales::k1x128By1x128 ? 95 : 98);
+}
+template <class Lhs, class Rhs, class Out>
+cudaError_t launch_fast_sm90(const ScaledMatmulParams& params, cudaStream_t stream) {
+  constexpr auto kNone = BlockScales::kNone;
+  using Together = ScaledMatmul<Lhs, Rhs, Out, kNone, true, scaled_matmul_config(kNone, true)>;
+  using InTurns = ScaledMatmul<Lhs, Rhs, Out, kNone, true, kPingPong>;
+  return launch_faster_sm90<Together, InTurns>(params, stream, 94);
 }
 
 // The blocks that share a tile's K, of those that take least time by this estimate, in loads of one

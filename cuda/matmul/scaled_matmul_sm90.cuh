@@ -24,11 +24,12 @@ namespace jaxkern {
 // kNone: scales are those of a row, or of all, and wait until the end.
 enum class BlockScales { kNone, k1x128By128x128, k1x128By1x128 };
 
-// A tile has 64 * kConsumers * kWaves rows and kBlockN columns.
+// A tile has 64 * consumers * waves rows, unless they take turns, and block_n columns.
 struct ScaledMatmulConfig {
   int consumers, waves, block_n, stages;
   int blocks;  // of a cluster
   int pieces;  // of a consumer's result that shared memory has room for, 64 rows and 128 bytes each
+  bool ping_pong = false;  // consumers take turns, each with tiles of its own of 64 * waves rows
 };
 
 template <class Lhs_, class Rhs_, class Out_, BlockScales kScales_, bool kFastAccumulation_,
@@ -43,11 +44,14 @@ struct ScaledMatmul {
   static constexpr bool kFastAccumulation = kFastAccumulation_;
   static constexpr int kConsumers = kConfig.consumers, kWaves = kConfig.waves;
   static constexpr int kStages = kConfig.stages;
-  static constexpr int kBlockM = 64 * kConsumers * kWaves, kBlockN = kConfig.block_n;
+  static constexpr int kTurns = kConfig.ping_pong ? kConsumers : 1;
+  static constexpr int kSharers = kConsumers / kTurns;  // consumers of a tile
+  static_assert(kTurns == 1 || kFastAccumulation, "while one adds, another has to multiply");
+  static constexpr int kBlockM = 64 * kSharers * kWaves, kBlockN = kConfig.block_n;
   static constexpr int kBlockK = kScaleBlock, kScaleRows = kBlockM;
   static constexpr int kThreads = tile::kWarpgroupSize * (1 + kConsumers);
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+  static constexpr int kProducerRegisters = kTurns > 1 ? 24 : kConsumers == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kTurns > 1 ? 240 : kConsumers == 2 ? 232 : 160;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
                 (1 + kConsumers) * tile::launch_registers(kThreads));
   static constexpr bool kLhsBlocks = kScales != BlockScales::kNone;
@@ -69,10 +73,12 @@ struct ScaledMatmul {
     TileRhs rhs[kStages];
     TileOut out[kConsumers][kBuffers];
     alignas(128) float lhs_scale[kLhsBlocks ? kStages : 1][kBlockM];
-    alignas(128) float rhs_scale[kRhsBlocks ? kStages : 1][kBlockN];
-    alignas(128) float bias[kBlockN];
+    alignas(128) float rhs_scale[kRhsBlocks ? kStages : kTurns][kBlockN];
+    alignas(128) float bias[kTurns][kBlockN];
     tile::Ring<kStages> ring;
-    tile::Ring<1> columns;  // of what the end of a tile reads: bias and, without blocks, rhs_scale
+    tile::Ring<kTurns>
+        columns;  // what the end of a tile reads: bias and, without blocks, rhs_scale
+    tile::Barrier turns[kTurns];  // to multiply
   };
   static constexpr int kSharedBytes = sizeof(Storage);
   static_assert(kSharedBytes <= tile::kMaxSharedBytes, "the tiles must fit a block");
@@ -106,11 +112,15 @@ struct ScaledMatmul {
       col = at.col * kClusterN + (kSharesLhs ? Cluster::rank() * kBlockN : 0);
     }
   };
+  // Calls work(at, n) for the n-th tile of this block's, n = turn, turn + turns, ...
   template <class Do>
-  __device__ __forceinline__ static void for_each_work(const Params& p, const Do& work) {
+  __device__ __forceinline__ static void for_each_work(const Params& p, const Do& work,
+                                                       int turn = 0, int turns = 1) {
     const int count = p.B * p.order.count();
-    for (int index = Cluster::index(); index < count; index += Cluster::count()) {
-      work(Work(p, index));
+    for (int n = turn;; n += turns) {
+      const int index = Cluster::index() + n * Cluster::count();
+      if (index >= count) break;
+      work(Work(p, index), n);
     }
   }
 
@@ -125,8 +135,8 @@ struct ScaledMatmul {
   __device__ __forceinline__ static void load(const Params& p, Storage& shared) {
     using Alone = tile::Cluster<1>;
     tile::Slot<kStages> slot;
-    tile::Slot<1> columns;
-    for_each_work(p, [&](const Work& at) {
+    tile::Slot<kTurns> columns;
+    for_each_work(p, [&](const Work& at, int) {
       for (int k = 0; k < p.K_blocks; ++k, slot.advance()) {
         slot.wait_empty(shared.ring);
         const int stage = slot.stage();
@@ -148,44 +158,59 @@ struct ScaledMatmul {
       if (has_columns(p)) {
         // Late, because the consumers have to be done with those of the tile before this one.
         columns.wait_empty(shared.columns);
-        load_columns(p, shared, at);
+        load_columns(p, shared, at, columns.stage());
         columns.advance();
       }
     });
   }
 
   __device__ __forceinline__ static void load_columns(const Params& p, Storage& shared,
-                                                      const Work& at) {
-    auto& full = shared.columns.full[0];
+                                                      const Work& at, int turn) {
+    auto& full = shared.columns.full[turn];
     const bool has_scales = has_column_scales(p), has_bias = p.bias != nullptr;
     full.arrive_expect(static_cast<int>(sizeof(float)) * kBlockN * (has_scales + has_bias));
-    if (has_scales) tile::tma::load(shared.rhs_scale[0], p.rhs_rows, at.batch, at.col, full);
-    if (has_bias) tile::tma::load(shared.bias, p.bias_row, 0, at.col, full);
+    if (has_scales) tile::tma::load(shared.rhs_scale[turn], p.rhs_rows, at.batch, at.col, full);
+    if (has_bias) tile::tma::load(shared.bias[turn], p.bias_row, 0, at.col, full);
   }
 
+  // Which of the tiles, and what part of them, is a consumer's.
+  __device__ __forceinline__ static int turn_of(int consumer) { return kTurns > 1 ? consumer : 0; }
+  __device__ __forceinline__ static int part_of(int consumer) { return kTurns > 1 ? 0 : consumer; }
+
   __device__ __forceinline__ static void multiply(const Params& p, Storage& shared, int consumer) {
-    tile::Slot<kStages> slot;
-    tile::Slot<1> columns;
-    Sum sums[kWaves];  // rows 64 * kWaves * consumer and on of the tile
+    const int turn = turn_of(consumer), part = part_of(consumer);
+    Sum sums[kWaves];  // rows 64 * kWaves * part and on of the tile
     fill_columns(p, shared);
-    for_each_work(p, [&](const Work& at) {
+    const auto work = [&](const Work& at, uint32_t n) {
+      tile::Slot<kStages> slot = {n * p.K_blocks};
+      const uint32_t parity = n / kTurns % 2;  // of this consumer's tiles
+      // Fetched ahead, unless there are no registers for them; then another consumer multiplies
+      // while this one waits.
       tile::RowVector rows[kWaves];
+      if constexpr (kTurns == 1) {
 #pragma unroll
-      for (int wave = 0; wave < kWaves; ++wave) rows[wave] = row_scales(p, at, consumer, wave);
+        for (int wave = 0; wave < kWaves; ++wave) rows[wave] = row_scales(p, at, part, wave);
+      } else {
+        shared.turns[turn].wait(turn == 0 ? parity ^ 1 : parity);  // the first waits for nobody
+      }
+      const auto rows_of = [&](int wave) {
+        if constexpr (kTurns == 1) return rows[wave];
+        return row_scales(p, at, part, wave);
+      };
       if constexpr (kFastAccumulation) {
         sum_fast(p, shared, slot, consumer, sums);
       } else {
         sum_promoted(p, shared, slot, consumer, at, sums);
       }
       if (has_columns(p)) {
-        columns.wait_full(shared.columns);
-        store<true>(p, shared, at, sums, rows, consumer);
-        shared.columns.empty[0].arrive_warp();
-        columns.advance();
+        shared.columns.full[turn].wait(parity);
+        store<true>(p, shared, at, sums, rows_of, consumer);
+        shared.columns.empty[turn].arrive_warp();
       } else {
-        store<false>(p, shared, at, sums, rows, consumer);
+        store<false>(p, shared, at, sums, rows_of, consumer);
       }
-    });
+    };
+    for_each_work(p, work, turn, kTurns);
     if (threadIdx.x % tile::kWarpgroupSize == 0) tile::tma::wait_stores_read();
   }
 
@@ -200,7 +225,7 @@ struct ScaledMatmul {
   __device__ __forceinline__ static void sum_fast(const Params& p, Storage& shared,
                                                   tile::Slot<kStages>& slot, int consumer,
                                                   Sum (&sums)[kWaves]) {
-    const auto lhs = tile::settled(lhs_rows(shared, consumer, 0));
+    const auto lhs = tile::settled(lhs_rows(shared, part_of(consumer), 0));
     const auto rhs = tile::settled(tile::k_major<kBlockN>(shared.rhs[0]));
     bool ready = slot.is_full(shared.ring);
     for (int k = 0; k < p.K_blocks; ++k, slot.advance()) {
@@ -216,6 +241,7 @@ struct ScaledMatmul {
       tile::mma_wait<1>();  // the products before these
       if (k > 0) release(shared, slot.previous());
     }
+    if constexpr (kTurns > 1) shared.turns[(consumer + 1) % kTurns].arrive_warp();
     tile::mma_wait<0>();
 #pragma unroll
     for (int wave = 0; wave < kWaves; ++wave) tile::pin(sums[wave]);
@@ -304,8 +330,10 @@ struct ScaledMatmul {
   __device__ __forceinline__ static void fill_columns(const Params& p, Storage& shared) {
     const int t = threadIdx.x - tile::kWarpgroupSize;
     if (t < kBlockN) {
-      if (!kLhsBlocks && !has_column_scales(p)) shared.rhs_scale[0][t] = 1.0f;
-      if (p.bias == nullptr) shared.bias[t] = 0.0f;
+      for (int turn = 0; turn < kTurns; ++turn) {
+        if (!kLhsBlocks && !has_column_scales(p)) shared.rhs_scale[turn][t] = 1.0f;
+        if (p.bias == nullptr) shared.bias[turn][t] = 0.0f;
+      }
     }
     tile::ptx::named_barrier_sync(1 + kConsumers, kConsumers * tile::kWarpgroupSize);
   }
@@ -313,36 +341,38 @@ struct ScaledMatmul {
   // A piece of the result, from column `col` of the tile on: the sums times the scales of their
   // rows and columns, plus the bias.
   template <bool kColumns, int kCols>
-  __device__ __forceinline__ static void finish(const Storage& shared, int col,
+  __device__ __forceinline__ static void finish(const Storage& shared, int turn, int col,
                                                 const tile::RowVector& rows,
                                                 tile::RegisterTile<float, 64, kCols>& sum) {
     if constexpr (!kLhsBlocks) tile::scale_rows(sum, rows);
     if constexpr (kColumns && !kLhsBlocks) {
-      tile::scale_add_row(sum, shared.rhs_scale[0] + col, shared.bias + col);
+      tile::scale_add_row(sum, shared.rhs_scale[turn] + col, shared.bias[turn] + col);
     } else if constexpr (kColumns) {
-      tile::add_row(sum, shared.bias + col);
+      tile::add_row(sum, shared.bias[turn] + col);
     }
   }
 
   // Finishes pieces of 64 rows and 128 bytes and sends them out through the buffers; the last ones
   // are still on their way when the next tile's products begin.
-  template <bool kColumns>
+  template <bool kColumns, class RowsOf>
   __device__ __forceinline__ static void store(const Params& p, Storage& shared, const Work& at,
-                                               const Sum (&sums)[kWaves],
-                                               const tile::RowVector (&rows)[kWaves],
+                                               const Sum (&sums)[kWaves], const RowsOf& rows_of,
                                                int consumer) {
     const bool leader = threadIdx.x % tile::kWarpgroupSize == 0;
     const auto sync = [&] { tile::ptx::named_barrier_sync(1 + consumer, tile::kWarpgroupSize); };
-    auto& out = shared.out[consumer];
-    constexpr int kGroup = kPieces < kBuffers ? kPieces : kBuffers;  // pieces at once
-    constexpr int kGroups = kBuffers / kGroup;                       // of buffers, in turn
+    // Pieces at once, and groups of so many buffers, which take turns.
+    constexpr int kGroup = kTurns > 1 ? 1 : kPieces < kBuffers ? kPieces : kBuffers;
+    constexpr int kGroups = kBuffers / kGroup;
     static_assert(kWaves * kPieces / kGroup % kGroups == 0, "tiles begin with the first group");
 #pragma unroll
     for (int wave = 0; wave < kWaves; ++wave) {
-      const int row = at.row + 64 * (kWaves * consumer + wave);
+      const int row = at.row + 64 * (kWaves * part_of(consumer) + wave);
+      const tile::RowVector rows = rows_of(wave);
 #pragma unroll
       for (int first = 0; first < kPieces; first += kGroup) {
         const int buffer = (wave * kPieces / kGroup + first / kGroup) % kGroups * kGroup;
+        // With turns, again for each piece: addresses of all would take too many registers.
+        auto& out = (kTurns > 1 ? tile::settled(shared) : shared).out[consumer];
         if (leader) tile::tma::wait_stores_read<kGroups - 1>();
         sync();  // the buffers are free
 #pragma unroll
@@ -351,7 +381,7 @@ struct ScaledMatmul {
           tile::RegisterTile<float, 64, kPieceCols> result;
           tile::RegisterTile<Out, 64, kPieceCols> rounded;
           tile::convert(result, sums[wave], col);
-          finish<kColumns>(shared, col, rows[wave], result);
+          finish<kColumns>(shared, turn_of(consumer), col, rows, result);
           tile::convert(rounded, result, 0);
           tile::store(out[buffer + i], 0, rounded);
         }
@@ -377,8 +407,9 @@ __global__ void __cluster_dims__(Matmul::Cluster::kBlocks, 1, 1)
   const int warpgroup = tile::warpgroup_index();
 
   if (threadIdx.x == 0) {
-    shared.ring.init(1, 4 * Matmul::kConsumers * Matmul::Cluster::kBlocks);  // warps of the cluster
-    shared.columns.init(1, 4 * Matmul::kConsumers);
+    shared.ring.init(1, 4 * Matmul::kSharers * Matmul::Cluster::kBlocks);  // warps of the cluster
+    shared.columns.init(1, 4 * Matmul::kSharers);
+    for (auto& turn : shared.turns) turn.init(4);  // warps of a consumer
     tile::ptx::fence_mbarrier_init();
   }
   Matmul::Cluster::sync();

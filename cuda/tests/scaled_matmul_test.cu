@@ -160,7 +160,10 @@ void test_types(std::string what) {
                                                          Scaling rhs) {
     constexpr ScaledMatmulConfig kConfig = scaled_matmul_config(kScales, kFast);
     test_sizes<ScaledMatmul<Lhs, Rhs, Out, kScales, kFast, kConfig>>(what + how, lhs, rhs);
-    if constexpr (!kFast) {
+    if constexpr (kFast) {
+      using PingPong = ScaledMatmul<Lhs, Rhs, Out, kScales, kFast, kPingPong>;
+      test_sizes<PingPong>(what + how + ", ping-pong", lhs, rhs);
+    } else {
       using Three = ScaledMatmul<Lhs, Rhs, Out, kScales, kFast, kThreeConsumers>;
       test_sizes<Three>(what + how + ", three consumers", lhs, rhs);
     }
