@@ -8,10 +8,11 @@ A time includes all that a step of training does: the quantisation of every oper
 fp8` the scales for the next step. `fwd-bwd` gives y and the gradients of x and both weights.
 
 `jaxkern R` is fp8_matmul by recipe, `jaxkern R hoisted` with weights that quantize_weight has
-quantised outside of what is timed. `xla fp8` quantises by tensor, from the values at hand, for XLA
+quantised outside of what is timed, `jaxkern R fast` with fast accumulation of the forward products.
+`xla fp8` quantises by tensor, from the values at hand, for XLA
 to make cuBLASLt's products of it; `flax fp8` is flax.linen's Fp8DirectDotGeneralOp, with scales of
-the steps before. Both let cuBLASLt sum forward with fewer bits. Unless all their products were
-compiled to cuBLASLt's FP8, they fail.
+the steps before. These two let cuBLASLt sum forward with fewer bits, as `fast` does. Unless all
+their products were compiled to cuBLASLt's FP8, they fail.
 """
 
 from __future__ import annotations
@@ -148,11 +149,11 @@ def check_calls(text: str, call: str, wanted: int) -> None:
         raise RuntimeError(f"XLA compiled {found} of {wanted} products to {call}")
 
 
-def jaxkern_linears(recipe: str, hoisted: bool) -> Linears:
+def jaxkern_linears(recipe: str, hoisted: bool = False, fast: bool = False) -> Linears:
     """fp8_matmul, with weights that are quantised beforehand or not."""
 
     def linear(x, w, quantized=None):
-        options = {"recipe": recipe, "implementation": IMPLEMENTATION}
+        options = {"recipe": recipe, "implementation": IMPLEMENTATION, "fast_accumulation": fast}
         return jaxkern.fp8_matmul(x, w, quantized_weight=quantized, **options)
 
     def function(x, w1, w2, *quantized):
@@ -240,9 +241,13 @@ def flax_linears(shape: Shape) -> Linears:
 
 MAKERS: dict[str, Callable[[Shape], Linears]] = {
     "xla bf16": lambda shape: bf16_linears(),
-    **{f"jaxkern {r}": lambda shape, r=r: jaxkern_linears(r, hoisted=False) for r in RECIPES},
+    **{f"jaxkern {r}": lambda shape, r=r: jaxkern_linears(r) for r in RECIPES},
     **{
         f"jaxkern {r} hoisted": lambda shape, r=r: jaxkern_linears(r, hoisted=True) for r in RECIPES
+    },
+    **{
+        f"jaxkern {r} fast": lambda shape, r=r: jaxkern_linears(r, fast=True)
+        for r in ("row", "tensor")
     },
     "xla fp8": lambda shape: xla_linears(),
     "flax fp8": flax_linears,

@@ -39,7 +39,7 @@ def test_measures_on_any_device(tmp_path):
     [path] = tmp_path.iterdir()
     rows = benchmarking.read_rows(path)
     ours = [name for name in fp8_linear.PROVIDERS if name.startswith("jaxkern")]
-    assert len(ours) == 6
+    assert len(ours) == 8
     for case in cases:
         found = [(r.provider, r.metric) for r in rows if r.case == case]
         assert set(found) == {
