@@ -45,6 +45,18 @@ __device__ __forceinline__ void bulk_tensor_load(void* shared, const CUtensorMap
       : "memory");
 }
 
+// The same of a rank-3 tensor.
+__device__ __forceinline__ void bulk_tensor_load(void* shared, const CUtensorMap* map,
+                                                 uint64_t* barrier, int c0, int c1, int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4, %5}], [%2];"
+      :
+      : "r"(shared_address(shared)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1),
+        "r"(c2)
+      : "memory");
+}
+
 // The same into the same place of every block of the cluster whose bit is set in `blocks`; it
 // completes on the barrier that lies at the same place in each of them.
 __device__ __forceinline__ void bulk_tensor_load_multicast(void* shared, const CUtensorMap* map,
@@ -59,6 +71,19 @@ __device__ __forceinline__ void bulk_tensor_load_multicast(void* shared, const C
       : "memory");
 }
 
+// The same of a rank-3 tensor.
+__device__ __forceinline__ void bulk_tensor_load_multicast(void* shared, const CUtensorMap* map,
+                                                           uint64_t* barrier, int c0, int c1,
+                                                           int c2, uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;"
+      :
+      : "r"(shared_address(shared)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1),
+        "r"(c2), "h"(blocks)
+      : "memory");
+}
+
 // The same of a rank-4 tensor.
 __device__ __forceinline__ void bulk_tensor_load_multicast(void* shared, const CUtensorMap* map,
                                                            uint64_t* barrier, int c0, int c1,
@@ -70,6 +95,11 @@ __device__ __forceinline__ void bulk_tensor_load_multicast(void* shared, const C
       : "r"(shared_address(shared)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1),
         "r"(c2), "r"(c3), "h"(blocks)
       : "memory");
+}
+
+// Has the tensor map fetched, so that the first copy need not wait for it.
+__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" : : "l"(map) : "memory");
 }
 
 // A flat span of this block's shared memory to another block's; `to` and `barrier`, on which it
