@@ -22,8 +22,8 @@ cudaError_t make_matrix_map(CUtensorMap* map, CUtensorMapDataType dtype, const v
                             int64_t rows, int64_t cols, int box_rows);
 
 // The same of 8-bit elements, for copies of several boxes side by side: `*box_panels` of them, one
-// after another in memory, whose coordinates are (0, row, panel); or, where no whole number of panels
-// makes a row, just one of them, at (col, row, 0), and `*box_panels` becomes 1.
+// after another in memory, whose coordinates are (0, row, panel); or, where no whole number of
+// panels makes a row, just one of them, at (col, row, 0), and `*box_panels` becomes 1.
 cudaError_t make_panel_map(CUtensorMap* map, const void* data, int64_t rows, int64_t cols,
                            int box_rows, int* box_panels);
 

@@ -45,18 +45,6 @@ __device__ __forceinline__ void bulk_tensor_load(void* shared, const CUtensorMap
       : "memory");
 }
 
-// The same of a rank-3 tensor.
-__device__ __forceinline__ void bulk_tensor_load(void* shared, const CUtensorMap* map,
-                                                 uint64_t* barrier, int c0, int c1, int c2) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%3, %4, %5}], [%2];"
-      :
-      : "r"(shared_address(shared)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1),
-        "r"(c2)
-      : "memory");
-}
-
 // The same into the same place of every block of the cluster whose bit is set in `blocks`; it
 // completes on the barrier that lies at the same place in each of them.
 __device__ __forceinline__ void bulk_tensor_load_multicast(void* shared, const CUtensorMap* map,
@@ -71,19 +59,6 @@ __device__ __forceinline__ void bulk_tensor_load_multicast(void* shared, const C
       : "memory");
 }
 
-// The same of a rank-3 tensor.
-__device__ __forceinline__ void bulk_tensor_load_multicast(void* shared, const CUtensorMap* map,
-                                                           uint64_t* barrier, int c0, int c1,
-                                                           int c2, uint16_t blocks) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;"
-      :
-      : "r"(shared_address(shared)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1),
-        "r"(c2), "h"(blocks)
-      : "memory");
-}
-
 // The same of a rank-4 tensor.
 __device__ __forceinline__ void bulk_tensor_load_multicast(void* shared, const CUtensorMap* map,
                                                            uint64_t* barrier, int c0, int c1,
@@ -95,6 +70,31 @@ __device__ __forceinline__ void bulk_tensor_load_multicast(void* shared, const C
       : "r"(shared_address(shared)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1),
         "r"(c2), "r"(c3), "h"(blocks)
       : "memory");
+}
+
+// One box of a rank-3 tensor into shared memory, by a policy of the L2 cache.
+__device__ __forceinline__ void bulk_tensor_load_by(uint64_t policy, void* shared,
+                                                    const CUtensorMap* map, uint64_t* barrier,
+                                                    int c0, int c1, int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5}], [%2], %6;"
+      :
+      : "r"(shared_address(shared)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1),
+        "r"(c2), "l"(policy)
+      : "memory");
+}
+
+// Policies: what is read by them leaves the L2 cache before all else, or after it.
+__device__ __forceinline__ uint64_t evict_first_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ uint64_t evict_last_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
 }
 
 // Has the tensor map fetched, so that the first copy need not wait for it.
