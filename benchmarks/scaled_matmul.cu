@@ -13,6 +13,7 @@
 #include <memory>
 
 #include "benchmarks/harness.cuh"
+#include "cuda/matmul/few_rows.h"
 #include "cuda/matmul/scaled_matmul.h"
 
 namespace jaxkern {
@@ -84,17 +85,34 @@ std::vector<Provider> fast() {
           variant<Out, kNone, true, kPingPong>(16)};
 }
 
-// The first is what the library runs.
+// The first is what the library runs; then, for tiles of each height, the best plan of one block a
+// tile and of two.
 template <BlockScales kScales, bool kFast, int kTokens>
 std::vector<Provider> few_rows() {
-  using Matmul = ScaledMatmulFewRows<tile::bf16, kScales, kFast, kTokens>;
-  std::vector<Provider> found;
-  for (const int splits : {0, 1, 2, 4}) {
-    found.push_back(
-        {"few rows splits" + std::to_string(splits), [splits](const auto& p, cudaStream_t s) {
-           bench::check(launch_scaled_matmul_few_rows_sm90<Matmul>(p, s, splits), "few rows");
-         }});
-  }
+  using Out = tile::bf16;
+  std::vector<Provider> found = {
+      {"library", [](const auto& p, cudaStream_t s) {
+         bench::check(launch_few_rows_sm90<Out, kScales, kFast, kTokens>(p, s), "few rows");
+       }}};
+  const auto add = [&]<int kGroups>() {
+    using Matmul = ScaledMatmulFewRows<Out, kScales, kFast, few_rows_config(kTokens, kGroups)>;
+    for (const int blocks : {32, 64, 128}) {
+      for (const int splits : {1, 2}) {
+        const auto run = [=](const ScaledMatmulParams& p, cudaStream_t s) {
+          const int64_t rows = tile::ceil_div(p.N, blocks);
+          const FewRowsPlan plan = {
+              std::min(64 * kGroups, static_cast<int>(tile::ceil_div(rows, 8)) * 8), splits, 0.0};
+          bench::check(launch_few_rows_plan_sm90<Matmul>(p, s, plan), "few rows");
+        };
+        found.push_back({"few rows groups" + std::to_string(kGroups) + " tiles" +
+                             std::to_string(blocks) + " splits" + std::to_string(splits),
+                         run});
+      }
+    }
+  };
+  add.template operator()<1>();
+  if constexpr (kTokens > 32) add.template operator()<2>();
+  add.template operator()<4>();
   return found;
 }
 

@@ -85,6 +85,7 @@ FUSED = {name: case for name, case in QUANTIZE.items() if name != "tensor"}
 SCALED_MATMUL = {  # M, N, K, both scalings
     "few rows": (5, 200, 400, "row", "tensor"),
     "few rows, blocks": (20, 136, 1040, "1x128", "128x128"),
+    "few rows, halves of K": (100, 264, 2048, "row", "row"),
     "rows": (300, 264, 144, "row", "row"),
     "blocks": (130, 264, 400, "1x128", "128x128"),
     "blocks of both": (257, 136, 300, "1x128", "1x128"),

@@ -70,6 +70,19 @@ cudaError_t make_matrix_map(CUtensorMap* map, CUtensorMapDataType dtype, const v
   return encode_map(map, dtype, 2, data, sizes, strides, box, CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
+cudaError_t make_panel_map(CUtensorMap* map, const void* data, int64_t rows, int64_t cols,
+                           int box_rows, int* box_panels) {
+  if (cols % kPanelBytes != 0) *box_panels = 1;
+  const int64_t panels = *box_panels > 1 ? cols / kPanelBytes : 1;
+  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(cols / panels),
+                               static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(panels)};
+  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(cols), kPanelBytes};
+  const cuuint32_t box[3] = {kPanelBytes, static_cast<cuuint32_t>(box_rows),
+                             static_cast<cuuint32_t>(*box_panels)};
+  return encode_map(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, data, sizes, strides, box,
+                    CU_TENSOR_MAP_SWIZZLE_128B);
+}
+
 cudaError_t make_row_map(CUtensorMap* map, const float* data, int64_t rows, int64_t cols,
                          int box_cols) {
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};

@@ -1,7 +1,8 @@
 // Instances of the product of scaled matrices for few rows of lhs: JAXKERN_TOKENS comes from the
 // table in CMakeLists.txt.
+#include "cuda/matmul/few_rows.h"
+
 #include "cuda/matmul/instances.h"
-#include "cuda/matmul/scaled_matmul.h"
 
 namespace jaxkern {
 
@@ -9,8 +10,7 @@ template <int kTokens>
 cudaError_t launch_scaled_matmul_few_rows(const ScaledMatmulParams& p, cudaStream_t stream) {
   return select_out(p.out_dtype, [&]<class Out>() {
     const auto run = [&]<BlockScales kScales, bool kFastAccumulation>() {
-      using Matmul = ScaledMatmulFewRows<Out, kScales, kFastAccumulation, kTokens>;
-      return launch_scaled_matmul_few_rows_sm90<Matmul>(p, stream);
+      return launch_few_rows_sm90<Out, kScales, kFastAccumulation, kTokens>(p, stream);
     };
     if (p.lhs_scaling == Scaling::kBlock1x128) {
       return run.template operator()<BlockScales::k1x128By128x128, false>();

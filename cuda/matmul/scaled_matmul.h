@@ -2,13 +2,11 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <type_traits>
 
 #include "cuda/host/device.h"
 #include "cuda/host/launch.h"
 #include "cuda/host/tensor_map.h"
-#include "cuda/matmul/scaled_matmul_few_rows_sm90.cuh"
 #include "cuda/matmul/scaled_matmul_sm90.cuh"
 
 namespace jaxkern {
@@ -47,7 +45,8 @@ constexpr CUtensorMapDataType tensor_map_type() {
   static_assert(sizeof(T) != 1, "8-bit types are UINT8 to TMA");
 }
 
-// What both kernels take: copies of `lhs_box`, `rhs_box` and `out_box` rows.
+// What the kernel takes besides the order of tiles and, of columns, scales and bias: copies of
+// `lhs_box`, `rhs_box` and `out_box` rows.
 template <class Matmul>
 cudaError_t fill_params(typename Matmul::Params* p, const ScaledMatmulParams& params, int lhs_box,
                         int rhs_box, int out_box) {
@@ -147,52 +146,6 @@ cudaError_t launch_fast_sm90(const ScaledMatmulParams& params, cudaStream_t stre
   using Together = ScaledMatmul<Lhs, Rhs, Out, kNone, true, scaled_matmul_config(kNone, true)>;
   using InTurns = ScaledMatmul<Lhs, Rhs, Out, kNone, true, kPingPong>;
   return launch_faster_sm90<Together, InTurns>(params, stream, 94);
-}
-
-// The blocks that share a tile's K, of those that take least time by this estimate, in loads of one
-// block of weights: all loads at the rate of the memory, or those of one SM at the rate of an SM,
-// which is at most twice its part; and what a cluster costs (H200: 1.5 us if it is two, 3 if four).
-template <class Matmul>
-int few_rows_splits(int64_t tiles, int K_blocks, int multiprocessors) {
-  const auto clusters_of = [](int splits) {
-    return resident_clusters(scaled_matmul_few_rows_sm90_kernel<Matmul>, splits, Matmul::kThreads,
-                             Matmul::kSharedBytes);
-  };
-  static const int kResident[] = {0, clusters_of(2), clusters_of(4)};
-  int best = 1;
-  double least = INFINITY;
-  for (int i = 0; i < 3; ++i) {
-    const int splits = 1 << i, resident = i == 0 ? multiprocessors : kResident[i];
-    if (resident == 0 || K_blocks < 4 * splits) continue;
-    const double rounds = static_cast<double>(tile::ceil_div<int64_t>(tiles, resident));
-    const double all = static_cast<double>(tiles) * K_blocks / multiprocessors;
-    const double loads = std::max(all, rounds * K_blocks / splits / 2) + 3.0 * (splits / 2);
-    if (loads < least) {
-      least = loads;
-      best = splits;
-    }
-  }
-  return best;
-}
-
-// splits: 0 for what few_rows_splits() says.
-template <class Matmul>
-cudaError_t launch_scaled_matmul_few_rows_sm90(const ScaledMatmulParams& params,
-                                               cudaStream_t stream, int splits = 0) {
-  int multiprocessors;
-  if (cudaError_t error = multiprocessor_count(&multiprocessors)) return error;
-  if (params.M > Matmul::kTokens) return cudaErrorInvalidValue;
-  typename Matmul::Params p = {};
-  if (cudaError_t error =
-          fill_params<Matmul>(&p, params, Matmul::kTokens, Matmul::kBlockN, Matmul::kPartTokens))
-    return error;
-  p.B = static_cast<int>(params.B);
-  p.tiles = tile::ceil_div(p.N, Matmul::kBlockN);
-  const int64_t tiles = params.B * p.tiles;
-  p.splits = splits > 0 ? splits : few_rows_splits<Matmul>(tiles, p.K_blocks, multiprocessors);
-  const int64_t clusters = p.splits > 1 ? tiles : std::min<int64_t>(tiles, multiprocessors);
-  return launch_clusters(scaled_matmul_few_rows_sm90_kernel<Matmul>, clusters * p.splits, p.splits,
-                         Matmul::kThreads, Matmul::kSharedBytes, stream, p);
 }
 
 }  // namespace jaxkern

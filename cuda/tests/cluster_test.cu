@@ -119,47 +119,72 @@ void test_multicast(int clusters, int box_rows) {
   test::compare(what, out.host(), wanted, Tile::kCols);
 }
 
-// Every block of a cluster ends with the sum of what all have.
+constexpr int kPart = 16;  // columns
+
 template <int kCols>
-__global__ void fragments_kernel(const float* in, float* out) {
-  auto& shared = tile::shared_storage<float[64 * kCols]>();
+struct SendStorage {
+  float received[7][64 * kCols];  // of each of the other blocks
+  tile::Barrier ready, done;
+};
+
+// Blocks of a cluster, of which each adds up every so many-th part of what all have.
+template <int kCols>
+__global__ void send_kernel(const float* in, float* out) {
+  auto& shared = tile::shared_storage<SendStorage<kCols>>();
   tile::RegisterTile<float, 64, kCols> x;
-  const int blocks = gridDim.x, thread = threadIdx.x;
-  for (int k = 0; k < kCols / 2; ++k) {
-    x.data[k] = in[(blockIdx.x * blockDim.x + thread) * (kCols / 2) + k];
+  const int blocks = gridDim.x, rank = blockIdx.x, thread = threadIdx.x;
+  constexpr int kParts = kCols / kPart, kPartSize = 64 * kPart;
+  if (thread == 0) {
+    shared.ready.init(blocks > 1 ? blocks - 1 : 1);
+    shared.done.init(1);
+    tile::ptx::fence_mbarrier_init();
   }
-  tile::store_fragments(shared, x);
-  tile::ptx::cluster_arrive();
-  tile::ptx::cluster_wait();
-  for (int rank = 0; rank < blocks; ++rank) {
-    if (rank == static_cast<int>(blockIdx.x)) continue;
-    constexpr int kHalf = kCols / 2;
-    if (rank == 0) {
-      tile::add_fragments_of(x, shared, rank);
-    } else {
-      tile::add_fragments_of(x, shared, rank, 0, kHalf);
-      tile::add_fragments_of(x, shared, rank, kHalf, kCols);
+  tile::start_cluster();
+  for (int k = 0; k < kCols / 2; ++k) {
+    x.data[k] = in[(rank * blockDim.x + thread) * (kCols / 2) + k];
+  }
+  if (thread == 0) {
+    const int parts = (kParts - rank + blocks - 1) / blocks;
+    shared.done.arrive_expect(parts * (blocks - 1) * kPartSize * 4);
+    for (int i = 1; i < blocks; ++i) tile::arrive_at(shared.ready, (rank + i) % blocks);
+  }
+  if (blocks > 1) shared.ready.wait(0);
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    const int to = part % blocks;
+    if (to == rank) continue;
+    float* y = shared.received[(rank + blocks - to - 1) % blocks] + kPartSize * part;
+    tile::send_fragments<kPart>(y, x, kPart * part, shared.done, to);
+  }
+  shared.done.wait(0);
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    if (part % blocks != rank) continue;
+    for (int i = 0; i < blocks - 1; ++i) {
+      tile::add_fragments_at<kPart>(x, kPart * part, shared.received[i] + kPartSize * part);
     }
   }
-  tile::ptx::cluster_arrive();
-  tile::ptx::cluster_wait();
   for (int k = 0; k < kCols / 2; ++k) {
-    out[(blockIdx.x * blockDim.x + thread) * (kCols / 2) + k] = x.data[k];
+    out[(rank * blockDim.x + thread) * (kCols / 2) + k] = x.data[k];
   }
 }
 
 template <int kCols>
-void test_fragments(int blocks) {
+void test_send(int blocks) {
   const int size = 64 * kCols;
   const auto x = test::integers<float>(size * blocks, blocks, 1000);
-  std::vector<float> wanted(x.size(), 0.0f);
+  std::vector<float> wanted = x;
   for (size_t i = 0; i < x.size(); ++i) {
-    for (int block = 0; block < blocks; ++block) wanted[block * size + i % size] += x[i];
+    const int rank = i / size, part = i % (kCols / 2) / (kPart / 2);
+    for (int other = 0; other < blocks; ++other) {
+      if (part % blocks == rank && other != rank) wanted[i] += x[other * size + i % size];
+    }
   }
-  const std::string what = "sum over a cluster of " + std::to_string(blocks);
+  const std::string what =
+      std::to_string(kCols) + " columns sent in a cluster of " + std::to_string(blocks);
   const test::Array<float> in(x), out(x.size());
-  test::check(launch_clusters(fragments_kernel<kCols>, blocks, blocks, 128, size * 4, nullptr,
-                              in.data(), out.data()),
+  test::check(launch_clusters(send_kernel<kCols>, blocks, blocks, 128, sizeof(SendStorage<kCols>),
+                              nullptr, in.data(), out.data()),
               what);
   test::synchronize(what);
   test::compare(what, out.host(), wanted, kCols);
@@ -179,8 +204,9 @@ int main() {
   test_multicast<4, Panels>(2, 64);
   test_multicast<2, Panel>(3, 32);
   test_multicast<4, Panel>(2, 16);
-  test_fragments<16>(8);
-  test_fragments<128>(3);
-  test_fragments<64>(1);
+  test_send<16>(8);
+  test_send<64>(3);
+  test_send<64>(8);
+  test_send<32>(1);
   return test::finish();
 }

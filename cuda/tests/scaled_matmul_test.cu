@@ -2,6 +2,9 @@
 // divides. Elements are small integers and scales powers of two, so that every way to sum is exact.
 #include "cuda/matmul/scaled_matmul.h"
 
+#include <functional>
+
+#include "cuda/matmul/few_rows.h"
 #include "cuda/tests/test.h"
 
 namespace jaxkern {
@@ -68,9 +71,14 @@ std::vector<float> scaled(const std::vector<T>& x, const Scales& scales, int64_t
   return y;
 }
 
-template <class Lhs, class Rhs, class Out, class Launch>
-void test_matmul(const Launch& launch, std::string what, int64_t B, int64_t M, int64_t N, int64_t K,
-                 Scaling lhs_scaling, Scaling rhs_scaling, bool with_bias) {
+struct Launch {
+  std::string how;
+  std::function<cudaError_t(const ScaledMatmulParams&)> launch;
+};
+
+template <class Lhs, class Rhs, class Out>
+void test_matmul(const std::vector<Launch>& launches, std::string what, int64_t B, int64_t M,
+                 int64_t N, int64_t K, Scaling lhs_scaling, Scaling rhs_scaling, bool with_bias) {
   what += ", B " + std::to_string(B) + ", M " + std::to_string(M) + ", N " + std::to_string(N) +
           ", K " + std::to_string(K);
   const auto lhs = test::integers<Lhs>(B * M * K, M, 3);
@@ -93,7 +101,6 @@ void test_matmul(const Launch& launch, std::string what, int64_t B, int64_t M, i
   const test::Array<Rhs> in_rhs(guarded(rhs));
   const test::Array<float> in_lhs_scale(guarded(lhs_scales.values));
   const test::Array<float> in_rhs_scale(guarded(rhs_scales.values)), in_bias(guarded(bias));
-  const test::Array<Out> out(wanted.size());
   ScaledMatmulParams params = {};
   params.lhs_scaling = lhs_scaling;
   params.rhs_scaling = rhs_scaling;
@@ -103,18 +110,22 @@ void test_matmul(const Launch& launch, std::string what, int64_t B, int64_t M, i
   params.lhs_scale = in_lhs_scale.data();
   params.rhs_scale = in_rhs_scale.data();
   params.bias = with_bias ? in_bias.data() : nullptr;
-  params.out = out.data();
-  test::check(launch(params), what);
-  test::synchronize(what);
-  test::compare(what, out.host(), wanted, N);
+  for (const Launch& run : launches) {
+    const test::Array<Out> out(wanted.size());
+    params.out = out.data();
+    test::check(run.launch(params), what + run.how);
+    test::synchronize(what + run.how);
+    test::compare(what + run.how, out.host(), wanted, N);
+  }
 }
 
 template <class Matmul>
 void test_sizes(const std::string& what, Scaling lhs, Scaling rhs) {
   const auto test = [&](int64_t B, int64_t M, int64_t N, int64_t K, bool with_bias) {
     test_matmul<typename Matmul::Lhs, typename Matmul::Rhs, typename Matmul::Out>(
-        [](const auto& params) { return launch_scaled_matmul_sm90<Matmul>(params, nullptr); }, what,
-        B, M, N, K, lhs, rhs, with_bias);
+        {{"",
+          [](const auto& params) { return launch_scaled_matmul_sm90<Matmul>(params, nullptr); }}},
+        what, B, M, N, K, lhs, rhs, with_bias);
   };
   test(1, 256, 256, 128, false);  // a tile or two
   test(1, 1, 8, 16, true);        // almost nothing of one
@@ -123,24 +134,43 @@ void test_sizes(const std::string& what, Scaling lhs, Scaling rhs) {
   test(1, 2100, 2312, 48, true);  // several tiles a block
 }
 
+// By the plan that the launcher finds and, for each of its instances, by tiles that are as high as
+// can be, that leave some consumers with few rows or none, and of 8 rows.
 template <class Out, BlockScales kScales, bool kFast, int kTokens>
 void test_few_rows(std::string what, Scaling lhs, Scaling rhs) {
-  using Matmul = ScaledMatmulFewRows<Out, kScales, kFast, kTokens>;
   what += ", few rows " + std::to_string(kTokens);
-  for (const int splits : {0, 1, 2, 4, 8}) {
-    const auto test = [&](int64_t B, int64_t M, int64_t N, int64_t K, bool with_bias) {
-      test_matmul<e4m3, e4m3, Out>(
-          [splits](const auto& params) {
-            return launch_scaled_matmul_few_rows_sm90<Matmul>(params, nullptr, splits);
-          },
-          what + ", splits " + std::to_string(splits), B, M, N, K, lhs, rhs, with_bias);
-    };
-    test(1, kTokens, 128, 128, false);                      // a tile, and splits with nothing to do
-    test(1, 1, 8, 16, true);                                // almost nothing of one
-    test(3, kTokens - 3, 264, 144, true);                   // several matrices
-    test(1, kTokens, 1000, 2064, false);                    // several rounds of the ring
-    if (splits < 2) test(1, kTokens - 1, 35000, 48, true);  // several tiles a block
-  }
+  std::vector<Launch> launches = {{"", [](const auto& params) {
+                                     return launch_few_rows_sm90<Out, kScales, kFast, kTokens>(
+                                         params, nullptr);
+                                   }}};
+  std::vector<Launch> persistent = launches;
+  const auto add = [&]<int kGroups>() {
+    using Matmul = ScaledMatmulFewRows<Out, kScales, kFast, few_rows_config(kTokens, kGroups)>;
+    for (const int rows : {64 * kGroups, 64 * kGroups - 24, 32 * kGroups - 8, 8}) {
+      for (const int splits : {1, 2}) {
+        const std::string how = ", groups " + std::to_string(kGroups) + ", rows " +
+                                std::to_string(rows) + ", splits " + std::to_string(splits);
+        launches.push_back({how, [=](const auto& params) {
+                              const FewRowsPlan plan = {rows, splits, 0.0};
+                              return launch_few_rows_plan_sm90<Matmul>(params, nullptr, plan);
+                            }});
+        if (splits == 1) persistent.push_back(launches.back());
+      }
+    }
+  };
+  add.template operator()<1>();
+  if constexpr (kTokens > 32) add.template operator()<2>();
+  add.template operator()<4>();
+  const auto test = [&](const auto& by, int64_t B, int64_t M, int64_t N, int64_t K, bool bias) {
+    test_matmul<e4m3, e4m3, Out>(by, what, B, M, N, K, lhs, rhs, bias);
+  };
+  test(launches, 1, kTokens, 128, 128, false);         // a split with nothing to do
+  test(launches, 1, 1, 8, 16, true);                   // almost nothing of a tile
+  test(launches, 3, kTokens - 3, 264, 144, true);      // several matrices, panels one by one
+  test(launches, 2, kTokens - 5, 136, 1152, true);     // a stage has panels beyond K
+  test(launches, 1, kTokens, 520, 8192, false);        // several rounds of the ring
+  test(persistent, 1, kTokens - 1, 35000, 48, true);   // several tiles a block
+  test(persistent, 150, kTokens - 1, 72, 144, false);  // of several matrices
 }
 
 template <class Out, int kTokens>
@@ -150,6 +180,28 @@ void test_few_rows_scales(const std::string& what) {
   test_few_rows<Out, kNone, false, kTokens>(what + ", row by row", Scaling::kRow, Scaling::kRow);
   test_few_rows<Out, BlockScales::k1x128By128x128, false, kTokens>(
       what + ", 1x128 by 128x128", Scaling::kBlock1x128, Scaling::kBlock128x128);
+}
+
+// The launcher's plans: tiles reach the end of N, and not far beyond it.
+void test_few_rows_plans() {
+  for (const int64_t B : {1, 3, 200}) {
+    for (const int64_t N : {8, 1000, 4096, 7168, 14336, 28672, 128256}) {
+      for (const int groups : {1, 2, 4}) {
+        ScaledMatmulParams p = {};
+        p.B = B, p.N = N, p.K = 4096;
+        const FewRowsPlan plan = few_rows_plan(p, 64, groups, 132);
+        const std::string what = "plan of B " + std::to_string(B) + ", N " + std::to_string(N) +
+                                 ", groups " + std::to_string(groups);
+        if (std::isinf(plan.us)) {
+          test::expect(groups > 1, what + ": the lowest tiles always have one");
+          continue;
+        }
+        const int64_t tiles = B * tile::ceil_div(N, plan.rows);
+        test::expect(plan.rows % 8 == 0 && plan.rows > 0 && plan.rows <= 64 * groups, what);
+        test::expect(plan.splits == 1 || (plan.splits == 2 && 2 * tiles <= 132), what + ": splits");
+      }
+    }
+  }
 }
 
 template <class Lhs, class Rhs, class Out>
@@ -185,6 +237,7 @@ int main() {
   test_types<e4m3, e4m3, bf16>("to bf16");
   test_types<e5m2, e4m3, float>("to float32");
   test_types<e4m3, e5m2, f16>("to f16");
+  test_few_rows_plans();
   test_few_rows_scales<bf16, 16>("to bf16");
   test_few_rows_scales<float, 32>("to float32");
   test_few_rows_scales<f16, 64>("to f16");

@@ -97,6 +97,56 @@ void test_matrix(int rows, int cols, tile::tma::Corner at) {
   test::compare("store" + where, out.host(), stored, cols);
 }
 
+template <int kPanels>
+struct PanelStorage {
+  alignas(1024) tile::e4m3 data[kPanels * 256 * 128];
+  tile::Barrier full;
+};
+
+template <int kPanels>
+__global__ void panels_kernel(const __grid_constant__ CUtensorMap map, int box_panels, int box_rows,
+                              tile::tma::PanelCorner at, tile::e4m3* out) {
+  auto& shared = tile::shared_storage<PanelStorage<kPanels>>();
+  const int size = kPanels * box_rows * 128;
+  init(shared.full);
+  if (threadIdx.x == 0) {
+    shared.full.arrive_expect(size);
+    const uint64_t policy =
+        kPanels > 1 ? tile::ptx::evict_first_policy() : tile::ptx::evict_last_policy();
+    tile::tma::load_panels<kPanels>(shared.data, map, box_panels, box_rows, at, shared.full,
+                                    policy);
+  }
+  shared.full.wait(0);
+  for (int i = threadIdx.x; i < size; i += blockDim.x) {
+    const int row = i / 128 % box_rows, col = i % 128;
+    out[i] = shared.data[i / 128 * 128 + (col ^ row % 8 * 16)];
+  }
+}
+
+template <int kPanels>
+void test_panels(int rows, int cols, int box_rows, tile::tma::PanelCorner at) {
+  using tile::e4m3;
+  const auto x = test::integers<e4m3>(rows * cols, cols);
+  std::vector<e4m3> wanted;
+  for (int i = 0; i < kPanels * box_rows * 128; ++i) {
+    const int row = at.row + i / 128 % box_rows;
+    const int col = (at.panel + i / 128 / box_rows) * 128 + i % 128;
+    wanted.push_back(row < rows && col < cols ? x[row * cols + col] : e4m3(0.0f));
+  }
+  const test::Array<e4m3> in(x), out(wanted.size());
+  CUtensorMap map;
+  int box_panels = kPanels;
+  test::check(make_panel_map(&map, in.data(), rows, cols, box_rows, &box_panels), "map");
+  const std::string what = std::to_string(kPanels) + " panels of " + std::to_string(box_rows) +
+                           " rows of " + std::to_string(rows) + " x " + std::to_string(cols);
+  test::expect(box_panels == (cols % 128 == 0 ? kPanels : 1), what + ": panels of a box");
+  test::check(launch(panels_kernel<kPanels>, 1, 128, sizeof(PanelStorage<kPanels>), nullptr, map,
+                     box_panels, box_rows, at, out.data()),
+              what);
+  test::synchronize(what);
+  test::compare(what, out.host(), wanted, 128);
+}
+
 // Rank 4: (batch, rows, heads, kCols). The store moves `box_rows` rows of the tile, from `row0` on.
 template <int kRows, int kCols>
 void test_heads(int batch, int rows, int heads, tile::tma::Coordinate at, int row0, int box_rows) {
@@ -226,6 +276,12 @@ int main() {
   test_matrix<64, 256>(33, 8, {0, 0});
   test_matrix<64, 64>(50, 72, {128, 0});   // all of it lies below the matrix
   test_matrix<64, 128>(50, 72, {0, 128});  // or beside it
+
+  test_panels<4>(70, 1024, 56, {0, 4});
+  test_panels<4>(70, 640, 56, {56, 4});  // most of them lie beside the matrix
+  test_panels<4>(70, 592, 8, {64, 2});
+  test_panels<2>(300, 144, 256, {8, 0});
+  test_panels<1>(64, 256, 64, {0, 1});
 
   test_heads<64, 64>(2, 64, 3, {1, 0, 2}, 0, 64);
   test_heads<128, 64>(2, 37, 3, {1, 0, 1}, 64, 64);

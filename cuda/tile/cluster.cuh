@@ -51,21 +51,50 @@ struct Cluster {
   }
 };
 
-// x += what store_fragments() left at `y` in block `rank` of the cluster, by one warpgroup; in
-// columns from `first` on, up to `end`, multiples of 8.
-template <int kCols>
-__device__ __forceinline__ void add_fragments_of(RegisterTile<float, 64, kCols>& x, const float* y,
-                                                 int rank, int first = 0, int end = kCols) {
-  const uint32_t from =
+// The start of a cluster whose size is a launch parameter: waits for all its threads, after which
+// every block finds the barriers of the others, initialised before fence_mbarrier_init(). That
+// fence is the release; what else threads have written this does not publish. NOTE: not for a
+// cluster's end. Nothing would order it after arrivals on their way to a block, which must be there
+// to get them: that block waits for them.
+__device__ __forceinline__ void start_cluster() {
+  ptx::cluster_arrive_relaxed();
+  ptx::cluster_wait();
+}
+
+// One arrival at the barrier that block `rank` of the cluster has at the same place.
+__device__ __forceinline__ void arrive_at(Barrier& barrier, int rank) {
+  ptx::mbarrier_arrive_cluster(ptx::cluster_address(&barrier.word, rank));
+}
+
+// What store_fragments() would write of kCount columns of x, from `first` on, multiples of 8: sent
+// to where block `rank` has `y`. The bytes complete on `barrier` there, which must expect them.
+// Neither block needs another barrier for what it waits for there.
+template <int kCount, int kCols>
+__device__ __forceinline__ void send_fragments(float* y, const RegisterTile<float, 64, kCols>& x,
+                                               int first, Barrier& barrier, int rank) {
+  const uint32_t to =
       ptx::cluster_address(y, rank) + 16 * static_cast<uint32_t>(threadIdx.x % kWarpgroupSize);
+  const uint32_t done = ptx::cluster_address(&barrier.word, rank);
 #pragma unroll
-  for (int j = 0; j < kCols / 8; ++j) {
-    if (8 * j < first || 8 * j >= end) continue;
-    const float4 d = ptx::load_cluster(from + 16 * kWarpgroupSize * j);
-    x.data[4 * j] += d.x;
-    x.data[4 * j + 1] += d.y;
-    x.data[4 * j + 2] += d.z;
-    x.data[4 * j + 3] += d.w;
+  for (int j = 0; j < kCount / 8; ++j) {
+    const float* d = x.data + first / 2 + 4 * j;
+    ptx::store_cluster_async(to + 16 * kWarpgroupSize * j, d[0], d[1], d[2], d[3], done);
+  }
+}
+
+// x += that, when it has come, in the same columns.
+template <int kCount, int kCols>
+__device__ __forceinline__ void add_fragments_at(RegisterTile<float, 64, kCols>& x, int first,
+                                                 const float* y) {
+  const float4* from = reinterpret_cast<const float4*>(y) + threadIdx.x % kWarpgroupSize;
+#pragma unroll
+  for (int j = 0; j < kCount / 8; ++j) {
+    const float4 d = from[j * kWarpgroupSize];
+    float* to = x.data + first / 2 + 4 * j;
+    to[0] += d.x;
+    to[1] += d.y;
+    to[2] += d.z;
+    to[3] += d.w;
   }
 }
 

@@ -78,6 +78,28 @@ __device__ __forceinline__ void load_multicast(SharedTile<T, kRows, kCols>& y, c
   }
 }
 
+// Where panels of an 8-bit matrix begin, 128 columns each.
+struct PanelCorner {
+  int row, panel;
+};
+
+// Loads kPanels panels of `rows` rows by a map of make_panel_map() whose boxes have that many rows,
+// and `box_panels` panels. They come to lie one after another at `y`. policy: of the L2 cache.
+template <int kPanels, class T>
+__device__ __forceinline__ void load_panels(T* y, const CUtensorMap& x, int box_panels, int rows,
+                                            PanelCorner at, Barrier& barrier, uint64_t policy) {
+  static_assert(sizeof(T) == 1, "a panel has 128 columns of 8 bits");
+  if (kPanels > 1 && box_panels == kPanels) {
+    ptx::bulk_tensor_load_by(policy, y, &x, &barrier.word, 0, at.row, at.panel);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPanels; ++i) {
+      ptx::bulk_tensor_load_by(policy, y + i * rows * kPanelBytes, &x, &barrier.word,
+                               (at.panel + i) * kPanelBytes, at.row, 0);
+    }
+  }
+}
+
 // Stores the whole tile or, if the map's box has fewer rows, that many rows from `row0` on, to
 // column `col`.
 template <class T, int kRows, int kCols>

@@ -52,14 +52,16 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t address) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" : : "r"(address) : "memory");
 }
 
-// Four values at an address of the cluster's shared memory, 16-byte aligned.
-__device__ __forceinline__ float4 load_cluster(uint32_t address) {
-  float4 x;
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-               : "r"(address)
-               : "memory");
-  return x;
+// Stores four values at an address of the cluster's shared memory, 16-byte aligned; completes 16
+// bytes on `barrier`, in the same block.
+__device__ __forceinline__ void store_cluster_async(uint32_t address, float x, float y, float z,
+                                                    float w, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32"
+      " [%0], {%1, %2, %3, %4}, [%5];"
+      :
+      : "r"(address), "f"(x), "f"(y), "f"(z), "f"(w), "r"(barrier)
+      : "memory");
 }
 
 __device__ __forceinline__ bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
@@ -102,6 +104,13 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
 
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+}
+
+// The same without publishing what this thread wrote.
+// NOTE: release.cluster is a fence to the whole GPU in machine code, which waits for all that the
+// SM has in flight.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 }
 
 __device__ __forceinline__ void cluster_wait() {

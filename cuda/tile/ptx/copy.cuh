@@ -72,6 +72,36 @@ __device__ __forceinline__ void bulk_tensor_load_multicast(void* shared, const C
       : "memory");
 }
 
+// One box of a rank-3 tensor into shared memory, by a policy of the L2 cache.
+__device__ __forceinline__ void bulk_tensor_load_by(uint64_t policy, void* shared,
+                                                    const CUtensorMap* map, uint64_t* barrier,
+                                                    int c0, int c1, int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5}], [%2], %6;"
+      :
+      : "r"(shared_address(shared)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1),
+        "r"(c2), "l"(policy)
+      : "memory");
+}
+
+// Policies: what is read by them leaves the L2 cache before all else, or after it.
+__device__ __forceinline__ uint64_t evict_first_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ uint64_t evict_last_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// Has the tensor map fetched, so that the first copy need not wait for it.
+__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" : : "l"(map) : "memory");
+}
+
 // A flat span of this block's shared memory to another block's; `to` and `barrier`, on which it
 // completes, are cluster addresses.
 __device__ __forceinline__ void bulk_copy_cluster(uint32_t to, const void* from, uint32_t bytes,
