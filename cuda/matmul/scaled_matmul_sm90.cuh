@@ -298,6 +298,8 @@ struct ScaledMatmul {
           next_scale = rhs_scale_of(k + 1);
         }
         if constexpr (kRhsBlocks) {
+          // NOTE: not before the wait. While tensor cores read shared memory others are served
+          // late: with half of these loads ahead it took 5% more cycles, with all 20% (H200).
           tile::add_scaled(sums[wave], part, row_scale, shared.rhs_scale[stage]);
         } else if constexpr (kLhsBlocks) {
           tile::add_scaled(sums[wave], part, row_scale);
