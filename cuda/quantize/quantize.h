@@ -11,17 +11,6 @@
 
 namespace jaxkern::quantize {
 
-inline int64_t tiles(const QuantizeParams& p) {
-  return tile::ceil_div(p.rows, kTile) * tile::ceil_div(p.cols, kTile);
-}
-
-// How many blocks a kernel of tiles has. With `progress` it computes rstd on the way.
-template <class T>
-int64_t tile_blocks(const QuantizeParams& p) {
-  const int64_t units = tile::ceil_div(p.rows, kTile) * TilesAhead<T>::kUnits;
-  return tiles(p) + (p.progress != nullptr ? units : 0);
-}
-
 template <class Source, class T>
 bool all_aligned(const QuantizeParams& p) {
   const auto aligned = [&](const QuantizedMatrix& to) {
@@ -32,24 +21,23 @@ bool all_aligned(const QuantizeParams& p) {
          std::all_of(p.outputs, p.outputs + Source::kOutputs, aligned);
 }
 
-// Has the kernel of tiles compute rstd.
-template <class Source, class T>
-cudaError_t start_progress(QuantizeParams& p, cudaStream_t stream) {
-  int multiprocessors;
-  if (cudaError_t error = multiprocessor_count(&multiprocessors)) return error;
-  const int64_t at_work = int64_t{multiprocessors} * kBlocksPerSm<Source, T>;
-  const int64_t of_panel = TilesAhead<T>::kUnits + tile::ceil_div(p.cols, kTile);
-  p.lead = static_cast<int32_t>(tile::ceil_div(at_work, of_panel) + 1);
-  p.rstd_in = p.rstd;
-  return cudaMemsetAsync(p.progress, 0, quantize_progress(p.rows) * sizeof(int32_t), stream);
+// Blocks fill the GPU, and go from turn to turn.
+template <class Source, class T, Scaling kScaling>
+cudaError_t launch_tiles(void (*kernel)(QuantizeParams), QuantizeParams p, cudaStream_t stream) {
+  constexpr int kThreads = Threads<T>::kThreads, kBytes = sizeof(TilesMemory<Source, T>);
+  const int resident = resident_clusters(kernel, 1, kThreads, kBytes);
+  if (resident == 0) return cudaErrorInvalidValue;
+  const TurnOrder order = turn_order<T, kScaling>(p);
+  if (order.units > 0) {
+    p.lead = tile::ceil_div(resident, static_cast<int>(order.units + order.tiles)) + 1;
+  }
+  const int64_t turns = int64_t{order.panels} * (order.units + order.tiles);
+  return launch(kernel, std::min<int64_t>(turns, resident), kThreads, kBytes, stream, p);
 }
 
 template <class Source, class T, class F, Scaling kScaling>
 cudaError_t launch_tiles(const QuantizeParams& p, cudaStream_t stream) {
-  const auto start = [&](auto kernel) {
-    return launch(kernel, tile_blocks<T>(p), Threads<T>::kThreads, sizeof(Memory<Source, T>),
-                  stream, p);
-  };
+  const auto start = [&](auto kernel) { return launch_tiles<Source, T, kScaling>(kernel, p, stream); };
   return all_aligned<Source, T>(p) ? start(quantize_tiles_kernel<Source, T, F, kScaling, true>)
                                    : start(quantize_tiles_kernel<Source, T, F, kScaling, false>);
 }
@@ -68,35 +56,64 @@ cudaError_t launch_rows(void (*kernel)(QuantizeParams), const QuantizeParams& p,
   const int rows = std::max(1, kThreads / threads);
   const dim3 block(threads, rows);
   int64_t blocks = tile::ceil_div(p.rows, rows);
+  int bytes = 0;
   if constexpr (kNormalises<Source>) {
-    const int resident = resident_clusters(kernel, 1, block, 0);
+    bytes = RowMemory<T>::bytes(block);
+    const int resident = resident_clusters(kernel, 1, block, bytes);
     if (resident == 0) return cudaErrorInvalidValue;
     blocks = std::min<int64_t>(blocks, resident);
   }
-  return launch(kernel, blocks, block, 0, stream, p);
+  return launch(kernel, blocks, block, bytes, stream, p);
+}
+
+// A scale for each row takes all of a row, and one for each column all of a column: each
+// orientation has a launch of its own.
+template <class Source, class T, class F, Scaling kScaling>
+cudaError_t launch_rows(const QuantizeParams& p, cudaStream_t stream) {
+  return all_aligned<Source, T>(p)
+             ? launch_rows<Source, T>(quantize_rows_kernel<Source, T, F, kScaling, true>, p, stream)
+             : launch_rows<Source, T>(quantize_rows_kernel<Source, T, F, kScaling, false>, p,
+                                      stream);
 }
 
 template <class Source, class T, class F>
 cudaError_t launch_rows_and_columns(QuantizeParams p, cudaStream_t stream) {
-  const size_t bytes = (p.rows + p.cols) * sizeof(int32_t);
-  for (int o = 0; o < Source::kOutputs; ++o) {
-    int32_t* workspace = p.outputs[o].workspace;
-    if (cudaError_t error = cudaMemsetAsync(workspace, 0, bytes, stream)) return error;
+  const bool has_natural = p.outputs[0].values != nullptr;
+  if (has_natural) {
+    if (cudaError_t error = launch_rows<Source, T, F, Scaling::kRow>(p, stream)) return error;
   }
-  if (cudaError_t error = launch(quantize_amax_kernel<Source, T>, tile_blocks<T>(p),
-                                 Threads<T>::kThreads, sizeof(Patches<Source, T>), stream, p)) {
-    return error;
+  if constexpr (kNormalises<Source>) {
+    if (p.rstd_in == nullptr && !has_natural) {
+      if (cudaError_t error = launch(rstd_kernel<T>, tile::ceil_div(p.rows, RstdUnits<T>::kRows),
+                                     Threads<T>::kThreads, 0, stream, p)) {
+        return error;
+      }
+    }
+    if (p.rstd_in == nullptr) p.rstd_in = p.rstd;
   }
-  p.progress = nullptr;  // rstd is there
+  for (QuantizedMatrix& to : p.outputs) to.values = nullptr;
   return launch_tiles<Source, T, F, Scaling::kRow>(p, stream);
 }
 
 template <class Source, class T, class F>
 cudaError_t launch_scaling(QuantizeParams p, cudaStream_t stream) {
-  const bool rows_alone = quantizes_rows_alone(p.scaling, p.outputs[0].values_t != nullptr);
+  const bool has_transposed = p.outputs[0].values_t != nullptr;
+  if (p.scaling == Scaling::kRow && has_transposed) {
+    for (int o = 0; o < Source::kOutputs; ++o) {
+      const size_t words = p.cols + quantize_progress(p.cols);
+      if (cudaError_t error = cudaMemsetAsync(p.outputs[o].workspace, 0, words * sizeof(int32_t), stream)) {
+        return error;
+      }
+    }
+    p.progress = p.outputs[0].workspace + p.cols;
+    return launch_rows_and_columns<Source, T, F>(p, stream);
+  }
+  const bool rows_alone = quantizes_rows_alone(p.scaling, has_transposed);
   if (rows_alone || p.rstd_in != nullptr) p.progress = nullptr;
   if (p.progress != nullptr) {
-    if (cudaError_t error = start_progress<Source, T>(p, stream)) return error;
+    const size_t words = quantize_progress(p.rows);
+    if (cudaError_t error = cudaMemsetAsync(p.progress, 0, words * sizeof(int32_t), stream)) return error;
+    p.rstd_in = p.rstd;
   }
   switch (p.scaling) {
     case Scaling::kTensor:
@@ -105,15 +122,10 @@ cudaError_t launch_scaling(QuantizeParams p, cudaStream_t stream) {
       }
       return cudaErrorInvalidValue;
     case Scaling::kRow:
-      return rows_alone ? launch_rows<Source, T>(quantize_rows_kernel<Source, T, F, Scaling::kRow>,
-                                                 p, stream)
-                        : launch_rows_and_columns<Source, T, F>(p, stream);
+      return launch_rows<Source, T, F, Scaling::kRow>(p, stream);
     case Scaling::kBlock1x128:
       if constexpr (kNormalises<Source>) {
-        if (rows_alone) {
-          return launch_rows<Source, T>(quantize_rows_kernel<Source, T, F, Scaling::kBlock1x128>, p,
-                                        stream);
-        }
+        if (rows_alone) return launch_rows<Source, T, F, Scaling::kBlock1x128>(p, stream);
       }
       return launch_tiles<Source, T, F, Scaling::kBlock1x128>(p, stream);
     case Scaling::kBlock128x128:
