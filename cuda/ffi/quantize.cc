@@ -123,9 +123,9 @@ ffi::Error quantize_source(const char* op, cudaStream_t stream, QuantizeSource s
   for (const auto& [natural, transposed, workspace] : outputs) {
     natural.check(checks, scaling, has_natural, one.element_type(), rows, cols);
     transposed.check(checks, scaling, has_transposed, one.element_type(), cols, rows);
-    const int64_t of_columns = quantize_workspace(scaling, has_transposed, cols);
+    const int64_t maxima = quantize_workspace(scaling, has_natural, has_transposed, rows, cols);
     const bool ahead = params.rstd != nullptr && computes_rstd_ahead(scaling, has_transposed);
-    const int64_t words = of_columns + (ahead ? quantize_progress(rows) : 0);
+    const int64_t words = maxima + (ahead ? quantize_progress(rows) : 0);
     checks.dtype("workspace", workspace, {S32}).shape("workspace", workspace, {words});
     auto* const workspace_data = static_cast<int32_t*>(workspace.untyped_data());
     if (ahead) params.progress = workspace_data;

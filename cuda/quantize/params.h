@@ -15,7 +15,7 @@ struct QuantizedMatrix {
   float* scale;        // as in scaling.h; null for kTensor
   void* values_t;      // [C, R] format
   float* scale_t;      // of the transpose; null for kTensor
-  int32_t* workspace;  // [quantize_workspace(scaling, has values_t, C)]
+  int32_t* workspace;  // [quantize_workspace(scaling, has values, has values_t, R, C)]
 };
 
 // What is quantised, computed in float32 from the inputs and rounded to their dtype.
@@ -30,19 +30,16 @@ enum class QuantizeSource : uint8_t {
 // columns, of an axis of this size.
 constexpr int64_t quantize_progress(int64_t size) { return 1 + scale_blocks(size); }
 
-// Words of the largest magnitudes of columns, and how far they are.
-constexpr int64_t quantize_workspace(Scaling scaling, bool has_transposed, int64_t C) {
-  return scaling == Scaling::kRow && has_transposed ? C + quantize_progress(C) : 0;
+// Words of the largest magnitudes of columns and of rows, then of how far those of columns are.
+constexpr int64_t quantize_workspace(Scaling scaling, bool has_natural, bool has_transposed,
+                                     int64_t R, int64_t C) {
+  if (scaling != Scaling::kRow || !has_transposed) return 0;
+  return C + (has_natural ? R : 0) + quantize_progress(C);
 }
 
 // Whether rstd, where it is computed, is so while others quantise (turns.cuh).
 constexpr bool computes_rstd_ahead(Scaling scaling, bool has_transposed) {
   return scaling == Scaling::kBlock128x128 || (scaling == Scaling::kBlock1x128 && has_transposed);
-}
-
-// Whether any rows can be quantised on their own.
-constexpr bool quantizes_rows_alone(Scaling scaling, bool has_transposed) {
-  return !has_transposed && (scaling == Scaling::kRow || scaling == Scaling::kBlock1x128);
 }
 
 struct QuantizeParams {

@@ -1,8 +1,6 @@
 // A thread's part of a tile of 128 x 128, and how it comes from memory.
 //
-// A thread owns 8 neighbouring rows of 16 bytes (8 columns of 16 bits or 4 of 32). Its next patch
-// is on the way to shared memory while it works on this one: no registers wait for it, and no other
-// thread reads it, so that there is nothing to synchronise.
+// A thread owns 8 neighbouring rows of 16 bytes (8 columns of 16 bits or 4 of 32).
 #pragma once
 
 #include "cuda/quantize/rms_norm.cuh"
@@ -44,51 +42,79 @@ struct Place : Threads<T> {
 template <class T>
 using Patch = Load<T>[Threads<T>::kRows];
 
-// The inputs of the next patch of every thread.
-template <class Source, class T>
-class StagedPatches {
-  static constexpr int kRows = Threads<T>::kRows, kInputs = Source::kInputs;
+// A patch of every thread in shared memory. No other thread reads it: there is nothing to
+// synchronise.
+template <class T>
+class StagedPatch {
+  static constexpr int kRows = Threads<T>::kRows;
 
  public:
-  // Starts to load. What the thread read before it may be overwritten. kAligned: runs are.
+  // Starts to load x, for which no registers wait. What was there may be overwritten.
   template <bool kAligned>
   __device__ __forceinline__ void start(const QuantizeParams& p, const Place<T>& at) {
-    const int64_t first = at.row * p.cols + at.col;
+    const auto* from = static_cast<const Bits<T>*>(p.inputs[0]) + at.row * p.cols + at.col;
     // Loads of single elements take registers: not more than a run of them at a time.
 #pragma unroll(kAligned ? kRows : 1)
     for (int i = 0; i < kRows; ++i) {
       const int count = i < at.rows_inside ? at.cols_inside : 0;
-#pragma unroll
-      for (int k = 0; k < kInputs; ++k) {
-        const auto* from = static_cast<const Bits<T>*>(p.inputs[k]) + first + i * p.cols;
-        if constexpr (kAligned) {
-          tile::ptx::copy_async_16(&runs_[k][i][threadIdx.x], from, count > 0);
-        } else {
-          Load<T> run;
-          run.load(from, count, false);
-          runs_[k][i][threadIdx.x] = run;
-        }
+      if constexpr (kAligned) {
+        tile::ptx::copy_async_16(&runs_[i][threadIdx.x], from + i * p.cols, count > 0);
+      } else {
+        Load<T> run;
+        run.load(from + i * p.cols, count, false);
+        runs_[i][threadIdx.x] = run;
       }
     }
   }
-
-  // What the source makes of the patch that was started last.
-  __device__ __forceinline__ void read(Patch<T> (&x)[Source::kOutputs]) const {
-    tile::ptx::wait_copies_async();
+  // What was started, once its copies are there, or written.
+  __device__ __forceinline__ void read(Patch<T>& x) const {
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      Load<T> in[kInputs], out[Source::kOutputs];
+    for (int i = 0; i < kRows; ++i) x[i] = runs_[i][threadIdx.x];
+  }
+  __device__ __forceinline__ void write(const Patch<T>& x) {
 #pragma unroll
-      for (int k = 0; k < kInputs; ++k) in[k] = runs_[k][i][threadIdx.x];
-      Source::template compute<T>(in, out);
-#pragma unroll
-      for (int o = 0; o < Source::kOutputs; ++o) x[o][i] = out[o];
-    }
+    for (int i = 0; i < kRows; ++i) write(i, x[i]);
+  }
+  __device__ __forceinline__ void write(int row, const Load<T>& run) {
+    runs_[row][threadIdx.x] = run;
   }
 
  private:
-  Load<T> runs_[kInputs][kRows][Threads<T>::kThreads];
+  Load<T> runs_[kRows][Threads<T>::kThreads];
 };
+
+// Calls see(i, out) with the runs that the source makes in row i of the thread's patch.
+template <class Source, class T, int kAtOnce, class See>
+__device__ __forceinline__ void load(const QuantizeParams& p, const Place<T>& at, bool aligned,
+                                     const See& see) {
+  constexpr int kRows = Threads<T>::kRows, kInputs = Source::kInputs;
+  // NOTE: unrolled, two matrices take more registers than there are, whatever is loaded at once.
+#pragma unroll(Source::kOutputs == 2 ? 1 : kRows / kAtOnce)
+  for (int first = 0; first < kRows; first += kAtOnce) {
+    if (first > 0) __syncwarp();  // the compiler has no load pass it, which would take registers
+    Load<T> in[kAtOnce][kInputs];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+      for (int k = 0; k < kInputs; ++k) {
+        const auto* from = static_cast<const Bits<T>*>(p.inputs[k]) + at.row * p.cols + at.col;
+        in[i][k].load(from + (first + i) * p.cols, first + i < at.rows_inside ? at.cols_inside : 0,
+                      aligned);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      Load<T> out[Source::kOutputs];
+      Source::template compute<T>(in[i], out);
+      see(first + i, out);
+    }
+  }
+}
+
+// Where the patches of two matrices wait for their turn.
+struct NoPatches {};
+template <class Source, class T>
+using Patches = std::conditional_t<Source::kOutputs == 2, StagedPatch<T>[2], NoPatches>;
 
 // Rows of a patch, normalised by p.rstd_in, of which each lane loads one.
 template <class T>
@@ -100,6 +126,29 @@ __device__ __forceinline__ void normalise(Patch<T>& x, const QuantizeParams& p, 
 #pragma unroll
   for (int i = 0; i < Threads<T>::kRows; ++i) {
     normalise<T>(x[i], __shfl_sync(0xffffffffu, mine, i, Threads<T>::kLanes), weights);
+  }
+}
+
+// Calls use(o, x) with the thread's patch x of each matrix o that the source makes.
+template <class Source, class T, int kAtOnce = Source::kRowsAtOnce, class Use>
+__device__ __forceinline__ void for_each_patch(Patches<Source, T>& patches, const QuantizeParams& p,
+                                               const Place<T>& at, bool aligned, const Use& use) {
+  Patch<T> x;
+  if constexpr (Source::kOutputs == 1) {
+    load<Source, T, kAtOnce>(p, at, aligned, [&](int i, const auto& out) { x[i] = out[0]; });
+    if constexpr (kNormalises<Source>) normalise<T>(x, p, at, aligned);
+    use(0, x);
+  } else {
+    load<Source, T, kAtOnce>(p, at, aligned, [&](int i, const auto& out) {
+      patches[0].write(i, out[0]);
+      patches[1].write(i, out[1]);
+    });
+#pragma unroll
+    for (int o = 0; o < 2; ++o) {
+      __syncthreads();  // what the first matrix used is free
+      patches[o].read(x);
+      use(o, x);
+    }
   }
 }
 
@@ -159,7 +208,7 @@ struct RowMax {
 
   uint32_t amax;  // bits
 
-  // The row of the patch whose maximum a lane of the group has; kRows if none.
+  // The row of the patch whose maximum a lane of the group has; kRows or more if none.
   static __device__ __forceinline__ int row(int lane) {
     const int e = lane % kLanesPerWord;
     return e < kPerWord<T> ? lane / kLanesPerWord * kPerWord<T> + e : Threads<T>::kRows;

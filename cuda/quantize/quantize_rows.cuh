@@ -17,8 +17,12 @@ template <class Source>
 inline constexpr int kSlots = 4 / Source::kOutputs;
 template <class Source>
 inline constexpr int kMaxThreadsPerRow = kNormalises<Source> ? 512 : 1024;
-template <class Source, bool kAligned>  // 1024 threads an SM, or 768
-inline constexpr int kRowsRegisters = kAligned || !kNormalises<Source> ? 64 : 80;
+// 1024 threads an SM, or fewer where that would spill. NOTE: float16 takes more registers.
+template <class Source, class T, Scaling kScaling, bool kAligned>
+inline constexpr int kRowsRegisters = !kNormalises<Source>                    ? 64
+                                      : std::is_same_v<T, tile::f16>          ? 96
+                                      : kAligned && kScaling == Scaling::kRow ? 64
+                                                                              : 80;
 
 // A thread's part of a row. kAligned: so are all arrays, for runs.
 template <class Source, class T, bool kAligned>
@@ -59,8 +63,7 @@ struct RowPart {
 
 // rstd of the row, in all of its threads: as given, or computed, and then in p.rstd too.
 template <class T, class Part>
-__device__ __forceinline__ float row_rstd(const Part& part,
-                                          const Load<T> (&in)[kSlots<RmsNorm>][1],
+__device__ __forceinline__ float row_rstd(const Part& part, const Load<T> (&in)[kSlots<RmsNorm>][1],
                                           float (&scratch)[tile::kMaxWarps]) {
   const QuantizeParams& p = part.p;
   if (p.rstd_in != nullptr) return part.row < p.rows ? p.rstd_in[part.row] : 0.0f;
@@ -135,7 +138,7 @@ class RowMemory {
   }
   // The slots of the row that was started last.
   __device__ __forceinline__ void read(Load<T> (&x)[kSlots<RmsNorm>][1]) const {
-    tile::ptx::wait_copies_async();
+    tile::ptx::wait_all_copies_async();
 #pragma unroll
     for (int s = 0; s < kSlots<RmsNorm>; ++s) x[s][0].words = at(0, s);
   }
@@ -150,7 +153,7 @@ class RowMemory {
 
 // kBlock1x128: blockDim.x is at least kGroupLanes.
 template <class Source, class T, class F, Scaling kScaling, bool kAligned>
-__global__ void __maxnreg__((kRowsRegisters<Source, kAligned>))
+__global__ void __maxnreg__((kRowsRegisters<Source, T, kScaling, kAligned>))
     quantize_rows_kernel(const QuantizeParams p) {
   constexpr int kInputs = Source::kInputs, kOutputs = Source::kOutputs;
   constexpr bool kStays = kNormalises<Source>;

@@ -1,13 +1,11 @@
-// What kernels of tiles do ahead of the tiles: each needs something of all of a panel, a row or a
-// column of tiles, and a panel fits L2. Some turns of the blocks are units, which work it out for
-// the panels whose tiles come a little later. When those load, their inputs are still in L2: they
-// leave memory once.
+// How persistent blocks share out work of which some waits for other blocks.
 //
-// Blocks draw their turns from a counter. A tile waits for the units of its panel alone, whose
-// turns are earlier ones and which wait for nobody. A block has its turns in the order that it drew
-// them, so the earliest turn that is not done can always go on: no order in which the GPU starts
-// blocks hangs. With a lead that is as long as the GPU has blocks at work, the units are done when
-// the tiles begin, and there is little to wait for.
+// Blocks draw turns from a counter in memory, so that earlier turns are those of blocks which have
+// started. Units are turns that work something out for a panel of tiles, and wait for nobody; the
+// panel's tiles wait for them alone. A block has its turns in the order that it drew them, so the
+// earliest turn that is not done can always go on: no order in which the GPU starts blocks hangs.
+// With a lead that is as long as the GPU has blocks at work, the units are done when the tiles
+// begin, and there is little to wait for.
 //
 //   turns   units of panels 0 .. lead - 1 | units of lead, tiles of 0 | units of lead + 1, ...
 #pragma once
@@ -22,7 +20,6 @@ struct Turn {
   unsigned panel, index;  // of the units or of the tiles of the panel
 };
 
-// Without units it is tile after tile.
 struct TurnOrder {
   unsigned panels, units, tiles;  // of the last two those of a panel
   unsigned lead;                  // how many panels units are ahead
@@ -43,26 +40,20 @@ struct TurnOrder {
   }
 };
 
-// The turns of a block: drawn from a counter, or in strides of the grid where that is null. All
-// threads of the block call, and synchronise between an answer and the next one.
+// The turns of a block. All of its threads call, and synchronise between an answer and the next.
 class Draws {
  public:
   using Shared = unsigned;
 
   __device__ __forceinline__ Draws(int32_t* counter, Shared& shared)
-      : counter_(counter), shared_(shared), drawn_(blockIdx.x - gridDim.x) {}
+      : counter_(counter), shared_(shared) {}
 
   // Asks for the next turn. It takes a trip to L2: ask before it is needed.
   __device__ __forceinline__ void ask() {
-    if (counter_ == nullptr) {
-      drawn_ += gridDim.x;
-    } else if (threadIdx.x == 0) {
-      drawn_ = static_cast<unsigned>(atomicAdd(counter_, 1));
-    }
+    if (threadIdx.x == 0) drawn_ = static_cast<unsigned>(atomicAdd(counter_, 1));
   }
   // The turn last asked for.
   __device__ __forceinline__ unsigned answer() {
-    if (counter_ == nullptr) return drawn_;
     if (threadIdx.x == 0) shared_ = drawn_;
     __syncthreads();
     return shared_;
@@ -71,7 +62,7 @@ class Draws {
  private:
   int32_t* counter_;
   Shared& shared_;
-  unsigned drawn_;
+  unsigned drawn_ = 0;
 };
 
 // How many units of a panel are done. All threads of the block call.

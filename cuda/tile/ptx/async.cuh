@@ -13,23 +13,19 @@ __device__ __forceinline__ void copy_async_16(void* shared, const void* global, 
                : "memory");
 }
 
-// The same of what nobody reads again soon: it leaves L2 before other data.
-__device__ __forceinline__ void copy_async_16_once(void* shared, const void* global, bool exists,
-                                                   uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;"
-               :
-               : "r"(shared_address(shared)), "l"(global), "r"(exists ? 16 : 0), "l"(policy)
-               : "memory");
+// Makes a group of this thread's copies that no group has yet.
+__device__ __forceinline__ void commit_copies_async() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-__device__ __forceinline__ uint64_t evict_first_policy() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
-// Until this thread's copies are there, for this thread.
+// Until this thread's copies are there, for this thread, but for those of its last kGroups groups.
+template <int kGroups>
 __device__ __forceinline__ void wait_copies_async() {
+  asm volatile("cp.async.wait_group %0;" : : "n"(kGroups) : "memory");
+}
+
+// Until all of them are.
+__device__ __forceinline__ void wait_all_copies_async() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
