@@ -91,7 +91,6 @@ __device__ __forceinline__ void load(const QuantizeParams& p, const Place<T>& at
   // NOTE: unrolled, two matrices take more registers than there are, whatever is loaded at once.
 #pragma unroll(Source::kOutputs == 2 ? 1 : kRows / kAtOnce)
   for (int first = 0; first < kRows; first += kAtOnce) {
-    if (first > 0) __syncwarp();  // the compiler has no load pass it, which would take registers
     Load<T> in[kAtOnce][kInputs];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
