@@ -123,12 +123,12 @@ ffi::Error quantize_source(const char* op, cudaStream_t stream, QuantizeSource s
   for (const auto& [natural, transposed, workspace] : outputs) {
     natural.check(checks, scaling, has_natural, one.element_type(), rows, cols);
     transposed.check(checks, scaling, has_transposed, one.element_type(), cols, rows);
-    const int64_t amax = scaling == Scaling::kRow && has_transposed ? rows + cols : 0;
-    const bool ahead = params.rstd != nullptr && !quantizes_rows_alone(scaling, has_transposed);
-    const int64_t words = amax + (ahead ? quantize_progress(rows) : 0);
+    const int64_t maxima = quantize_workspace(scaling, has_natural, has_transposed, rows, cols);
+    const bool ahead = params.rstd != nullptr && computes_rstd_ahead(scaling, has_transposed);
+    const int64_t words = maxima + (ahead ? quantize_progress(rows) : 0);
     checks.dtype("workspace", workspace, {S32}).shape("workspace", workspace, {words});
     auto* const workspace_data = static_cast<int32_t*>(workspace.untyped_data());
-    if (ahead) params.progress = workspace_data + amax;
+    if (ahead) params.progress = workspace_data;
     *to++ = {natural.values_data(), natural.scale_data(scaling), transposed.values_data(),
              transposed.scale_data(scaling), workspace_data};
   }

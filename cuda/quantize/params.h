@@ -15,7 +15,7 @@ struct QuantizedMatrix {
   float* scale;        // as in scaling.h; null for kTensor
   void* values_t;      // [C, R] format
   float* scale_t;      // of the transpose; null for kTensor
-  int32_t* workspace;  // [R + C]; used for kRow with values_t alone
+  int32_t* workspace;  // [quantize_workspace(scaling, has values, has values_t, R, C)]
 };
 
 // What is quantised, computed in float32 from the inputs and rounded to their dtype.
@@ -26,12 +26,20 @@ enum class QuantizeSource : uint8_t {
   kRmsNorm,     // x * rstd * weight
 };
 
-// Words by which blocks know how far rstd is: the next turn, and a count for each 128 rows.
-constexpr int64_t quantize_progress(int64_t R) { return 1 + scale_blocks(R); }
+// Words by which blocks know how far others are: the next turn, and a count for each 128 rows, or
+// columns, of an axis of this size.
+constexpr int64_t quantize_progress(int64_t size) { return 1 + scale_blocks(size); }
 
-// Whether any rows can be quantised on their own.
-constexpr bool quantizes_rows_alone(Scaling scaling, bool has_transposed) {
-  return !has_transposed && (scaling == Scaling::kRow || scaling == Scaling::kBlock1x128);
+// Words of the largest magnitudes of columns and of rows, then of how far those of columns are.
+constexpr int64_t quantize_workspace(Scaling scaling, bool has_natural, bool has_transposed,
+                                     int64_t R, int64_t C) {
+  if (scaling != Scaling::kRow || !has_transposed) return 0;
+  return C + (has_natural ? R : 0) + quantize_progress(C);
+}
+
+// Whether rstd, where it is computed, is so while others quantise (turns.cuh).
+constexpr bool computes_rstd_ahead(Scaling scaling, bool has_transposed) {
+  return scaling == Scaling::kBlock128x128 || (scaling == Scaling::kBlock1x128 && has_transposed);
 }
 
 struct QuantizeParams {
@@ -40,12 +48,12 @@ struct QuantizeParams {
   const float* weight;         // [C]; this and the next three are those of kRmsNorm
   const float* rstd_in;        // [R]; null to have it computed
   float* rstd;                 // [R] 1 / sqrt(mean(x^2) + epsilon); written where rstd_in is null
-  int32_t* progress;           // [quantize_progress(R)]; used where rstd is, but for rows alone
+  int32_t* progress;           // [quantize_progress(R)]; where rstd is, but for rows and columns
   QuantizedMatrix outputs[2];  // in the order above, all in the same orientations
   int64_t rows;                // at least 1
   int64_t cols;                // at least 1
   float epsilon;               // of rstd
-  int32_t lead;                // set by the launcher: the blocks of 128 rows that rstd is ahead
+  int32_t lead;                // set by the launcher: how many panels units are ahead (turns.cuh)
   DType dtype;                 // kFloat32, kBFloat16 or kFloat16
   DType format;                // kFloat8E4M3 or kFloat8E5M2
   Scaling scaling;             // kTensor for kMatrix alone

@@ -3,24 +3,16 @@
 
 #include <algorithm>
 #include <bit>
+#include <optional>
 
 #include "cuda/host/device.h"
 #include "cuda/host/launch.h"
+#include "cuda/quantize/quantize_ahead.cuh"
+#include "cuda/quantize/quantize_columns.cuh"
 #include "cuda/quantize/quantize_rows.cuh"
 #include "cuda/quantize/quantize_tiles.cuh"
 
 namespace jaxkern::quantize {
-
-inline int64_t tiles(const QuantizeParams& p) {
-  return tile::ceil_div(p.rows, kTile) * tile::ceil_div(p.cols, kTile);
-}
-
-// How many blocks a kernel of tiles has. With `progress` it computes rstd on the way.
-template <class T>
-int64_t tile_blocks(const QuantizeParams& p) {
-  const int64_t units = tile::ceil_div(p.rows, kTile) * TilesAhead<T>::kUnits;
-  return tiles(p) + (p.progress != nullptr ? units : 0);
-}
 
 template <class Source, class T>
 bool all_aligned(const QuantizeParams& p) {
@@ -32,26 +24,43 @@ bool all_aligned(const QuantizeParams& p) {
          std::all_of(p.outputs, p.outputs + Source::kOutputs, aligned);
 }
 
-// Has the kernel of tiles compute rstd.
 template <class Source, class T>
-cudaError_t start_progress(QuantizeParams& p, cudaStream_t stream) {
-  int multiprocessors;
-  if (cudaError_t error = multiprocessor_count(&multiprocessors)) return error;
-  const int64_t at_work = int64_t{multiprocessors} * kBlocksPerSm<Source, T>;
-  const int64_t of_panel = TilesAhead<T>::kUnits + tile::ceil_div(p.cols, kTile);
-  p.lead = static_cast<int32_t>(tile::ceil_div(at_work, of_panel) + 1);
+cudaError_t launch_each_tile(void (*kernel)(QuantizeParams), int bytes, const QuantizeParams& p,
+                             cudaStream_t stream) {
+  const int64_t tiles = tile::ceil_div(p.rows, kTile) * tile::ceil_div(p.cols, kTile);
+  return launch(kernel, tiles, Threads<T>::kThreads, bytes, stream, p);
+}
+
+// Blocks fill the GPU, and draw turns.
+template <class T>
+cudaError_t launch_ahead(void (*kernel)(QuantizeParams), QuantizeParams p, cudaStream_t stream) {
+  constexpr int kThreads = Threads<T>::kThreads, kBytes = sizeof(AheadMemory<T>);
+  const size_t words = quantize_progress(p.rows);
+  if (cudaError_t error = cudaMemsetAsync(p.progress, 0, words * sizeof(int32_t), stream)) {
+    return error;
+  }
+  const int resident = resident_clusters(kernel, 1, kThreads, kBytes);
+  if (resident == 0) return cudaErrorInvalidValue;
+  const TurnOrder order = turn_order<T>(p);
+  p.lead = tile::ceil_div(resident, static_cast<int>(order.units + order.tiles)) + 1;
   p.rstd_in = p.rstd;
-  return cudaMemsetAsync(p.progress, 0, quantize_progress(p.rows) * sizeof(int32_t), stream);
+  const int64_t turns = int64_t{order.panels} * (order.units + order.tiles);
+  return launch(kernel, std::min<int64_t>(turns, resident), kThreads, kBytes, stream, p);
 }
 
 template <class Source, class T, class F, Scaling kScaling>
 cudaError_t launch_tiles(const QuantizeParams& p, cudaStream_t stream) {
-  const auto start = [&](auto kernel) {
-    return launch(kernel, tile_blocks<T>(p), Threads<T>::kThreads, sizeof(Memory<Source, T>),
-                  stream, p);
-  };
-  return all_aligned<Source, T>(p) ? start(quantize_tiles_kernel<Source, T, F, kScaling, true>)
-                                   : start(quantize_tiles_kernel<Source, T, F, kScaling, false>);
+  const bool aligned = all_aligned<Source, T>(p);
+  if constexpr (kNormalises<Source> && kScaling != Scaling::kRow) {
+    if (p.rstd_in == nullptr) {
+      return launch_ahead<T>(aligned ? quantize_ahead_kernel<T, F, kScaling, true>
+                                     : quantize_ahead_kernel<T, F, kScaling, false>,
+                             p, stream);
+    }
+  }
+  return launch_each_tile<Source, T>(aligned ? quantize_tiles_kernel<Source, T, F, kScaling, true>
+                                             : quantize_tiles_kernel<Source, T, F, kScaling, false>,
+                                     sizeof(TilesMemory<Source, T>), p, stream);
 }
 
 // As few threads per row as hold it in their slots, or else the most there may be. With rstd they
@@ -68,36 +77,79 @@ cudaError_t launch_rows(void (*kernel)(QuantizeParams), const QuantizeParams& p,
   const int rows = std::max(1, kThreads / threads);
   const dim3 block(threads, rows);
   int64_t blocks = tile::ceil_div(p.rows, rows);
+  int bytes = 0;
   if constexpr (kNormalises<Source>) {
-    const int resident = resident_clusters(kernel, 1, block, 0);
+    bytes = RowMemory<T>::bytes(block);
+    const int resident = resident_clusters(kernel, 1, block, bytes);
     if (resident == 0) return cudaErrorInvalidValue;
     blocks = std::min<int64_t>(blocks, resident);
   }
-  return launch(kernel, blocks, block, 0, stream, p);
+  return launch(kernel, blocks, block, bytes, stream, p);
 }
 
+template <class Source, class T, class F, Scaling kScaling>
+cudaError_t launch_rows(const QuantizeParams& p, cudaStream_t stream) {
+  return all_aligned<Source, T>(p)
+             ? launch_rows<Source, T>(quantize_rows_kernel<Source, T, F, kScaling, true>, p, stream)
+             : launch_rows<Source, T>(quantize_rows_kernel<Source, T, F, kScaling, false>, p,
+                                      stream);
+}
+
+// The transpose with scales of columns from one read; nothing if shared memory does not hold a
+// panel of x.
+template <class Source, class T, class F>
+std::optional<cudaError_t> launch_columns(const QuantizeParams& p, cudaStream_t stream) {
+  constexpr int kThreads = Threads<T>::kThreads, kBytes = sizeof(ColumnsMemory<T>);
+  const auto kernel = all_aligned<Source, T>(p) ? quantize_columns_kernel<Source, T, F, true>
+                                                : quantize_columns_kernel<Source, T, F, false>;
+  const int64_t row_tiles = tile::ceil_div(p.rows, kTile);
+  const int64_t tiles = row_tiles * tile::ceil_div(p.cols, kTile);
+  const int resident = resident_clusters(kernel, 1, kThreads, kBytes);
+  if (row_tiles > resident) return std::nullopt;
+  return launch(kernel, std::min<int64_t>(tiles, resident), kThreads, kBytes, stream, p);
+}
+
+// A scale for each row takes all of a row, and one for each column all of a column. x is read once
+// for each orientation: in a launch of its own; or for all maxima, and once more.
 template <class Source, class T, class F>
 cudaError_t launch_rows_and_columns(QuantizeParams p, cudaStream_t stream) {
-  const size_t bytes = (p.rows + p.cols) * sizeof(int32_t);
+  bool has_natural = p.outputs[0].values != nullptr;
+  const size_t words = quantize_workspace(p.scaling, has_natural, true, p.rows, p.cols);
   for (int o = 0; o < Source::kOutputs; ++o) {
     int32_t* workspace = p.outputs[o].workspace;
-    if (cudaError_t error = cudaMemsetAsync(workspace, 0, bytes, stream)) return error;
+    if (cudaError_t error = cudaMemsetAsync(workspace, 0, words * sizeof(int32_t), stream)) {
+      return error;
+    }
   }
-  if (cudaError_t error = launch(quantize_amax_kernel<Source, T>, tile_blocks<T>(p),
-                                 Threads<T>::kThreads, sizeof(Patches<Source, T>), stream, p)) {
+  if constexpr (kNormalises<Source>) {
+    if (has_natural) {
+      if (cudaError_t error = launch_rows<Source, T, F, Scaling::kRow>(p, stream)) return error;
+      p.outputs[0].values = nullptr;
+      has_natural = false;
+    } else if (p.rstd_in == nullptr) {
+      if (cudaError_t error = launch(rstd_kernel<T>, tile::ceil_div(p.rows, RstdUnits<T>::kRows),
+                                     Threads<T>::kThreads, 0, stream, p)) {
+        return error;
+      }
+    }
+    if (p.rstd_in == nullptr) p.rstd_in = p.rstd;
+  }
+  if constexpr (Source::kInputs == 1) {
+    if (!has_natural) {
+      p.progress = p.outputs[0].workspace + (words - quantize_progress(p.cols));
+      if (const auto error = launch_columns<Source, T, F>(p, stream)) return *error;
+    }
+  }
+  if (cudaError_t error = launch_each_tile<Source, T>(quantize_amax_kernel<Source, T>,
+                                                      sizeof(AmaxMemory<Source, T>), p, stream)) {
     return error;
   }
-  p.progress = nullptr;  // rstd is there
   return launch_tiles<Source, T, F, Scaling::kRow>(p, stream);
 }
 
 template <class Source, class T, class F>
-cudaError_t launch_scaling(QuantizeParams p, cudaStream_t stream) {
-  const bool rows_alone = quantizes_rows_alone(p.scaling, p.outputs[0].values_t != nullptr);
-  if (rows_alone || p.rstd_in != nullptr) p.progress = nullptr;
-  if (p.progress != nullptr) {
-    if (cudaError_t error = start_progress<Source, T>(p, stream)) return error;
-  }
+cudaError_t launch_scaling(const QuantizeParams& p, cudaStream_t stream) {
+  const bool has_transposed = p.outputs[0].values_t != nullptr;
   switch (p.scaling) {
     case Scaling::kTensor:
       if constexpr (std::is_same_v<Source, Matrix>) {
@@ -105,15 +157,11 @@ cudaError_t launch_scaling(QuantizeParams p, cudaStream_t stream) {
       }
       return cudaErrorInvalidValue;
     case Scaling::kRow:
-      return rows_alone ? launch_rows<Source, T>(quantize_rows_kernel<Source, T, F, Scaling::kRow>,
-                                                 p, stream)
-                        : launch_rows_and_columns<Source, T, F>(p, stream);
+      return has_transposed ? launch_rows_and_columns<Source, T, F>(p, stream)
+                            : launch_rows<Source, T, F, Scaling::kRow>(p, stream);
     case Scaling::kBlock1x128:
       if constexpr (kNormalises<Source>) {
-        if (rows_alone) {
-          return launch_rows<Source, T>(quantize_rows_kernel<Source, T, F, Scaling::kBlock1x128>, p,
-                                        stream);
-        }
+        if (!has_transposed) return launch_rows<Source, T, F, Scaling::kBlock1x128>(p, stream);
       }
       return launch_tiles<Source, T, F, Scaling::kBlock1x128>(p, stream);
     case Scaling::kBlock128x128:

@@ -4,10 +4,12 @@
 // Blocks are (threads of a row, rows): the threads that share threadIdx.y own one row of x. Each
 // keeps kSlots runs of it in registers from the maximum to the cast; the rest of a wider row is
 // read again for each pass. With rstd, which takes one more reduction, blocks go from row to row:
-// the next one is on its way while this one is cast.
+// the next one is on its way to shared memory while they work on this one. The weights of the
+// slots, which every row needs, stay there.
 #pragma once
 
 #include "cuda/quantize/rms_norm.cuh"
+#include "cuda/tile/ptx/async.cuh"
 
 namespace jaxkern::quantize {
 
@@ -15,11 +17,15 @@ template <class Source>
 inline constexpr int kSlots = 4 / Source::kOutputs;
 template <class Source>
 inline constexpr int kMaxThreadsPerRow = kNormalises<Source> ? 512 : 1024;
-template <class Source>
-inline constexpr int kRowsRegisters = kNormalises<Source> ? 80 : 64;  // 768 threads an SM, or 1024
+// 1024 threads an SM, or fewer where that would spill. NOTE: float16 takes more registers.
+template <class Source, class T, Scaling kScaling, bool kAligned>
+inline constexpr int kRowsRegisters = !kNormalises<Source>                    ? 64
+                                      : std::is_same_v<T, tile::f16>          ? 96
+                                      : kAligned && kScaling == Scaling::kRow ? 64
+                                                                              : 80;
 
-// A thread's part of a row.
-template <class Source, class T>
+// A thread's part of a row. kAligned: so are all arrays, for runs.
+template <class Source, class T, bool kAligned>
 struct RowPart {
   using Inputs = Load<T>[Source::kInputs];
 
@@ -27,16 +33,21 @@ struct RowPart {
   const int64_t row;
   const int64_t cols = row < p.rows ? p.cols : 0;  // a row past the end is empty
   const int64_t stride = int64_t{blockDim.x} * kVec<T>;
-  const bool aligned = inputs_aligned<Source, T>(p);
+  const bool aligned = kAligned || inputs_aligned<Source, T>(p);
 
   // The first column in slot s; slot kSlots is the first that is not kept.
   __device__ __forceinline__ int64_t col(int s) const { return s * stride + threadIdx.x * kVec<T>; }
   __device__ __forceinline__ void load(Inputs& in, int64_t col) const {
 #pragma unroll
     for (int i = 0; i < Source::kInputs; ++i) {
-      const auto* from = static_cast<const Bits<T>*>(p.inputs[i]) + row * p.cols;
-      in[i].load(from + col, inside(col, cols), aligned);
+      in[i].load(from(i) + col, inside(col, cols), aligned);
     }
+  }
+  __device__ __forceinline__ const Bits<T>* from(int input) const {
+    return static_cast<const Bits<T>*>(p.inputs[input]) + row * p.cols;
+  }
+  __device__ __forceinline__ Weights<T> weights(int64_t col) const {
+    return load_weights<T>(p, col, inside(col, p.cols), aligned);
   }
   __device__ __forceinline__ void load_slots(Inputs (&in)[kSlots<Source>]) const {
 #pragma unroll
@@ -51,9 +62,8 @@ struct RowPart {
 };
 
 // rstd of the row, in all of its threads: as given, or computed, and then in p.rstd too.
-template <class T>
-__device__ __forceinline__ float row_rstd(const RowPart<RmsNorm, T>& part,
-                                          const Load<T> (&in)[kSlots<RmsNorm>][1],
+template <class T, class Part>
+__device__ __forceinline__ float row_rstd(const Part& part, const Load<T> (&in)[kSlots<RmsNorm>][1],
                                           float (&scratch)[tile::kMaxWarps]) {
   const QuantizeParams& p = part.p;
   if (p.rstd_in != nullptr) return part.row < p.rows ? p.rstd_in[part.row] : 0.0f;
@@ -70,45 +80,124 @@ __device__ __forceinline__ float row_rstd(const RowPart<RmsNorm, T>& part,
   return rstd;
 }
 
+// What threads of RmsNorm have in shared memory, each its own: the weights of their slots, and what
+// is in the slots of the next row.
+template <class T>
+class RowMemory {
+  using Words = typename Load<T>::Words;
+  static constexpr int kPlanes = kVec<T> / 4;  // 16 bytes of the weights of each run
+  static constexpr int kRuns = (1 + kPlanes) * kSlots<RmsNorm>;
+
+ public:
+  static int bytes(dim3 block) {
+    return kRuns * static_cast<int>(block.x * block.y * sizeof(Words));
+  }
+
+  __device__ __forceinline__ explicit RowMemory(void* shared)
+      : mine_(static_cast<Words*>(shared) + threadIdx.y * blockDim.x + threadIdx.x) {}
+
+  template <class Part>
+  __device__ __forceinline__ void load_weights(const Part& part) const {
+#pragma unroll
+    for (int s = 0; s < kSlots<RmsNorm>; ++s) {
+      const auto run = part.weights(part.col(s));
+#pragma unroll
+      for (int k = 0; k < kPlanes; ++k) {
+#pragma unroll
+        for (int w = 0; w < 4; ++w) at(1 + k, s).data[w] = run.words.data[4 * k + w];
+      }
+    }
+  }
+  __device__ __forceinline__ Weights<T> weights(int s) const {
+    Weights<T> run;
+#pragma unroll
+    for (int k = 0; k < kPlanes; ++k) {
+      const Words words = at(1 + k, s);
+#pragma unroll
+      for (int w = 0; w < 4; ++w) run.words.data[4 * k + w] = words.data[w];
+    }
+    return run;
+  }
+
+  // Starts to load the slots of a row.
+  template <class Part>
+  __device__ __forceinline__ void start(const Part& part) const {
+    if (part.aligned) {
+#pragma unroll
+      for (int s = 0; s < kSlots<RmsNorm>; ++s) {
+        const int64_t col = part.col(s);
+        tile::ptx::copy_async_16(&at(0, s), part.from(0) + col, col < part.cols);
+      }
+    } else {
+      for (int s = 0; s < kSlots<RmsNorm>; ++s) {
+        Load<T> x[1];
+        part.load(x, part.col(s));
+        at(0, s) = x[0].words;
+      }
+    }
+  }
+  // The slots of the row that was started last.
+  __device__ __forceinline__ void read(Load<T> (&x)[kSlots<RmsNorm>][1]) const {
+    tile::ptx::wait_all_copies_async();
+#pragma unroll
+    for (int s = 0; s < kSlots<RmsNorm>; ++s) x[s][0].words = at(0, s);
+  }
+
+ private:
+  __device__ __forceinline__ Words& at(int plane, int s) const {
+    return mine_[(plane * kSlots<RmsNorm> + s) * (blockDim.x * blockDim.y)];
+  }
+
+  Words* mine_;
+};
+
 // kBlock1x128: blockDim.x is at least kGroupLanes.
-template <class Source, class T, class F, Scaling kScaling>
-__global__ void __maxnreg__(kRowsRegisters<Source>) quantize_rows_kernel(const QuantizeParams p) {
+template <class Source, class T, class F, Scaling kScaling, bool kAligned>
+__global__ void __maxnreg__((kRowsRegisters<Source, T, kScaling, kAligned>))
+    quantize_rows_kernel(const QuantizeParams p) {
   constexpr int kInputs = Source::kInputs, kOutputs = Source::kOutputs;
   constexpr bool kStays = kNormalises<Source>;
-  using Part = RowPart<Source, T>;
+  using Part = RowPart<Source, T, kAligned>;
   using Inputs = typename Part::Inputs;
   using Outputs = Load<T>[kOutputs];
   using Scales = Scale[kOutputs];
   using Out = Run<uint8_t, kVec<T>>;
   __shared__ uint32_t scratch[kOutputs][tile::kMaxWarps];
-  __shared__ float rstd_scratch[2][tile::kMaxWarps];  // of this row and the next one
+  // Two rows need different ones, unless a reduction of the other kind is between them.
+  constexpr int kRstdScratch = kScaling == Scaling::kRow ? 1 : 2;
+  __shared__ float rstd_scratch[kRstdScratch][tile::kMaxWarps];
 
   int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
-  Load<T> in[kSlots<Source>][kInputs], x[kSlots<Source>][kOutputs];
-  const Part first{p, row};
-  first.load_slots(in);
-  auto weights_at = [&](int64_t col) {
-    return load_weights<T>(p, col, inside(col, p.cols), first.aligned);
-  };
+  auto any_inside = [&] { return row - threadIdx.y < p.rows; };  // of the rows of the block
+  extern __shared__ __align__(16) unsigned char shared[];
+  const RowMemory<T> memory(shared);
+  if constexpr (kStays) {
+    memory.start(Part{p, row});
+    memory.load_weights(Part{p, row});
+  }
 
   for (int turn = 0;; ++turn) {
     const Part part{p, row};
+    Load<T> x[kSlots<Source>][kOutputs];
     float rstd = 0.0f;
-    if constexpr (kStays) rstd = row_rstd(part, in, rstd_scratch[turn % 2]);
-#pragma unroll
-    for (int s = 0; s < kSlots<Source>; ++s) {
-      Source::template compute<T>(in[s], x[s]);
-      if constexpr (kStays) normalise<T>(x[s][0], rstd, weights_at(part.col(s)));
-    }
     if constexpr (kStays) {
+      memory.read(x);
       row += int64_t{gridDim.x} * blockDim.y;
-      Part{p, row}.load_slots(in);
+      if (any_inside()) memory.start(Part{p, row});
+      rstd = row_rstd<T>(part, x, rstd_scratch[turn % kRstdScratch]);
+#pragma unroll
+      for (int s = 0; s < kSlots<Source>; ++s) normalise<T>(x[s][0], rstd, memory.weights(s));
+    } else {
+      Load<T> in[kSlots<Source>][kInputs];
+      part.load_slots(in);
+#pragma unroll
+      for (int s = 0; s < kSlots<Source>; ++s) Source::template compute<T>(in[s], x[s]);
     }
     auto compute_beyond = [&](int64_t col, Outputs& to) {
       Inputs from;
       part.load(from, col);
       Source::template compute<T>(from, to);
-      if constexpr (kStays) normalise<T>(to[0], rstd, weights_at(col));
+      if constexpr (kStays) normalise<T>(to[0], rstd, part.weights(col));
     };
     auto raise = [](uint32_t& most, const Load<T>& run) {
       for (const uint32_t word : run.words.data) most = larger<T>(most, magnitudes<T>(word));
@@ -119,7 +208,7 @@ __global__ void __maxnreg__(kRowsRegisters<Source>) quantize_rows_kernel(const Q
         void* values = p.outputs[o].values;
         uint8_t* to = static_cast<uint8_t*>(values) + part.row * p.cols;
         cast<F, T>(runs[o], scale[o].inverse)
-            .store(to + col, inside(col, part.cols), Out::aligned(values, p.cols));
+            .store(to + col, inside(col, part.cols), kAligned || Out::aligned(values, p.cols));
       }
     };
 
@@ -174,7 +263,7 @@ __global__ void __maxnreg__(kRowsRegisters<Source>) quantize_rows_kernel(const Q
         write_groups(col, beyond);
       });
     }
-    if (!kStays || row - threadIdx.y >= p.rows) return;
+    if (!kStays || !any_inside()) return;
   }
 }
 

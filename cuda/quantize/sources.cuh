@@ -93,7 +93,7 @@ struct SwigluGrad {
 // x * rstd * weight. Kernels load x like a matrix, and normalise it (rms_norm.cuh) once they have
 // rstd, which takes all of a row.
 struct RmsNorm : Matrix {
-  static constexpr int kThreadsPerSm = 512;
+  static constexpr int kThreadsPerSm = 768;
 };
 
 template <class Source>

@@ -187,8 +187,9 @@ struct Result {
         values_t(has_transposed ? x.data.size() : 0, shift),
         scale(has_natural ? sizeof(float) * natural.scale.size() : 0, 4 * shift),
         scale_t(has_transposed ? sizeof(float) * transposed.scale.size() : 0, 4 * shift),
-        workspace(scaling == Scaling::kRow && has_transposed ? sizeof(int32_t) * (rows + cols) : 0,
-                  0),
+        workspace(
+            sizeof(int32_t) * quantize_workspace(scaling, has_natural, has_transposed, rows, cols),
+            0),
         params{has_natural ? values.data() : nullptr,
                has_natural && scaling != Scaling::kTensor ? scale.data<float>() : nullptr,
                has_transposed ? values_t.data() : nullptr,

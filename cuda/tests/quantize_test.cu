@@ -109,6 +109,21 @@ void test_swiglu_sizes(const char* dtype) {
   test_swiglu<T>(dtype, 130, 200, 1);
 }
 
+// Scales of columns of matrices of many tiles, to one format.
+template <class T>
+void test_columns(const char* dtype, int rows, int cols) {
+  const auto name = std::string(dtype) + " " + std::to_string(rows) + "x" + std::to_string(cols);
+  const Matrix x = make_input<T>(rows, cols, Input::kMixed);
+  test_case<T>("columns of " + name, {x}, {x}, Scaling::kRow, kE4M3, 0, 0);
+  Matrix gate = x;  // silu(128) is 128
+  for (float& value : gate.data) value = 128.0f;
+  const Matrix up = make_input<T>(rows, cols, Input::kSwitching);
+  Matrix h = up;
+  for (float& value : h.data) value = test::round_to<T>(value * 128.0f);
+  test_case<T, quantize::Swiglu>("columns of swiglu " + name, {gate, up}, {h}, Scaling::kRow, kE4M3,
+                                 0, 0);
+}
+
 }  // namespace jaxkern
 
 int main() {
@@ -119,5 +134,8 @@ int main() {
   test_dtype<float>("f32");
   test_swiglu_sizes<tile::bf16>("bf16");
   test_swiglu_sizes<float>("f32");
+  test_columns<tile::bf16>("bf16", 260, 25728);  // 603 tiles: more than a GPU has at a time, twice
+  test_columns<tile::bf16>("bf16", 40000, 72);   // more tiles in a panel than blocks
+  test_columns<float>("f32", 260, 25728);
   return test::finish();
 }

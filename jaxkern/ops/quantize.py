@@ -364,9 +364,11 @@ def _call(config, *operands):
         operands = *operands, *(() if given else (absent,))
         further = [((0 if given else rows,), _SINGLE)]
         attributes["epsilon"] = np.float32(0 if given else config.epsilon)
-    words = rows + columns if config.scaling == "row" and config.has_transposed else 0
-    if config.source.further and not config.rows_are_alone:
-        words += 1 + reference.blocks(rows)
+    words = 0
+    if config.scaling == "row" and config.has_transposed:
+        words = columns + 1 + reference.blocks(columns) + rows * config.has_natural
+    elif config.source.further and not config.rows_are_alone:
+        words = 1 + reference.blocks(rows)
     of_one = [
         *_result_types(config, config.has_natural, rows, columns),
         *_result_types(config, config.has_transposed, columns, rows),
