@@ -26,33 +26,34 @@ if not _has_gpu():  # most of the time goes to XLA's compiler there: a fifth les
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--each-value",
-        action="store_true",
-        help="of a grid of parameters, run as few combinations as have every value",
+        "--sample",
+        type=int,
+        metavar="N",
+        help="N cases of each test function at most, with as many of the values of its parameters "
+        "as they can have",
     )
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("each_value"):
+    count = config.getoption("sample")
+    if count is None:
         return
     functions = collections.defaultdict(list)
     for item in items:
         functions[item.nodeid.partition("[")[0]].append(item)
-    chosen = {item for cases in functions.values() for item in _covering(cases)}
+    chosen = {item for cases in functions.values() for item in _sample(cases, count)}
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = [item for item in items if item in chosen]
 
 
-def _covering(cases):
-    """Cases of one test function that have each value of each of its parameters at least once."""
-
+def _sample(cases, count):
     def values(case):  # by identity: the combinations of a grid share the objects of its axes
         params = case.callspec.params if hasattr(case, "callspec") else {}
         return {(name, id(value)) for name, value in params.items()}
 
     missing = set().union(*map(values, cases))
     chosen = []
-    while missing or not chosen:
+    while not chosen or (missing and len(chosen) < count):
         chosen.append(max(cases, key=lambda case: len(values(case) & missing)))
         missing -= values(chosen[-1])
     return chosen
