@@ -1,5 +1,6 @@
 """Eight CPU devices for every test, and the GPU for those marked `gpu`."""
 
+import collections
 import os
 
 import jax
@@ -21,6 +22,41 @@ def _has_gpu():
 
 if not _has_gpu():  # most of the time goes to XLA's compiler there: a fifth less
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--sample",
+        type=int,
+        metavar="N",
+        help="N cases of each test function at most, with as many of the values of its parameters "
+        "as they can have",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    count = config.getoption("sample")
+    if count is None:
+        return
+    functions = collections.defaultdict(list)
+    for item in items:
+        functions[item.nodeid.partition("[")[0]].append(item)
+    chosen = {item for cases in functions.values() for item in _sample(cases, count)}
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = [item for item in items if item in chosen]
+
+
+def _sample(cases, count):
+    def values(case):  # by identity: the combinations of a grid share the objects of its axes
+        params = case.callspec.params if hasattr(case, "callspec") else {}
+        return {(name, id(value)) for name, value in params.items()}
+
+    missing = set().union(*map(values, cases))
+    chosen = []
+    while not chosen or (missing and len(chosen) < count):
+        chosen.append(max(cases, key=lambda case: len(values(case) & missing)))
+        missing -= values(chosen[-1])
+    return chosen
 
 
 @pytest.fixture(autouse=True)

@@ -71,24 +71,23 @@ def jax_nn(
 
 
 def assert_is_the_oracle_s(case):
-    """Values and gradients, that of the log-sum-exp included."""
+    """Values and gradients, that of the log-sum-exp included. Returns them."""
     arrays = case.operands()
-    wanted = oracle(case, *arrays)
-    for name, g, w in zip(RESULTS, solve(case, "xla", arrays), wanted, strict=True):
+    got = solve(case, "xla", arrays)
+    for name, g, w in zip(RESULTS, got, oracle(case, *arrays), strict=True):
         size = np.abs(w, where=np.abs(w) < 1e30, out=np.ones_like(w)).max(initial=1)
         np.testing.assert_allclose(g, w, rtol=1e-6, atol=2e-5 * size, err_msg=f"{name} of {case}")
+    return got
 
 
 @pytest.mark.parametrize("seed", range(16))
 def test_random_case(seed):
     """Against NumPy with gradients, and against jax.nn."""
     case = random_attention_case(seed)._replace(dtype="float32")
-    assert_is_the_oracle_s(case)
-    scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    options = {"scale": scale, "is_causal": case.is_causal}
-    operands = case.operands()[:3]
-    got, wanted = (jax.jit(functools.partial(f, **options))(*operands) for f in (ours, jax_nn))
-    for g, w in zip(got, wanted, strict=True):
+    out, lse, *_ = assert_is_the_oracle_s(case)
+    options = {"scale": case.scale, "is_causal": case.is_causal}
+    wanted = jax.jit(functools.partial(jax_nn, **options))(*case.operands()[:3])
+    for g, w in zip((out, lse), wanted, strict=True):
         np.testing.assert_allclose(g, w, atol=5e-5)
 
 
@@ -192,17 +191,26 @@ def gradients_of_inputs(attend, query, key, value, bias=None, **options):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_are_jax_nn_s(name):
-    check_options(T, S, **OPTIONS[name])
+    check_options(name, T, S)
 
 
 @pytest.mark.parametrize("name", ["plain", "causal", "window", "left window", "causal window"])
 def test_options_with_more_queries_than_keys(name):
-    check_options(S, T, **OPTIONS[name])
+    check_options(name, S, T)
 
 
-def check_options(t, s, **options):
-    operands = random_normal(1, (B, t, N, H), (B, s, K, H), (B, s, K, H), dtype="float32")
-    got = gradients_of_inputs(ours, *operands, **options)
+def operands_of(t, s):
+    return random_normal(1, (B, t, N, H), (B, s, K, H), (B, s, K, H), dtype="float32")
+
+
+@functools.cache
+def in_one_block(name, t, s):
+    return gradients_of_inputs(ours, *operands_of(t, s), **(OPTIONS | BEYOND_JAX_NN)[name])
+
+
+def check_options(name, t, s):
+    options, operands = OPTIONS[name], operands_of(t, s)
+    got = in_one_block(name, t, s)
     wanted = gradients_of_inputs(jax_nn, *operands, **options)
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         assert g.dtype == w.dtype
@@ -235,12 +243,11 @@ def test_float64():
 def test_blocks_of_queries_change_nothing(name, monkeypatch):
     """Blocks of 3 queries, the last one padded, against one block."""
     options = (OPTIONS | BEYOND_JAX_NN)[name]
-    operands = random_normal(1, (B, T, N, H), (B, S, K, H), (B, S, K, H), dtype="float32")
-    wanted = gradients_of_inputs(ours, *operands, **options)
     assert reference._rows_per_block(T, B, S, N) is None
+    wanted = in_one_block(name, T, S)
     monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", 3 * B * S * N)
     assert reference._rows_per_block(T, B, S, N) == 3
-    got = gradients_of_inputs(ours, *operands, **options)
+    got = gradients_of_inputs(ours, *operands_of(T, S), **options)
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(g, w, rtol=1e-6, atol=1e-6)
 
