@@ -5,8 +5,8 @@
     python benchmarks/quantize.py --case 'quantize row both r8192 w5120 bf16 e4m3'
 
 GB/s count the bytes that must move: the operands read, values and scales written. The operands
-count twice where a scale needs more of them than a kernel can keep: all of a tensor, or whole rows
-and whole columns ("row both"). `copy` copies an array of half the case's bytes on the device, which
+count twice where a scale needs more of them than a kernel can keep: all of a tensor, or whole
+columns ("row" of a transpose). `copy` copies an array of half the case's bytes on the device, which
 moves the same bytes: the ratio to it is the part of a copy's rate that is reached.
 """
 
@@ -90,8 +90,8 @@ class Shape:
     @property
     def reads(self) -> int:
         """How often the operands are read."""
-        of_both = self.scaling == "row" and self.orientation == "both"
-        return 2 if self.scaling == "tensor" or of_both else 1
+        of_columns = self.scaling == "row" and self.orientation != "natural"
+        return 2 if self.scaling == "tensor" or of_columns else 1
 
     def work(self, direction: str) -> float:
         """Bytes: the operands as often as they are read, values and float32 scales."""

@@ -26,15 +26,14 @@ enum class QuantizeSource : uint8_t {
   kRmsNorm,     // x * rstd * weight
 };
 
-// Words by which blocks know how far others are: the next turn, and a count for each 128 rows, or
-// columns, of an axis of this size.
-constexpr int64_t quantize_progress(int64_t size) { return 1 + scale_blocks(size); }
+// Words by which blocks know how far others are: the next turn, and a count for each 128 rows.
+constexpr int64_t quantize_progress(int64_t R) { return 1 + scale_blocks(R); }
 
-// Words of the largest magnitudes of columns and of rows, then of how far those of columns are.
+// Words of the largest magnitudes of columns, then of rows.
 constexpr int64_t quantize_workspace(Scaling scaling, bool has_natural, bool has_transposed,
                                      int64_t R, int64_t C) {
   if (scaling != Scaling::kRow || !has_transposed) return 0;
-  return C + (has_natural ? R : 0) + quantize_progress(C);
+  return C + (has_natural ? R : 0);
 }
 
 // Whether rstd, where it is computed, is so while others quantise (turns.cuh).

@@ -3,12 +3,10 @@
 
 #include <algorithm>
 #include <bit>
-#include <optional>
 
 #include "cuda/host/device.h"
 #include "cuda/host/launch.h"
 #include "cuda/quantize/quantize_ahead.cuh"
-#include "cuda/quantize/quantize_columns.cuh"
 #include "cuda/quantize/quantize_rows.cuh"
 #include "cuda/quantize/quantize_tiles.cuh"
 
@@ -95,25 +93,11 @@ cudaError_t launch_rows(const QuantizeParams& p, cudaStream_t stream) {
                                       stream);
 }
 
-// The transpose with scales of columns from one read; nothing if shared memory does not hold a
-// panel of x.
-template <class Source, class T, class F>
-std::optional<cudaError_t> launch_columns(const QuantizeParams& p, cudaStream_t stream) {
-  constexpr int kThreads = Threads<T>::kThreads, kBytes = sizeof(ColumnsMemory<T>);
-  const auto kernel = all_aligned<Source, T>(p) ? quantize_columns_kernel<Source, T, F, true>
-                                                : quantize_columns_kernel<Source, T, F, false>;
-  const int64_t row_tiles = tile::ceil_div(p.rows, kTile);
-  const int64_t tiles = row_tiles * tile::ceil_div(p.cols, kTile);
-  const int resident = resident_clusters(kernel, 1, kThreads, kBytes);
-  if (row_tiles > resident) return std::nullopt;
-  return launch(kernel, std::min<int64_t>(tiles, resident), kThreads, kBytes, stream, p);
-}
-
-// A scale for each row takes all of a row, and one for each column all of a column. x is read once
-// for each orientation: in a launch of its own; or for all maxima, and once more.
+// A scale for each row takes all of a row, and one for each column all of a column: x is read for
+// all maxima, and once more. The rows of a norm take the kernel that finds rstd.
 template <class Source, class T, class F>
 cudaError_t launch_rows_and_columns(QuantizeParams p, cudaStream_t stream) {
-  bool has_natural = p.outputs[0].values != nullptr;
+  const bool has_natural = p.outputs[0].values != nullptr;
   const size_t words = quantize_workspace(p.scaling, has_natural, true, p.rows, p.cols);
   for (int o = 0; o < Source::kOutputs; ++o) {
     int32_t* workspace = p.outputs[o].workspace;
@@ -125,7 +109,6 @@ cudaError_t launch_rows_and_columns(QuantizeParams p, cudaStream_t stream) {
     if (has_natural) {
       if (cudaError_t error = launch_rows<Source, T, F, Scaling::kRow>(p, stream)) return error;
       p.outputs[0].values = nullptr;
-      has_natural = false;
     } else if (p.rstd_in == nullptr) {
       if (cudaError_t error = launch(rstd_kernel<T>, tile::ceil_div(p.rows, RstdUnits<T>::kRows),
                                      Threads<T>::kThreads, 0, stream, p)) {
@@ -133,12 +116,6 @@ cudaError_t launch_rows_and_columns(QuantizeParams p, cudaStream_t stream) {
       }
     }
     if (p.rstd_in == nullptr) p.rstd_in = p.rstd;
-  }
-  if constexpr (Source::kInputs == 1) {
-    if (!has_natural) {
-      p.progress = p.outputs[0].workspace + (words - quantize_progress(p.cols));
-      if (const auto error = launch_columns<Source, T, F>(p, stream)) return *error;
-    }
   }
   if (cudaError_t error = launch_each_tile<Source, T>(quantize_amax_kernel<Source, T>,
                                                       sizeof(AmaxMemory<Source, T>), p, stream)) {

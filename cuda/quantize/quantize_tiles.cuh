@@ -1,6 +1,5 @@
 // Quantisation in tiles of 128 x 128, one of a block: everything but rows in their natural
-// orientation alone, scales of columns from one read (quantize_columns.cuh) and rstd on the way
-// (quantize_ahead.cuh).
+// orientation alone, and rstd on the way (quantize_ahead.cuh).
 //
 // x is read once, and the scales of blocks come from what was read. Those of whole rows and columns
 // take another kernel before. A thread issues all of its loads at once; 1024 threads of an SM, 4
@@ -68,7 +67,8 @@ __global__ void __launch_bounds__(Threads<T>::kThreads, kBlocksPerSm<Source, T, 
   // Loads of single elements take registers: fewer at once.
   constexpr int kAtOnce = Source::kRowsAtOnce / (kAligned ? 1 : Source::kOutputs);
   for_each_patch<Source, T, kAtOnce>(memory.patches, p, at, aligned, [&](int o, const Patch<T>& x) {
-    quantize_tile<T, F, kScaling, kAligned>(x, at, p, p.outputs[o], memory.tile);
+    quantize_tile<T, F, kScaling, kAligned, (Source::kInputs > 1)>(x, at, p, p.outputs[o],
+                                                                   memory.tile);
   });
 }
 

@@ -366,7 +366,7 @@ def _call(config, *operands):
         attributes["epsilon"] = np.float32(0 if given else config.epsilon)
     words = 0
     if config.scaling == "row" and config.has_transposed:
-        words = columns + 1 + reference.blocks(columns) + rows * config.has_natural
+        words = columns + rows * config.has_natural
     elif config.source.further and not config.rows_are_alone:
         words = 1 + reference.blocks(rows)
     of_one = [

@@ -42,11 +42,12 @@ def test_bytes_of_a_norm_are_those_of_all_arrays(scaling):
 
 
 def test_what_is_read_twice():
-    """Where scales need a whole tensor, or whole rows and whole columns."""
+    """Where a value's scale needs a whole tensor or column."""
     cases = [shape(s, o) for s in quantize.SCALINGS for o in quantize.ORIENTATIONS]
     twice = {(case.scaling, case.orientation) for case in cases if case.reads == 2}
     assert twice == {
         *(("tensor", orientation) for orientation in quantize.ORIENTATIONS),
+        ("row", "transposed"),
         ("row", "both"),
     }
 
