@@ -9,10 +9,10 @@ fp8` the scales for the next step. `fwd-bwd` gives y and the gradients of x and 
 
 `jaxkern R` is fp8_matmul by recipe, `jaxkern R hoisted` with weights that quantize_weight has
 quantised outside of what is timed, `jaxkern R fast` with fast accumulation of the forward products.
-`xla fp8` quantises by tensor, from the values at hand, for XLA
-to make cuBLASLt's products of it; `flax fp8` is flax.linen's Fp8DirectDotGeneralOp, with scales of
-the steps before. These two let cuBLASLt sum forward with fewer bits, as `fast` does. Unless all
-their products were compiled to cuBLASLt's FP8, they fail.
+`xla fp8` quantises by tensor, from the values at hand, for XLA to make cuBLASLt's products of it;
+`flax fp8` is flax.linen's Fp8DirectDotGeneralOp, with scales of the steps before. These two let
+cuBLASLt sum forward with fewer bits, as `fast` does. Unless all their products were compiled to
+cuBLASLt's FP8, they fail.
 """
 
 from __future__ import annotations

@@ -85,8 +85,8 @@ std::vector<Provider> fast() {
           variant<Out, kNone, true, kPingPong>(16)};
 }
 
-// The first is what the library runs; then, for tiles of each height, the best plan of one block a
-// tile and of two.
+// The first is what the library runs; then each instance with about 32, 64 and 128 tiles, of one
+// block and of two.
 template <BlockScales kScales, bool kFast, int kTokens>
 std::vector<Provider> few_rows() {
   using Out = tile::bf16;

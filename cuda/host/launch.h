@@ -28,7 +28,7 @@ struct LaunchConfig {
 // Lets the kernel have as much shared memory as that.
 template <class Kernel>
 cudaError_t allow_shared_bytes(Kernel kernel, int shared_bytes) {
-  constexpr int kDefaultSharedBytes = 32 << 10;  // 48 KB less static ones; more must be asked for
+  constexpr int kDefaultSharedBytes = 32 << 10;  // 48 KB less up to 16 KB of static memory
   if (shared_bytes <= kDefaultSharedBytes) return cudaSuccess;
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
 }

@@ -62,7 +62,7 @@ cudaError_t fill_params(typename Matmul::Params* p, const ScaledMatmulParams& pa
     return error;
   if constexpr (Matmul::kScales != BlockScales::kNone) {
     if (cudaError_t error = make_row_map(&p->lhs_rows, params.lhs_scale, B * K_blocks,
-                                         padded_scale_row(M), Matmul::kScaleRows))
+                                         padded_scale_row(M), Matmul::kBlockM))
       return error;
   }
   p->lhs_scale = params.lhs_scale;

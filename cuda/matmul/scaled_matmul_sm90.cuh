@@ -9,7 +9,9 @@
 // A tensor core adds 8-bit products with about 14 bits. So a consumer takes the product of one
 // block of K, a wave of 64 rows at a time, and adds it to a sum in float32 registers, times its
 // scales where there are some for blocks; meanwhile another consumer multiplies. With
-// kFastAccumulation tensor cores do all of the sum.
+// kFastAccumulation tensor cores do all of the sum; then consumers can take turns (ping-pong): each
+// has tiles of its own, and ends one while another multiplies. Before its turn a consumer does not
+// look at the ring, where a stage may have gone around twice since: parity would not tell.
 // Such a consumer has as much to do between two products as they take. What is in its loop counts:
 // addresses are settled before it, and the next block's barrier is tested among this one's sums.
 // Blocks of K with scales of their own are DeepSeek-V3's recipe, the promotion is DeepGEMM's.
@@ -48,7 +50,7 @@ struct ScaledMatmul {
   static constexpr int kSharers = kConsumers / kTurns;  // consumers of a tile
   static_assert(kTurns == 1 || kFastAccumulation, "while one adds, another has to multiply");
   static constexpr int kBlockM = 64 * kSharers * kWaves, kBlockN = kConfig.block_n;
-  static constexpr int kBlockK = kScaleBlock, kScaleRows = kBlockM;
+  static constexpr int kBlockK = kScaleBlock;
   static constexpr int kThreads = tile::kWarpgroupSize * (1 + kConsumers);
   static constexpr int kProducerRegisters = kTurns > 1 ? 24 : kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kTurns > 1 ? 240 : kConsumers == 2 ? 232 : 160;
@@ -76,9 +78,8 @@ struct ScaledMatmul {
     alignas(128) float rhs_scale[kRhsBlocks ? kStages : kTurns][kBlockN];
     alignas(128) float bias[kTurns][kBlockN];
     tile::Ring<kStages> ring;
-    tile::Ring<kTurns>
-        columns;  // what the end of a tile reads: bias and, without blocks, rhs_scale
-    tile::Barrier turns[kTurns];  // to multiply
+    tile::Ring<kTurns> columns;   // of what the end of a tile reads: bias and scales of columns
+    tile::Barrier turns[kTurns];  // to multiply, of consumers that take them
   };
   static constexpr int kSharedBytes = sizeof(Storage);
   static_assert(kSharedBytes <= tile::kMaxSharedBytes, "the tiles must fit a block");

@@ -71,10 +71,6 @@ class StagedPatch {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) x[i] = runs_[i][threadIdx.x];
   }
-  __device__ __forceinline__ void write(const Patch<T>& x) {
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) write(i, x[i]);
-  }
   __device__ __forceinline__ void write(int row, const Load<T>& run) {
     runs_[row][threadIdx.x] = run;
   }

@@ -134,8 +134,8 @@ int main() {
   test_dtype<float>("f32");
   test_swiglu_sizes<tile::bf16>("bf16");
   test_swiglu_sizes<float>("f32");
-  test_columns<tile::bf16>("bf16", 260, 25728);  // 603 tiles: more than a GPU has at a time, twice
-  test_columns<tile::bf16>("bf16", 40000, 72);   // more tiles in a panel than blocks
+  test_columns<tile::bf16>("bf16", 260, 25728);  // more tiles than a GPU has at a time
+  test_columns<tile::bf16>("bf16", 40000, 72);   // of one column of them, too
   test_columns<float>("f32", 260, 25728);
   return test::finish();
 }

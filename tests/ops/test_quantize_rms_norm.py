@@ -17,12 +17,9 @@ pytestmark = pytest.mark.usefixtures("kernels")
 
 EPSILON = 0.5
 
+implementations = pytest.mark.parametrize("implementation", [None, "xla"])
 scalings = pytest.mark.parametrize("scaling", list(BLOCKS))
-# The path of the kernel ends in the reference on a CPU: by name, that has both orientations alone.
-implementations_and_orientations = pytest.mark.parametrize(
-    ("implementation", "orientation"),
-    [(None, "natural"), (None, "transposed"), (None, "both"), ("xla", "both")],
-)
+orientations = pytest.mark.parametrize("orientation", ["natural", "transposed", "both"])
 
 
 def operands(*shape, dtype="bfloat16"):
@@ -59,10 +56,11 @@ def check(array, z, format, scaling, orientation):
         np.testing.assert_array_equal(g.scale, scale)
 
 
+@implementations
 @scalings
-@implementations_and_orientations
+@orientations
 @pytest.mark.parametrize(("format", "dtype"), [(E4M3, "bfloat16"), (E5M2, "float32")])
-def test_is_quantize_of_the_product(scaling, implementation, orientation, format, dtype):
+def test_is_quantize_of_the_product(implementation, scaling, orientation, format, dtype):
     """Of rstd as it is computed, and of one that is given."""
     x, scale = operands(2, 3, 130, dtype=dtype)
     options = {"scaling": scaling, "orientation": orientation, "implementation": implementation}

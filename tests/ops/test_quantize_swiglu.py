@@ -15,12 +15,8 @@ from jaxkern.ops.quantize_swiglu import quantize_swiglu, quantize_swiglu_grad
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
+implementations = pytest.mark.parametrize("implementation", [None, "xla"])
 scalings = pytest.mark.parametrize("scaling", list(BLOCKS))
-# The path of the kernel ends in the reference on a CPU: by name, that has both orientations alone.
-implementations_and_orientations = pytest.mark.parametrize(
-    ("implementation", "orientation"),
-    [(None, "natural"), (None, "transposed"), (None, "both"), ("xla", "both")],
-)
 
 
 def operands(*shape, dtype="bfloat16"):
@@ -65,10 +61,11 @@ def check(arrays, matrices, format, scaling, orientation):
             np.testing.assert_array_equal(g.scale, scale)
 
 
+@implementations
 @scalings
-@implementations_and_orientations
+@pytest.mark.parametrize("orientation", ["natural", "transposed", "both"])
 @pytest.mark.parametrize(("format", "dtype"), [(E4M3, "bfloat16"), (E5M2, "float32")])
-def test_is_quantize_of_the_function(scaling, implementation, orientation, format, dtype):
+def test_is_quantize_of_the_function(implementation, scaling, orientation, format, dtype):
     x = operands(2, 3, 130, dtype=dtype)
     options = {"scaling": scaling, "orientation": orientation, "implementation": implementation}
     got = run_all(*x, format=format, **options)

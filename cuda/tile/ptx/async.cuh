@@ -13,18 +13,7 @@ __device__ __forceinline__ void copy_async_16(void* shared, const void* global, 
                : "memory");
 }
 
-// Makes a group of this thread's copies that no group has yet.
-__device__ __forceinline__ void commit_copies_async() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-// Until this thread's copies are there, for this thread, but for those of its last kGroups groups.
-template <int kGroups>
-__device__ __forceinline__ void wait_copies_async() {
-  asm volatile("cp.async.wait_group %0;" : : "n"(kGroups) : "memory");
-}
-
-// Until all of them are.
+// Until all of this thread's copies are there, for this thread.
 __device__ __forceinline__ void wait_all_copies_async() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
