@@ -81,8 +81,11 @@ std::vector<Provider> fast() {
   return {{"library", library},
           variant<Out, kNone, true, kWide>(8),
           variant<Out, kNone, true, kAlone>(8),
-          variant<Out, kNone, true, kPingPong>(8),
-          variant<Out, kNone, true, kPingPong>(16)};
+          variant<Out, kNone, true, ping_pong_config(192)>(8),
+          variant<Out, kNone, true, ping_pong_config(192)>(16),
+          variant<Out, kNone, true, ping_pong_config(176)>(8),
+          variant<Out, kNone, true, ping_pong_config(176)>(16),
+          variant<Out, kNone, true, ping_pong_config(160)>(8)};
 }
 
 // The first is what the library runs; then each instance with about 32, 64 and 128 tiles, of one

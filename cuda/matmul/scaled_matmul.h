@@ -29,13 +29,18 @@ constexpr ScaledMatmulConfig kThreeConsumers = {
     .consumers = 3, .waves = 1, .block_n = 128, .stages = 4, .blocks = 2, .pieces = 2};
 
 // Without promotion, consumers that take turns: one ends a tile while the other multiplies.
-constexpr ScaledMatmulConfig kPingPong = {.consumers = 2,
-                                          .waves = 2,
-                                          .block_n = 192,
-                                          .stages = 4,
-                                          .blocks = 2,
-                                          .pieces = 3,
-                                          .ping_pong = true};
+constexpr ScaledMatmulConfig ping_pong_config(int block_n) {
+  return {.consumers = 2,
+          .waves = 2,
+          .block_n = block_n,
+          .stages = 4,
+          .blocks = 2,
+          .pieces = 3,
+          .ping_pong = true};
+}
+
+// Rows of tiles of clusters that are worked through together, so that L2 keeps what they share.
+inline constexpr int kGroup = 8;
 
 template <class T>
 constexpr CUtensorMapDataType tensor_map_type() {
@@ -78,7 +83,7 @@ cudaError_t fill_params(typename Matmul::Params* p, const ScaledMatmulParams& pa
 
 template <class Matmul>
 cudaError_t launch_scaled_matmul_sm90(const ScaledMatmulParams& params, cudaStream_t stream,
-                                      int group = 8) {
+                                      int group = kGroup) {
   using Cluster = typename Matmul::Cluster;
   constexpr int kLhsShare = Matmul::kSharesLhs ? Cluster::kBlocks : 1;
   constexpr int kRhsShare = Matmul::kSharesLhs ? 1 : Cluster::kBlocks;
@@ -120,15 +125,21 @@ int64_t elements_of_each_sm(const ScaledMatmulParams& p, int multiprocessors) {
   return tile::ceil_div(p.B * rows * cols, clusters) * Matmul::kBlockM * Matmul::kBlockN;
 }
 
-// In the tiles that take less time, where Other makes an element in `percent` of the time of One.
-template <class One, class Other>
-cudaError_t launch_faster_sm90(const ScaledMatmulParams& params, cudaStream_t stream, int percent) {
+// By the kernel whose busiest SM is done first, where an element takes kernel i a time of
+// `percents[i]`.
+template <class... Matmuls>
+cudaError_t launch_fastest_sm90(const ScaledMatmulParams& params, cudaStream_t stream,
+                                const int (&percents)[sizeof...(Matmuls)]) {
   int multiprocessors;
   if (cudaError_t error = multiprocessor_count(&multiprocessors)) return error;
-  const int64_t one = elements_of_each_sm<One>(params, multiprocessors);
-  const int64_t other = elements_of_each_sm<Other>(params, multiprocessors);
-  return other * percent < one * 100 ? launch_scaled_matmul_sm90<Other>(params, stream)
-                                     : launch_scaled_matmul_sm90<One>(params, stream);
+  const int64_t elements[] = {elements_of_each_sm<Matmuls>(params, multiprocessors)...};
+  size_t fastest = 0;
+  for (size_t i = 1; i < sizeof...(Matmuls); ++i) {
+    if (elements[i] * percents[i] < elements[fastest] * percents[fastest]) fastest = i;
+  }
+  cudaError_t (*const launches[])(const ScaledMatmulParams&, cudaStream_t,
+                                  int) = {launch_scaled_matmul_sm90<Matmuls>...};
+  return launches[fastest](params, stream, kGroup);
 }
 
 // NOTE: on an H200 three consumers take 98% of the time of two, or 95% where both operands have
@@ -137,15 +148,16 @@ template <class Lhs, class Rhs, class Out, BlockScales kScales>
 cudaError_t launch_promoted_sm90(const ScaledMatmulParams& params, cudaStream_t stream) {
   using Two = ScaledMatmul<Lhs, Rhs, Out, kScales, false, scaled_matmul_config(kScales, false)>;
   using Three = ScaledMatmul<Lhs, Rhs, Out, kScales, false, kThreeConsumers>;
-  return launch_faster_sm90<Two, Three>(params, stream,
-                                        kScales == BlockScales::k1x128By1x128 ? 95 : 98);
+  return launch_fastest_sm90<Two, Three>(params, stream,
+                                         {100, kScales == BlockScales::k1x128By1x128 ? 95 : 98});
 }
 template <class Lhs, class Rhs, class Out>
 cudaError_t launch_fast_sm90(const ScaledMatmulParams& params, cudaStream_t stream) {
   constexpr auto kNone = BlockScales::kNone;
   using Together = ScaledMatmul<Lhs, Rhs, Out, kNone, true, scaled_matmul_config(kNone, true)>;
-  using InTurns = ScaledMatmul<Lhs, Rhs, Out, kNone, true, kPingPong>;
-  return launch_faster_sm90<Together, InTurns>(params, stream, 94);
+  using Turns192 = ScaledMatmul<Lhs, Rhs, Out, kNone, true, ping_pong_config(192)>;
+  using Turns176 = ScaledMatmul<Lhs, Rhs, Out, kNone, true, ping_pong_config(176)>;
+  return launch_fastest_sm90<Together, Turns192, Turns176>(params, stream, {100, 94, 95});
 }
 
 }  // namespace jaxkern

@@ -63,7 +63,9 @@ struct ScaledMatmul {
 
   static constexpr bool kSharesLhs = kBlockM > kBlockN;
   static constexpr int kUnroll = kRhsBlocks || kFastAccumulation ? 1 : 4;  // more would spill
-  static constexpr int kPieceCols = tile::kPanelBytes / sizeof(Out), kPieces = kBlockN / kPieceCols;
+  static constexpr int kPieceCols = tile::kPanelBytes / sizeof(Out);
+  static constexpr int kPieces = tile::ceil_div(kBlockN, kPieceCols);
+  static constexpr int kColumns = tile::ceil_div(kBlockN, 32) * 32;  // 128-byte aligned for TMA
   static constexpr int kBuffers = kConfig.pieces;
   using TileLhs = tile::SharedTile<Lhs, kBlockM, kBlockK>;  // (kBlockM, kBlockK)
   using TileRhs = tile::SharedTile<Rhs, kBlockN, kBlockK>;  // (kBlockN, kBlockK)
@@ -75,8 +77,8 @@ struct ScaledMatmul {
     TileRhs rhs[kStages];
     TileOut out[kConsumers][kBuffers];
     alignas(128) float lhs_scale[kLhsBlocks ? kStages : 1][kBlockM];
-    alignas(128) float rhs_scale[kRhsBlocks ? kStages : kTurns][kBlockN];
-    alignas(128) float bias[kTurns][kBlockN];
+    alignas(128) float rhs_scale[kRhsBlocks ? kStages : kTurns][kColumns];
+    alignas(128) float bias[kTurns][kColumns];
     tile::Ring<kStages> ring;
     tile::Ring<kTurns> columns;   // of what the end of a tile reads: bias and scales of columns
     tile::Barrier turns[kTurns];  // to multiply, of consumers that take them
@@ -355,6 +357,12 @@ struct ScaledMatmul {
     }
   }
 
+  // The first column of a piece. Where whole pieces do not fit, the last two share some columns,
+  // and write the same to them.
+  __device__ static constexpr int piece_col(int piece) {
+    return piece < kPieces - 1 ? kPieceCols * piece : kBlockN - kPieceCols;
+  }
+
   // Finishes pieces of 64 rows and 128 bytes and sends them out through the buffers; the last ones
   // are still on their way when the next tile's products begin.
   template <bool kColumns, class RowsOf>
@@ -380,7 +388,7 @@ struct ScaledMatmul {
         sync();  // the buffers are free
 #pragma unroll
         for (int i = 0; i < kGroup; ++i) {
-          const int col = kPieceCols * (first + i);
+          const int col = piece_col(first + i);
           tile::RegisterTile<float, 64, kPieceCols> result;
           tile::RegisterTile<Out, 64, kPieceCols> rounded;
           tile::convert(result, sums[wave], col);
@@ -393,7 +401,7 @@ struct ScaledMatmul {
         if (leader) {
 #pragma unroll
           for (int i = 0; i < kGroup; ++i) {
-            const int col = kPieceCols * (first + i);
+            const int col = piece_col(first + i);
             tile::tma::store(p.out, {at.batch, row, 0}, out[buffer + i], 0, at.col + col);
           }
         }

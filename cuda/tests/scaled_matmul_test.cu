@@ -216,8 +216,10 @@ void test_types(std::string what) {
     constexpr ScaledMatmulConfig kConfig = scaled_matmul_config(kScales, kFast);
     test_sizes<ScaledMatmul<Lhs, Rhs, Out, kScales, kFast, kConfig>>(what + how, lhs, rhs);
     if constexpr (kFast) {
-      using PingPong = ScaledMatmul<Lhs, Rhs, Out, kScales, kFast, kPingPong>;
-      test_sizes<PingPong>(what + how + ", ping-pong", lhs, rhs);
+      using Turns192 = ScaledMatmul<Lhs, Rhs, Out, kScales, kFast, ping_pong_config(192)>;
+      using Turns176 = ScaledMatmul<Lhs, Rhs, Out, kScales, kFast, ping_pong_config(176)>;
+      test_sizes<Turns192>(what + how + ", ping-pong 192", lhs, rhs);
+      test_sizes<Turns176>(what + how + ", ping-pong 176", lhs, rhs);
     } else {
       using Three = ScaledMatmul<Lhs, Rhs, Out, kScales, kFast, kThreeConsumers>;
       test_sizes<Three>(what + how + ", three consumers", lhs, rhs);
