@@ -97,6 +97,19 @@ __device__ __forceinline__ uint64_t evict_last_policy() {
   return policy;
 }
 
+// A flat span from global memory into this block's shared memory, by a policy of the L2 cache; both
+// and `bytes` are multiples of 16.
+__device__ __forceinline__ void bulk_load_by(uint64_t policy, void* shared, const void* global,
+                                             uint32_t bytes, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1], %2, [%3], %4;"
+      :
+      : "r"(shared_address(shared)), "l"(global), "r"(bytes), "r"(shared_address(barrier)),
+        "l"(policy)
+      : "memory");
+}
+
 // Has the tensor map fetched, so that the first copy need not wait for it.
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" : : "l"(map) : "memory");

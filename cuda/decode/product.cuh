@@ -1,0 +1,105 @@
+// The product of a block of rows with the vectors of all sequences.
+//
+// Rows are the 16 of mma.m16n8k16, sequences its 8 columns. All warps work on the same rows: slices
+// of 32 columns go round among them, and their sums are added up at the end of the block. Lane c of
+// four takes columns 8 c to 8 c + 7 of a slice, of both operands, for the k of two instructions:
+// which of the columns is which k does not matter to a sum.
+#pragma once
+
+#include "cuda/decode/stream.cuh"
+#include "cuda/tile/ptx/matrix.cuh"
+#include "cuda/tile/types.cuh"
+
+namespace jaxkern::decode {
+
+inline constexpr int kWarps = 8;  // that multiply
+inline constexpr int kConsumers = kWarps * tile::kWarpSize;
+
+__device__ __forceinline__ void sync_consumers() { tile::ptx::named_barrier_sync(1, kConsumers); }
+
+// Vectors of bfloat16, [slices][kBatch][32].
+template <int kBatch>
+struct Vectors {
+  using bf16 = tile::bf16;
+  bf16* data;
+
+  __device__ __forceinline__ bf16& at(int n, int k) const {
+    return kBatch == 1 ? data[k] : data[(k / kSlice * kBatch + n) * kSlice + k % kSlice];
+  }
+  // What the lane needs of a slice: column g of B, sequence g, if there is one.
+  __device__ __forceinline__ uint4 operand(int slice) const {
+    const int lane = threadIdx.x % tile::kWarpSize;
+    const int n = kBatch == 1 ? 0 : lane / 4 % kBatch;
+    return *reinterpret_cast<const uint4*>(data + (slice * kBatch + n) * kSlice + lane % 4 * 8);
+  }
+};
+
+// The warps' sums of a block of rows: [kWarps][kBatch][kMaxRows].
+template <int kBatch>
+struct Sums {
+  float data[kWarps][kBatch][kMaxRows];
+
+  __device__ __forceinline__ float total(int n, int row) const {
+    float sum = data[0][n][row];
+#pragma unroll
+    for (int warp = 1; warp < kWarps; ++warp) sum += data[warp][n][row];
+    return sum;
+  }
+};
+
+template <int kTiles, int kBatch, int kStages>
+__device__ __forceinline__ void multiply_tiles(Stream<kStages>& stream, tile::Slot<kStages>& slot,
+                                               const Vectors<kBatch>& x, int rows, int slices,
+                                               Sums<kBatch>& sums) {
+  const int warp = threadIdx.x / tile::kWarpSize, lane = threadIdx.x % tile::kWarpSize;
+  float sum[kTiles][4] = {};
+  const int slice_bytes = rows * kSliceBytes, at_once = slices_of_chunk(rows);
+  for (int first = 0; first < slices; first += at_once, slot.advance()) {
+    slot.wait_full(stream.ring);
+    const char* chunk = stream.chunks[slot.stage()] + 16 * lane;
+    const int count = min(at_once, slices - first);
+    for (int i = (warp - first) & (kWarps - 1); i < count; i += kWarps) {
+      const uint4 b = x.operand(first + i);
+      const char* slice = chunk + i * slice_bytes;
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+        const uint4 low = *reinterpret_cast<const uint4*>(slice + 16 * t * kSliceBytes);
+        const uint4 high = *reinterpret_cast<const uint4*>(slice + (16 * t + 8) * kSliceBytes);
+        tile::ptx::mma_m16n8k16(sum[t], low.x, high.x, low.y, high.y, b.x, b.y);
+        tile::ptx::mma_m16n8k16(sum[t], low.z, high.z, low.w, high.w, b.z, b.w);
+      }
+    }
+    stream.ring.empty[slot.stage()].arrive_warp();
+  }
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = 16 * t + 8 * (i / 2) + lane / 4, n = lane % 4 * 2 + i % 2;
+      if (n < kBatch) sums.data[warp][n][row] = sum[t][i];
+    }
+  }
+}
+
+// Into sums, once the consumers have synchronised.
+template <int kBatch, int kStages>
+__device__ __forceinline__ void multiply(Stream<kStages>& stream, tile::Slot<kStages>& slot,
+                                         const Vectors<kBatch>& x, int rows, int slices,
+                                         Sums<kBatch>& sums) {
+  const auto tiles = [&]<int kTiles>() {
+    multiply_tiles<kTiles, kBatch>(stream, slot, x, rows, slices, sums);
+  };
+  switch (tile::ceil_div(rows, 16)) {
+    case 0: return;
+    case 1: return tiles.template operator()<1>();
+    case 2: return tiles.template operator()<2>();
+    case 3: return tiles.template operator()<3>();
+    case 4: return tiles.template operator()<4>();
+    case 5: return tiles.template operator()<5>();
+    case 6: return tiles.template operator()<6>();
+    case 7: return tiles.template operator()<7>();
+    default: return tiles.template operator()<8>();
+  }
+}
+
+}  // namespace jaxkern::decode

@@ -1,0 +1,329 @@
+// The decode step against a scalar loop over the same rounded values.
+#include <functional>
+#include <numeric>
+
+#include "cuda/decode/step.h"
+#include "cuda/tests/test.h"
+
+namespace jaxkern {
+namespace {
+
+using decode::DecodeParams;
+using decode::Rows;
+using tile::bf16;
+using Floats = std::vector<float>;
+
+struct Shape {
+  int layers, width, vocabulary, heads, kv_heads, head_dim, hidden, capacity;
+  bool bias, norms;
+};
+
+float bf(float x) { return test::round_to<bf16>(x); }
+
+Floats normal(size_t size, float deviation, int seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> distribution(0.0f, deviation);
+  Floats values(size);
+  for (float& x : values) x = bf(distribution(random));
+  return values;
+}
+
+// Weights of one layer, rows by columns; gate's rows and then up's.
+struct Layer {
+  Floats attention_norm, qkv, bias, q_norm, k_norm, out, mlp_norm, gate_up, down;
+};
+
+struct Model {
+  Shape s;
+  std::vector<Layer> layers;
+  Floats embedding, norm, head, frequencies;
+
+  explicit Model(const Shape& shape) : s(shape) {
+    int seed = 1;
+    const int heads = s.heads * s.head_dim, all = heads + 2 * s.kv_heads * s.head_dim;
+    const auto matrix = [&](int rows, int cols) {
+      return normal(size_t(rows) * cols, 1.0f / std::sqrt(float(cols)), seed++);
+    };
+    const auto weights = [&](int size) {
+      Floats w = normal(size, 0.2f, seed++);
+      for (float& x : w) x += 1.0f;
+      return w;
+    };
+    for (int l = 0; l < s.layers; ++l) {
+      layers.push_back({weights(s.width), matrix(all, s.width), normal(all, 0.5f, seed++),
+                        weights(s.head_dim), weights(s.head_dim), matrix(s.width, heads),
+                        weights(s.width), matrix(2 * s.hidden, s.width),
+                        matrix(s.width, s.hidden)});
+    }
+    embedding = normal(size_t(s.vocabulary) * s.width, 1.0f, seed++);
+    norm = weights(s.width);
+    head = matrix(s.vocabulary, s.width);
+    for (int i = 0; i < s.head_dim / 2; ++i) {
+      frequencies.push_back(std::pow(10000.0f, -2.0f * i / s.head_dim));
+    }
+  }
+};
+
+Floats times(const Floats& matrix, const Floats& x) {
+  Floats y;
+  for (size_t r = 0; r < matrix.size() / x.size(); ++r) {
+    const float* row = matrix.data() + r * x.size();
+    y.push_back(static_cast<float>(
+        std::inner_product(x.begin(), x.end(), row, 0.0, std::plus<>(),
+                           [](float a, float b) { return double(a) * b; })));
+  }
+  return y;
+}
+
+float rstd(const Floats& x, float epsilon) {
+  double sum = 0.0;
+  for (float v : x) sum += double(v) * v;
+  return static_cast<float>(1.0 / std::sqrt(sum / x.size() + epsilon));
+}
+
+// x, rounded, times weights, rounded; the other factor is rstd of x rounded.
+Floats weighted(const Floats& x, const Floats& weights) {
+  Floats y;
+  for (size_t i = 0; i < x.size(); ++i) y.push_back(bf(bf(x[i]) * weights[i]));
+  return y;
+}
+Floats rounded(Floats x) {
+  for (float& v : x) v = bf(v);
+  return x;
+}
+
+constexpr float kEpsilon = 1e-5f;
+
+// One sequence, and what its cache has: [layer][kv head][token][head_dim].
+struct Sequence {
+  const Model& m;
+  std::vector<std::vector<std::vector<Floats>>> keys, values;
+
+  explicit Sequence(const Model& model) : m(model) {
+    keys.assign(m.s.layers, std::vector<std::vector<Floats>>(m.s.kv_heads));
+    values = keys;
+  }
+  int length() const { return static_cast<int>(keys[0][0].size()); }
+
+  Floats rotate(const float* x, const Floats& norm, int position) const {
+    const int dim = m.s.head_dim, half = dim / 2;
+    Floats y(x, x + dim);
+    if (m.s.norms) {
+      const float factor = rstd(y, kEpsilon);
+      for (int i = 0; i < dim; ++i) y[i] *= factor * norm[i];
+    }
+    for (int i = 0; i < half; ++i) {
+      const float angle = position * m.frequencies[i], a = y[i], b = y[i + half];
+      y[i] = bf(a * std::cos(angle) - b * std::sin(angle));
+      y[i + half] = bf(b * std::cos(angle) + a * std::sin(angle));
+    }
+    return y;
+  }
+
+  Floats step(int token) {
+    const Shape& s = m.s;
+    const int dim = s.head_dim, position = length(), group = s.heads / s.kv_heads;
+    Floats h(m.embedding.begin() + size_t(token) * s.width,
+             m.embedding.begin() + size_t(token + 1) * s.width);
+    for (int l = 0; l < s.layers; ++l) {
+      const Layer& layer = m.layers[l];
+      Floats qkv = times(layer.qkv, weighted(h, layer.attention_norm));
+      const float factor = rstd(rounded(h), kEpsilon);
+      for (size_t i = 0; i < qkv.size(); ++i) {
+        qkv[i] = bf(qkv[i] * factor + (s.bias ? layer.bias[i] : 0.0f));
+      }
+      Floats heads;
+      for (int k = 0; k < s.kv_heads; ++k) {
+        keys[l][k].push_back(
+            rotate(qkv.data() + (s.heads + k) * dim, layer.k_norm, position));
+        const float* value = qkv.data() + (s.heads + s.kv_heads + k) * dim;
+        values[l][k].push_back(Floats(value, value + dim));
+        for (int g = 0; g < group; ++g) {
+          const Floats query = rotate(qkv.data() + (k * group + g) * dim, layer.q_norm, position);
+          Floats scores;
+          for (const Floats& key : keys[l][k]) scores.push_back(times(key, query)[0]);
+          const float most = *std::max_element(scores.begin(), scores.end());
+          double sum = 0.0;
+          std::vector<double> result(dim);
+          for (size_t t = 0; t < scores.size(); ++t) {
+            const double weight = std::exp((double(scores[t]) - most) / std::sqrt(double(dim)));
+            sum += weight;
+            for (int d = 0; d < dim; ++d) result[d] += weight * values[l][k][t][d];
+          }
+          for (double x : result) heads.push_back(bf(static_cast<float>(x / sum)));
+        }
+      }
+      Floats out = times(layer.out, heads);
+      for (int i = 0; i < s.width; ++i) h[i] += out[i];
+      const Floats gate_up = times(layer.gate_up, weighted(h, layer.mlp_norm));
+      const float mlp_factor = rstd(rounded(h), kEpsilon);
+      Floats units;
+      for (int i = 0; i < s.hidden; ++i) {
+        const float gate = gate_up[i] * mlp_factor;
+        units.push_back(bf(gate / (1.0f + std::exp(-gate)) * gate_up[s.hidden + i] * mlp_factor));
+      }
+      const Floats down = times(layer.down, units);
+      for (int i = 0; i < s.width; ++i) h[i] += down[i];
+    }
+    Floats logits = times(m.head, weighted(h, m.norm));
+    const float factor = rstd(rounded(h), kEpsilon);
+    for (float& x : logits) x *= factor;
+    return logits;
+  }
+};
+
+// Rows of units, as docs/decode.md packs them. `matrix`: [unit_rows][units][K].
+void pack(std::vector<bf16>& to, const Floats& matrix, const Rows& rows, int units) {
+  const size_t K = rows.K;
+  for (int block = 0, first = 0; block < rows.blocks; ++block) {
+    const int count = rows.each + (block < rows.extra);
+    for (size_t slice = 0; slice < K / 32; ++slice) {
+      for (int part = 0; part < rows.unit_rows; ++part) {
+        for (int unit = first; unit < first + count; ++unit) {
+          bf16 values[32];
+          const float* row = matrix.data() + (size_t(part) * units + unit) * K + slice * 32;
+          for (int k = 0; k < 32; ++k) values[k] = __float2bfloat16_rn(row[k]);
+          to.insert(to.end(), values, values + 32);
+        }
+      }
+    }
+    first += count;
+  }
+}
+
+struct Packed {
+  std::vector<bf16> qkv, out, gate_up, down, head, embedding;
+  Floats attention_norm, mlp_norm, bias, q_norm, k_norm;
+
+  Packed(const Model& m, const decode::Matrices& rows) {
+    const auto append = [](Floats& to, const Floats& x) { to.insert(to.end(), x.begin(), x.end()); };
+    for (const Layer& layer : m.layers) {
+      pack(qkv, layer.qkv, rows.qkv, (m.s.heads + 2 * m.s.kv_heads) * m.s.head_dim);
+      pack(out, layer.out, rows.out, m.s.width);
+      pack(gate_up, layer.gate_up, rows.gate_up, m.s.hidden);
+      pack(down, layer.down, rows.down, m.s.width);
+      append(attention_norm, layer.attention_norm);
+      append(mlp_norm, layer.mlp_norm);
+      append(bias, layer.bias);
+      append(q_norm, layer.q_norm);
+      append(k_norm, layer.k_norm);
+    }
+    pack(head, m.head, rows.head, m.s.vocabulary);
+    for (float x : m.embedding) embedding.push_back(__float2bfloat16_rn(x));
+  }
+};
+
+// The cache of the sequences, NaN where there is nothing.
+void fill_cache(const Shape& s, const std::vector<Sequence>& sequences, std::vector<bf16>& keys,
+                std::vector<bf16>& values) {
+  const size_t B = sequences.size(), T = s.capacity, dim = s.head_dim;
+  keys.assign(s.layers * B * s.kv_heads * T * dim, __float2bfloat16_rn(NAN));
+  values = keys;
+  for (int l = 0; l < s.layers; ++l) {
+    for (size_t n = 0; n < B; ++n) {
+      for (int k = 0; k < s.kv_heads; ++k) {
+        const size_t start = ((l * B + n) * s.kv_heads + k) * T * dim;
+        for (int t = 0; t < sequences[n].length(); ++t) {
+          for (size_t d = 0; d < dim; ++d) {
+            keys[start + ((t / 8 * (dim / 32) + d / 32) * 8 + t % 8) * 32 + d % 32] =
+                __float2bfloat16_rn(sequences[n].keys[l][k][t][d]);
+            values[start + (t / 32 * dim + d) * 32 + t % 32] =
+                __float2bfloat16_rn(sequences[n].values[l][k][t][d]);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class Step>
+void test_model(const std::string& what, const Shape& s, const std::vector<int>& lengths,
+                int steps) {
+  const Model m(s);
+  const int B = static_cast<int>(lengths.size());
+  int multiprocessors;
+  test::check(multiprocessor_count(&multiprocessors), "device");
+  std::vector<Sequence> sequences(B, Sequence(m));
+  for (int n = 0; n < B; ++n) {  // any keys and values
+    for (int l = 0; l < s.layers; ++l) {
+      for (int k = 0; k < s.kv_heads; ++k) {
+        for (int t = 0; t < lengths[n]; ++t) {
+          const int seed = ((n * 100 + l) * 100 + k) * 10000 + t;
+          sequences[n].keys[l][k].push_back(normal(s.head_dim, 1.0f, seed));
+          sequences[n].values[l][k].push_back(normal(s.head_dim, 1.0f, -seed - 1));
+        }
+      }
+    }
+  }
+  DecodeParams p = {};
+  p.layers = s.layers, p.width = s.width, p.vocabulary = s.vocabulary, p.heads = s.heads;
+  p.kv_heads = s.kv_heads, p.head_dim = s.head_dim, p.hidden = s.hidden;
+  p.batch = B, p.capacity = s.capacity, p.norm_epsilon = kEpsilon;
+  const decode::Matrices rows = decode::make_matrices(p, multiprocessors);
+  const Packed packed(m, rows);
+  std::vector<bf16> host_keys, host_values;
+  fill_cache(s, sequences, host_keys, host_values);
+  const test::Array<bf16> qkv(packed.qkv), out(packed.out), gate_up(packed.gate_up),
+      down(packed.down), head(packed.head), embedding(packed.embedding), keys(host_keys),
+      values(host_values);
+  const test::Array<float> attention_norm(packed.attention_norm), mlp_norm(packed.mlp_norm),
+      norm(m.norm), bias(packed.bias), q_norm(packed.q_norm), k_norm(packed.k_norm),
+      frequencies(m.frequencies);
+  const test::Array<int> device_lengths(lengths);
+  p.qkv = qkv.data(), p.out = out.data(), p.gate_up = gate_up.data(), p.down = down.data();
+  p.head = head.data(), p.embedding = embedding.data();
+  p.attention_norm = attention_norm.data(), p.mlp_norm = mlp_norm.data(), p.norm = norm.data();
+  p.qkv_bias = s.bias ? bias.data() : nullptr;
+  p.q_norm = s.norms ? q_norm.data() : nullptr, p.k_norm = s.norms ? k_norm.data() : nullptr;
+  p.frequencies = frequencies.data(), p.lengths = device_lengths.data();
+  p.keys = keys.data(), p.values = values.data();
+  decode::Words words;
+  const test::Array<char> workspace(
+      std::vector<char>(decode::place_words(&words, p, rows)));
+  p.workspace = workspace.data();
+  for (int step = 0; step < steps; ++step) {
+    std::vector<int> tokens;
+    Floats wanted;
+    for (int n = 0; n < B; ++n) {
+      tokens.push_back((step * 7919 + n * 104729 + 3) % s.vocabulary);
+      const Floats logits = sequences[n].step(tokens.back());
+      wanted.insert(wanted.end(), logits.begin(), logits.end());
+    }
+    const test::Array<int> device_tokens(tokens);
+    const test::Array<float> logits(wanted.size());
+    p.tokens = device_tokens.data(), p.logits = logits.data();
+    const std::string at = what + ", step " + std::to_string(step);
+    test::check(decode::launch_decode_step_sm90<Step>(p, nullptr), at);
+    test::synchronize(at);
+    test::compare(at, logits.host(), wanted, s.vocabulary, 0.05f);
+  }
+  std::vector<int> after;
+  for (const Sequence& sequence : sequences) after.push_back(sequence.length());
+  test::compare(what + ", lengths", device_lengths.host(), after, 1);
+  fill_cache(s, sequences, host_keys, host_values);
+  const auto floats = [](const std::vector<bf16>& x) {
+    Floats y;
+    for (bf16 v : x) y.push_back(test::to_float(v));
+    return y;
+  };
+  test::compare(what + ", keys", floats(keys.host()), floats(host_keys), s.head_dim, 0.05f);
+  test::compare(what + ", values", floats(values.host()), floats(host_values), s.head_dim, 0.05f);
+}
+
+}  // namespace
+}  // namespace jaxkern
+
+int main() {
+  using namespace jaxkern;
+  using Step64 = decode::DecodeStep<64, 1, 12>;
+  using Step128 = decode::DecodeStep<128, 1, 11>;
+  const Shape llama = {2, 512, 1000, 8, 2, 64, 1536, 1024, false, false};
+  test_model<Step64>("llama, empty", llama, {0}, 3);
+  test_model<Step64>("llama, 255", llama, {255}, 3);
+  test_model<Step64>("llama, 700", llama, {700}, 2);
+  test_model<Step64>("wide", {1, 2048, 4000, 32, 8, 64, 8192, 256, false, false}, {30}, 2);
+  test_model<Step64>("few rows", {3, 64, 100, 2, 1, 64, 96, 64, true, true}, {5}, 4);
+  test_model<Step128>("qwen", {2, 768, 1000, 6, 1, 128, 1120, 512, true, false}, {300}, 2);
+  test_model<Step128>("qwen3", {2, 512, 1000, 8, 2, 128, 1120, 512, false, true}, {31}, 3);
+  return test::finish();
+}
