@@ -13,7 +13,7 @@
 
 namespace jaxkern::decode {
 
-inline constexpr int kMaxGroup = 8;   // heads that share a kv head
+inline constexpr int kMaxGroup = 8;  // heads that share a kv head
 inline constexpr int kWarpTokens = 32;
 
 // A head's result of one split goes by 64 values in ten words, of which the last has one value and
@@ -47,15 +47,14 @@ struct Unit {
   bool last;
 };
 
-// Calls work(unit) for each of the multiprocessor's units of a layer.
+// Calls work(unit) for each of the multiprocessor's units.
 template <class Do>
 __device__ __forceinline__ void for_each_unit(const DecodeParams& p, const Splits& splits,
-                                              const int* lengths, int layer, const Do& work) {
-  const int all = p.batch * p.kv_heads * splits.count, grid = gridDim.x;
-  // Other multiprocessors in every layer.
-  int index = (static_cast<int>(blockIdx.x) - layer * all) % grid;
-  if (index < 0) index += grid;
-  for (; index < all; index += grid) {
+                                              const int* lengths, const Do& work) {
+  // NOTE: the same multiprocessors in every layer. In turns all find the code for it out of their
+  // caches, which costs more than their share of keys and values (H200: 20 us a token).
+  const int all = p.batch * p.kv_heads * splits.count;
+  for (int index = blockIdx.x; index < all; index += gridDim.x) {
     Unit unit;
     unit.split = index % splits.count;
     unit.kv_head = index / splits.count % p.kv_heads;
@@ -79,9 +78,9 @@ struct Attention {
 
   struct Storage {
     alignas(16) bf16 query[kSlices][kMaxGroup][kSlice];
-    bf16 key[kHeadDim];                   // the new one
-    float raw[kMaxGroup + 2][kHeadDim];   // query, key and value as they came
-    float score[kMaxGroup];               // of the new token
+    bf16 key[kHeadDim];                  // the new one
+    float raw[kMaxGroup + 2][kHeadDim];  // query, key and value as they came
+    float score[kMaxGroup];              // of the new token
     float most[kWarps][kMaxGroup], sum[kWarps][kMaxGroup];
     float out[kWarps][kMaxGroup][kHeadDim];
   };
@@ -168,16 +167,17 @@ struct Attention {
     for (int d = threadIdx.x; d < kHeadDim; d += kConsumers) {
       keys[(int64_t{position / 8} * kSlices + d / kSlice) * 8 * kSlice + position % 8 * kSlice +
            d % kSlice] = shared.key[d];
-      values[(int64_t{position / kSlice} * kHeadDim + d) * kSlice +
-             position % kSlice] = __float2bfloat16_rn(value[d]);
+      values[(int64_t{position / kSlice} * kHeadDim + d) * kSlice + position % kSlice] =
+          __float2bfloat16_rn(value[d]);
     }
   }
 
-  // The new token's scores, a warp for each head. In units of log2.
+  // The new token's scores, a warp for each head; first those that have the fewest other tokens. In
+  // units of log2.
   __device__ __forceinline__ static void score(const DecodeParams& p, float scale,
                                                Storage& shared) {
     const int warp = threadIdx.x / tile::kWarpSize, lane = threadIdx.x % tile::kWarpSize;
-    for (int head = warp; head < p.heads / p.kv_heads; head += kWarps) {
+    for (int head = kWarps - 1 - warp; head < p.heads / p.kv_heads; head += kWarps) {
       float sum = 0.0f;
 #pragma unroll
       for (int s = 0; s < kSlices; ++s) {
@@ -190,9 +190,8 @@ struct Attention {
   }
 
   template <int kStages>
-  __device__ __forceinline__ static void attend(Stream<kStages>& stream,
-                                                tile::Slot<kStages>& slot, const Unit& unit,
-                                                float scale, Storage& shared) {
+  __device__ __forceinline__ static void attend(Stream<kStages>& stream, tile::Slot<kStages>& slot,
+                                                const Unit& unit, float scale, Storage& shared) {
     const int warp = threadIdx.x / tile::kWarpSize, lane = threadIdx.x % tile::kWarpSize;
     uint4 query[kSlices];
 #pragma unroll
@@ -232,8 +231,7 @@ struct Attention {
     const int lane = threadIdx.x % tile::kWarpSize;
     // Columns 2 c, 2 c + 1 of tile t are tokens 8 c + 2 t, + 1: then a lane's scores are weights of
     // the tokens whose values it reads.
-    const char* mine =
-        keys + (lane / 8 * kSlices * 8 + lane / 4 % 2) * kSliceBytes + lane % 4 * 16;
+    const char* mine = keys + (lane / 8 * kSlices * 8 + lane / 4 % 2) * kSliceBytes + lane % 4 * 16;
     float score[kWarpTokens / 8][4] = {};
 #pragma unroll
     for (int t = 0; t < kWarpTokens / 8; ++t) {
@@ -340,8 +338,8 @@ struct Attention {
       Word word = make_word(values, tag);
       if (lane == kPartWords - 1) word.data[2] = __float_as_uint(most + log2f(total));
       const int head = unit.kv_head * group + g;
-      Word* to = words + ((int64_t{unit.sequence} * p.heads + head) * kMaxSplits + unit.split) *
-                             kWords;
+      Word* to =
+          words + ((int64_t{unit.sequence} * p.heads + head) * kMaxSplits + unit.split) * kWords;
       if (lane < kPartWords) send(to + part * kPartWords + lane, word);
     }
   }
@@ -360,7 +358,8 @@ struct Attention {
         return start + (index / kWords * kMaxSplits + split) * kWords + index % kWords;
       };
       const auto set = [&](int index, const float (&values)[kWordValues]) {
-        const int word = index % kPartWords, d = index / kPartWords * kPartDims + word * kWordValues;
+        const int word = index % kPartWords,
+                  d = index / kPartWords * kPartDims + word * kWordValues;
 #pragma unroll
         for (int v = 0; v < kWordValues; ++v) {
           if (v == 0 || word < kPartWords - 1) x.at(n, d + v) = __float2bfloat16_rn(values[v]);
@@ -387,8 +386,9 @@ struct Attention {
           for (int index = first; index < min(all, first + kAtOnce * kConsumers);
                index += kConsumers) {
             float values[kWordValues];
-            merge(values, [&](int split) { return from(index, split); },
-                  kPartWords - 1 - index % kPartWords, count, tag);
+            merge(
+                values, [&](int split) { return from(index, split); },
+                kPartWords - 1 - index % kPartWords, count, tag);
             set(index, values);
           }
         }

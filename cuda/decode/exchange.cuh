@@ -52,8 +52,7 @@ __device__ __forceinline__ Word gather_word(float value, uint32_t tag) {
   float values[kWordValues];
 #pragma unroll
   for (int i = 0; i < kWordValues; ++i) {
-    values[i] = __shfl_sync(0xffffffffu, value,
-                            kWordValues * (threadIdx.x % kWarpWords) + i);
+    values[i] = __shfl_sync(0xffffffffu, value, kWordValues * (threadIdx.x % kWarpWords) + i);
   }
   return make_word(values, tag);
 }

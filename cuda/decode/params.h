@@ -9,12 +9,13 @@
 namespace jaxkern::decode {
 
 inline constexpr int kMaxBatch = 8;
-inline constexpr int kMaxSplits = 32;  // of the tokens of a sequence, in attention
+inline constexpr int kMaxSplits = 32;     // of the tokens of a sequence, in attention
 inline constexpr int kSplitTokens = 256;  // a split has a multiple of that
 
-// One arrival count for each kind of dependency, in cache lines of their own.
-enum Kind { kQkv, kAttention, kOut, kGateUp, kDown, kKinds };
+// The phases of a layer, and the head.
+enum Phase { kQkv, kAttention, kOut, kGateUp, kDown, kHead, kPhases };
 
+// Arrivals of those who have sent what they have of a phase, in a cache line of its own.
 struct Counter {
   uint32_t count;
   uint32_t padding[31];
@@ -23,7 +24,7 @@ struct Counter {
 // The start of the workspace, which is zero before the first step and kept from step to step. What
 // blocks send each other follows.
 struct WorkspaceHeader {
-  Counter counters[kKinds];
+  Counter counters[kHead];
   uint32_t steps;  // done
   uint32_t padding[31];
 };
@@ -37,17 +38,16 @@ struct DecodeParams {
   int layers, width, vocabulary, heads, kv_heads, head_dim, hidden;
   int batch, capacity;  // B, T
   float norm_epsilon;
-  // Packed bfloat16, all layers.
-  const void *qkv, *out, *gate_up, *down, *head;
-  const void* embedding;                             // [V, D] bfloat16
-  const float *attention_norm, *mlp_norm, *norm;     // [L, D], [L, D], [D]
-  const float* qkv_bias;                             // [L, (N + 2 K) H] or null
-  const float *q_norm, *k_norm;                      // [L, H] or null
-  const float* frequencies;                          // [H / 2], radians a token
-  const int* tokens;                                 // [B]
-  int* lengths;                                      // [B], of what the cache has; one more after
-  void *keys, *values;                               // the cache, bfloat16
-  float* logits;                                     // [B, V]
+  const void* weights[kPhases];                   // bfloat16, packed, all layers
+  const void* embedding;                          // [V, D] bfloat16
+  const float *attention_norm, *mlp_norm, *norm;  // [L, D], [L, D], [D]
+  const float* qkv_bias;                          // [L, (N + 2 K) H] or null
+  const float *q_norm, *k_norm;                   // [L, H] or null
+  const float* frequencies;                       // [H / 2], radians a token
+  const int* tokens;                              // [B]
+  int* lengths;                                   // [B], of what the cache has; one more after
+  void *keys, *values;                            // the cache, bfloat16
+  float* logits;                                  // [B, V]
   void* workspace;
 };
 

@@ -52,23 +52,51 @@ __device__ __forceinline__ void multiply_tiles(Stream<kStages>& stream, tile::Sl
                                                const Vectors<kBatch>& x, int rows, int slices,
                                                Sums<kBatch>& sums) {
   const int warp = threadIdx.x / tile::kWarpSize, lane = threadIdx.x % tile::kWarpSize;
-  float sum[kTiles][4] = {};
+  // Instructions that wait for none of each other. A block of few rows has few: after a dependency
+  // it lies in the ring already, and its products are what others wait for.
+  constexpr int kAtOnce = kTiles <= 2 ? 2 : 1;  // slices
+  float sum[kAtOnce][kTiles][4] = {};
   const int slice_bytes = rows * kSliceBytes, at_once = slices_of_chunk(rows);
+  bool ready = slot.is_full(stream.ring);
   for (int first = 0; first < slices; first += at_once, slot.advance()) {
-    slot.wait_full(stream.ring);
+    if (!ready) slot.wait_full(stream.ring);
     const char* chunk = stream.chunks[slot.stage()] + 16 * lane;
     const int count = min(at_once, slices - first);
-    for (int i = (warp - first) & (kWarps - 1); i < count; i += kWarps) {
-      const uint4 b = x.operand(first + i);
-      const char* slice = chunk + i * slice_bytes;
+    const auto add = [&]<int kSlices>(int i) {
+      uint4 b[kSlices], low[kSlices][kTiles], high[kSlices][kTiles];
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-        const uint4 low = *reinterpret_cast<const uint4*>(slice + 16 * t * kSliceBytes);
-        const uint4 high = *reinterpret_cast<const uint4*>(slice + (16 * t + 8) * kSliceBytes);
-        tile::ptx::mma_m16n8k16(sum[t], low.x, high.x, low.y, high.y, b.x, b.y);
-        tile::ptx::mma_m16n8k16(sum[t], low.z, high.z, low.w, high.w, b.z, b.w);
+      for (int s = 0; s < kSlices; ++s) {
+        b[s] = x.operand(first + i + s * kWarps);
+        const char* slice = chunk + (i + s * kWarps) * slice_bytes;
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+          low[s][t] = *reinterpret_cast<const uint4*>(slice + 16 * t * kSliceBytes);
+          high[s][t] = *reinterpret_cast<const uint4*>(slice + (16 * t + 8) * kSliceBytes);
+        }
       }
+#pragma unroll
+      for (int s = 0; s < kSlices; ++s) {
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+          tile::ptx::mma_m16n8k16(sum[s][t], low[s][t].x, high[s][t].x, low[s][t].y, high[s][t].y,
+                                  b[s].x, b[s].y);
+        }
+      }
+#pragma unroll
+      for (int s = 0; s < kSlices; ++s) {
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+          tile::ptx::mma_m16n8k16(sum[s][t], low[s][t].z, high[s][t].z, low[s][t].w, high[s][t].w,
+                                  b[s].z, b[s].w);
+        }
+      }
+    };
+    int i = (warp - first) & (kWarps - 1);
+    for (; i + (kAtOnce - 1) * kWarps < count; i += kAtOnce * kWarps) {
+      add.template operator()<kAtOnce>(i);
     }
+    if (kAtOnce > 1 && i < count) add.template operator()<1>(i);
+    ready = slot.next().is_full(stream.ring);
     stream.ring.empty[slot.stage()].arrive_warp();
   }
 #pragma unroll
@@ -76,7 +104,10 @@ __device__ __forceinline__ void multiply_tiles(Stream<kStages>& stream, tile::Sl
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int row = 16 * t + 8 * (i / 2) + lane / 4, n = lane % 4 * 2 + i % 2;
-      if (n < kBatch) sums.data[warp][n][row] = sum[t][i];
+      float total = sum[0][t][i];
+#pragma unroll
+      for (int s = 1; s < kAtOnce; ++s) total += sum[s][t][i];
+      if (n < kBatch) sums.data[warp][n][row] = total;
     }
   }
 }
@@ -90,15 +121,31 @@ __device__ __forceinline__ void multiply(Stream<kStages>& stream, tile::Slot<kSt
     multiply_tiles<kTiles, kBatch>(stream, slot, x, rows, slices, sums);
   };
   switch (tile::ceil_div(rows, 16)) {
-    case 0: return;
-    case 1: return tiles.template operator()<1>();
-    case 2: return tiles.template operator()<2>();
-    case 3: return tiles.template operator()<3>();
-    case 4: return tiles.template operator()<4>();
-    case 5: return tiles.template operator()<5>();
-    case 6: return tiles.template operator()<6>();
-    case 7: return tiles.template operator()<7>();
-    default: return tiles.template operator()<8>();
+    case 0:
+      break;
+    case 1:
+      tiles.template operator()<1>();
+      break;
+    case 2:
+      tiles.template operator()<2>();
+      break;
+    case 3:
+      tiles.template operator()<3>();
+      break;
+    case 4:
+      tiles.template operator()<4>();
+      break;
+    case 5:
+      tiles.template operator()<5>();
+      break;
+    case 6:
+      tiles.template operator()<6>();
+      break;
+    case 7:
+      tiles.template operator()<7>();
+      break;
+    default:
+      tiles.template operator()<8>();
   }
 }
 

@@ -6,10 +6,10 @@
 
 namespace jaxkern::decode {
 
-inline constexpr int kSlice = 32;             // columns whose values lie together in a row
-inline constexpr int kMaxRows = 128;          // of a block
-inline constexpr int kWordValues = 7;         // bfloat16 that travel in one word, beside its tag
-inline constexpr int kWarpWords = 4;          // that a warp makes
+inline constexpr int kSlice = 32;      // columns whose values lie together in a row
+inline constexpr int kMaxRows = 128;   // of a block
+inline constexpr int kWordValues = 7;  // bfloat16 that travel in one word, beside its tag
+inline constexpr int kWarpWords = 4;   // that a warp makes
 inline constexpr int kWarpRows = kWarpWords * kWordValues;  // values that it has for them
 
 // N units, of one row or two (gate and up), of K columns, in blocks that are as even as can be.
@@ -24,6 +24,7 @@ struct Rows {
   __device__ __forceinline__ int first(int block) const {
     return block * each + (block < extra ? block : extra);
   }
+  __device__ __forceinline__ int count() const { return blocks * each + extra; }
   __device__ __forceinline__ int all_words() const { return blocks * words; }
   // The block that word `index` of all is of.
   __device__ __forceinline__ int block_of(int index) const {
@@ -46,8 +47,7 @@ inline Rows make_rows(int units, int K, int unit_rows, int multiprocessors) {
   rows.each = units / rows.blocks;
   rows.extra = units % rows.blocks;
   rows.words = (rows.each + (rows.extra > 0) + kWordValues - 1) / kWordValues;
-  rows.words_magic =
-      static_cast<uint32_t>(((uint64_t{1} << 32) + rows.words - 1) / rows.words);
+  rows.words_magic = static_cast<uint32_t>(((uint64_t{1} << 32) + rows.words - 1) / rows.words);
   return rows;
 }
 

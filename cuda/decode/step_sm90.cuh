@@ -19,25 +19,25 @@
 
 namespace jaxkern::decode {
 
-struct Matrices {
-  Rows qkv, out, gate_up, down, head;
-};
-
-struct Words {
-  Word *qkv, *attention, *out, *gate_up, *down;
-};
-
 struct StepParams {
   DecodeParams model;
-  Matrices rows;
-  Words words;
+  Rows rows[kPhases];  // of the product of a phase; attention has none
+  Word* words[kHead];  // its results
 };
+
+// Cosine and sine of an angle of up to 2^17, within 2^-20.
+__device__ __forceinline__ float2 unit_vector(float angle) {
+  constexpr float kTurn = 6.28318548f, kTurnRest = -1.74845553e-7f;  // 2 pi
+  const float turns = rintf(angle * (1.0f / kTurn));
+  angle = fmaf(-turns, kTurnRest, fmaf(-turns, kTurn, angle));
+  return make_float2(__cosf(angle), __sinf(angle));
+}
 
 template <int kHeadDim_, int kBatch_, int kStages_>
 struct DecodeStep {
   static constexpr int kHeadDim = kHeadDim_, kBatch = kBatch_, kStages = kStages_;
   static constexpr int kThreads = kConsumers + tile::kWarpgroupSize;
-  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
   static_assert(kProducerRegisters + 2 * kConsumerRegisters <=
                 3 * tile::launch_registers(kThreads));
   using Attention = decode::Attention<kHeadDim>;
@@ -47,6 +47,7 @@ struct DecodeStep {
     Stream<kStages> stream;
     Sums<kBatch> sums;
     float residual[kBatch][kMaxRows];  // hidden state of the rows that the block has of out, down
+    float bias[kMaxRows];
     float squares[kBatch][kWarps];
     float2 rotation[kBatch][kHeadDim / 2];  // cosines and sines of the positions
     int lengths[kBatch], tokens[kBatch];
@@ -75,26 +76,27 @@ struct DecodeStep {
     __device__ __forceinline__ uint32_t tag(int layer) const {
       return (steps * p.model.layers + layer + 1) & 0xffff;
     }
-    // Until all have sent what they have of a layer.
-    __device__ __forceinline__ void wait(Kind kind, int arrivals, int layer) {
+    // Until all have sent what they have of a phase.
+    __device__ __forceinline__ void wait(Phase phase, int layer) {
       if (threadIdx.x == 0) {
-        wait_for(header.counters[kind], (steps * p.model.layers + layer + 1) * arrivals);
+        const Rows& rows = p.rows[phase];
+        const int arrivals =
+            phase == kAttention ? gridDim.x : kBatch * rows.blocks * rows.sending_warps();
+        wait_for(header.counters[phase], (steps * p.model.layers + layer + 1) * arrivals);
       }
       sync_consumers();
-    }
-    __device__ __forceinline__ static int arrivals(const Rows& rows) {
-      return kBatch * rows.blocks * rows.sending_warps();
     }
 
     // Calls use(n, row, count, word, prepared) with the words of a product's results, of sequences
     // from `first_n` on; some at once because each costs the same time. prepare(row, count) is
     // called before the wait, and may set the count of what is not wanted to 0.
     template <int kAtOnce, class Prepare, class Use>
-    __device__ __forceinline__ void receive(Kind kind, const Rows& rows, const Word* words,
-                                            int layer, int first_n, int end_n,
+    __device__ __forceinline__ void receive(Phase from, int layer, int first_n, int end_n,
                                             const Prepare& prepare, const Use& use) {
+      const Rows& rows = p.rows[from];
       const int all = rows.all_words();
       int none = 0;
+#pragma unroll 1
       for (int first = 0; first < all; first += kAtOnce * kConsumers) {
         int row[kAtOnce], count[kAtOnce];
         decltype(prepare(0, none)) prepared[kAtOnce];
@@ -106,18 +108,19 @@ struct DecodeStep {
           count[i] = index < all ? min(kWordValues, rows.units(block) - at) : 0;
           prepared[i] = prepare(row[i], count[i]);
         }
-        if (first == 0) wait(kind, arrivals(rows), layer);
+        if (first == 0) wait(from, layer);
+#pragma unroll 1
         for (int n = first_n; n < end_n; ++n) {
-          const Word* from = words + int64_t{n} * all + first + threadIdx.x;
+          const Word* words = p.words[from] + int64_t{n} * all + first + threadIdx.x;
           Word got[kAtOnce];
 #pragma unroll
           for (int i = 0; i < kAtOnce; ++i) {
-            if (count[i] > 0) got[i] = peek(from + i * kConsumers);
+            if (count[i] > 0) got[i] = peek(words + i * kConsumers);
           }
 #pragma unroll
           for (int i = 0; i < kAtOnce; ++i) {
             if (count[i] <= 0) continue;
-            settle(got[i], from + i * kConsumers, tag(layer));
+            settle(got[i], words + i * kConsumers, tag(layer));
             use(n, row[i], count[i], got[i], prepared[i]);
           }
         }
@@ -128,26 +131,50 @@ struct DecodeStep {
       float data[kWordValues];
     };
 
-    // The hidden state times the weights of a norm; its squares, for the rest of the norm.
-    __device__ __forceinline__ void receive_hidden(Kind kind, const Rows& rows, const Word* words,
-                                                   int layer, const float* weights) {
+    // The results of a product as vectors of the next one: as they are, or times the weights of a
+    // norm, whose other factor their squares are for.
+    __device__ __forceinline__ void receive_vectors(Phase from, int layer, const float* norm) {
       float squares[kBatch] = {};
-      const auto prepare = [&](int row, int& count) {
-        Weights w;
+      receive<5>(
+          from, layer, 0, kBatch,
+          [&](int row, int count) {
+            Weights weights;
 #pragma unroll
-        for (int i = 0; i < kWordValues; ++i) w.data[i] = i < count ? weights[row + i] : 0.0f;
-        return w;
-      };
-      receive<3>(kind, rows, words, layer, 0, kBatch, prepare,
-                 [&](int n, int row, int count, const Word& word, const Weights& w) {
+            for (int i = 0; i < kWordValues; ++i) {
+              weights.data[i] = norm != nullptr && i < count ? norm[row + i] : 1.0f;
+            }
+            return weights;
+          },
+          [&](int n, int row, int count, const Word& word, const Weights& weights) {
 #pragma unroll
-                   for (int i = 0; i < kWordValues; ++i) {
-                     const float h = value_of(word, i);
-                     if (i >= count) continue;
-                     squares[n] += h * h;
-                     x.at(n, row + i) = __float2bfloat16_rn(h * w.data[i]);
-                   }
-                 });
+            for (int i = 0; i < kWordValues; ++i) {
+              if (i >= count) break;
+              const float value = value_of(word, i);
+              squares[n] += value * value;
+              x.at(n, row + i) = __float2bfloat16_rn(value * weights.data[i]);
+            }
+          });
+      add_squares(squares);
+    }
+
+    // The first hidden state: rows of the embedding.
+    __device__ __forceinline__ void embed(const float* norm) {
+      const auto* embedding = static_cast<const bf16*>(p.model.embedding);
+      const Rows& rows = p.rows[kOut];
+      const int block = blockIdx.x;
+      float squares[kBatch] = {};
+#pragma unroll
+      for (int n = 0; n < kBatch; ++n) {
+        const bf16* row = embedding + int64_t{shared.tokens[n]} * p.model.width;
+        for (int i = threadIdx.x; i < p.model.width; i += kConsumers) {
+          const float value = __bfloat162float(row[i]);
+          squares[n] += value * value;
+          x.at(n, i) = __float2bfloat16_rn(value * norm[i]);
+        }
+        if (threadIdx.x < rows.units(block)) {
+          shared.residual[n][threadIdx.x] = __bfloat162float(row[rows.first(block) + threadIdx.x]);
+        }
+      }
       add_squares(squares);
     }
 
@@ -168,168 +195,145 @@ struct DecodeStep {
       return rsqrtf(sum * reciprocal_width + p.model.norm_epsilon);
     }
 
-    // The first hidden state: rows of the embedding.
-    __device__ __forceinline__ void embed(const float* weights) {
-      const auto* embedding = static_cast<const bf16*>(p.model.embedding);
-      const Rows& rows = p.rows.out;
-      float squares[kBatch] = {};
-#pragma unroll
-      for (int n = 0; n < kBatch; ++n) {
-        const bf16* row = embedding + int64_t{shared.tokens[n]} * p.model.width;
-        for (int i = threadIdx.x; i < p.model.width; i += kConsumers) {
-          const float h = __bfloat162float(row[i]);
-          squares[n] += h * h;
-          x.at(n, i) = __float2bfloat16_rn(h * weights[i]);
-        }
-        const int block = blockIdx.x;
-        if (threadIdx.x < rows.units(block)) {
-          shared.residual[n][threadIdx.x] =
-              __bfloat162float(row[rows.first(block) + threadIdx.x]);
-        }
+    // The vectors that a phase multiplies.
+    __device__ __forceinline__ void gather(Phase phase, int layer) {
+      const int64_t norm = int64_t{layer} * p.model.width;
+      if (phase == kOut) {
+        wait(kAttention, layer);
+        Attention::template collect<kBatch>(p.model, p.words[kAttention], tag(layer), splits,
+                                            shared.lengths, x);
+      } else if (phase == kQkv && layer == 0) {
+        embed(p.model.attention_norm);
+      } else if (phase == kGateUp) {
+        receive_vectors(kOut, layer, p.model.mlp_norm + norm);
+      } else if (phase == kDown) {
+        receive_vectors(kGateUp, layer, nullptr);
+      } else {
+        receive_vectors(kDown, layer - 1,
+                        phase == kHead ? p.model.norm : p.model.attention_norm + norm);
       }
-      add_squares(squares);
+      sync_consumers();
     }
 
-    // Hidden units as they are.
-    __device__ __forceinline__ void receive_units(const Rows& rows, const Word* words, int layer) {
-      struct Nothing {};
-      receive<5>(kGateUp, rows, words, layer, 0, kBatch, [](int, int&) { return Nothing{}; },
-                 [&](int n, int row, int count, const Word& word, Nothing) {
-#pragma unroll
-                   for (int i = 0; i < kWordValues; ++i) {
-                     if (i < count) x.at(n, row + i) = __float2bfloat16_rn(value_of(word, i));
-                   }
-                 });
+    // The result of a unit of the block's.
+    __device__ __forceinline__ float result(Phase phase, int n, int unit, int units) {
+      const float sum = shared.sums.total(n, unit);
+      if (phase == kOut || phase == kDown) return shared.residual[n][unit] += sum;
+      const float factor = rstd(n);
+      if (phase == kQkv) return sum * factor + shared.bias[unit];
+      if (phase == kHead) return sum * factor;
+      const float gate = sum * factor, up = shared.sums.total(n, units + unit) * factor;
+      return __fdividef(gate, 1.0f + __expf(-gate)) * up;
     }
 
-    // Multiplies the block's rows and sends value(n, unit of the block, block) of each of its units.
-    template <class Value>
-    __device__ __forceinline__ void multiply_send(Kind kind, const Rows& rows, Word* words,
-                                                  int layer, const Value& value) {
-      const int warp = threadIdx.x / tile::kWarpSize, lane = threadIdx.x % tile::kWarpSize;
-      sync_consumers();  // the vectors are there
+    // Multiplies the block's rows and hands on what they give.
+    __device__ __forceinline__ void multiply_rows(Phase phase, int layer) {
+      const Rows& rows = p.rows[phase];
+#pragma unroll 1
       for (int block = blockIdx.x; block < rows.blocks; block += gridDim.x) {
         const int units = rows.units(block);
-        if (block != static_cast<int>(blockIdx.x)) sync_consumers();  // sums have been read
-        multiply<kBatch>(shared.stream, slot, x, units * rows.unit_rows, rows.K / kSlice,
-                         shared.sums);
+        if (phase == kQkv) load_bias(rows.first(block), units, layer);
+        multiply(shared.stream, slot, x, units * rows.unit_rows, rows.K / kSlice, shared.sums);
         sync_consumers();
-        const int sending = rows.sending_warps();
-        for (int task = warp; task < kBatch * sending; task += kWarps) {
-          const int n = task / sending, part = task % sending, unit = part * kWarpRows + lane;
-          const float own = lane < kWarpRows && unit < units ? value(n, unit, block) : 0.0f;
-          const Word word = gather_word(own, tag(layer));
-          const int index = part * kWarpWords + lane;
-          if (lane < kWarpWords && index < rows.words) {
-            send(words + int64_t{n} * rows.all_words() + block * rows.words + index, word);
-          }
-          __syncwarp();
-          if (lane == 0) arrive(header.counters[kind]);
+        if (phase == kHead) {
+          store_logits(rows.first(block), units);
+        } else {
+          send_results(phase, rows, block, units, layer);
         }
+        if (block + gridDim.x < rows.blocks) sync_consumers();  // sums have been read
       }
     }
 
-    __device__ __forceinline__ void qkv(int layer) {
-      const float* weights = p.model.attention_norm + int64_t{layer} * p.model.width;
-      if (layer == 0) {
-        embed(weights);
-      } else {
-        receive_hidden(kDown, p.rows.down, p.words.down, layer - 1, weights);
-      }
-      const Rows& rows = p.rows.qkv;
+    __device__ __forceinline__ void load_bias(int first, int units, int layer) {
       const float* bias = p.model.qkv_bias;
-      if (bias != nullptr) bias += int64_t{layer} * (p.model.heads + 2 * p.model.kv_heads) * kHeadDim;
-      multiply_send(kQkv, rows, p.words.qkv, layer, [&](int n, int unit, int block) {
-        const float b = bias == nullptr ? 0.0f : bias[rows.first(block) + unit];
-        return shared.sums.total(n, unit) * rstd(n) + b;
-      });
+      if (threadIdx.x < units) {
+        const int all = (p.model.heads + 2 * p.model.kv_heads) * kHeadDim;
+        shared.bias[threadIdx.x] =
+            bias == nullptr ? 0.0f : bias[int64_t{layer} * all + first + threadIdx.x];
+      }
+    }
+
+    __device__ __forceinline__ void send_results(Phase phase, const Rows& rows, int block,
+                                                 int units, int layer) {
+      const int warp = threadIdx.x / tile::kWarpSize, lane = threadIdx.x % tile::kWarpSize;
+      const int sending = rows.sending_warps();
+#pragma unroll 1
+      for (int task = warp; task < kBatch * sending; task += kWarps) {
+        const int n = kBatch == 1 ? 0 : task / sending, part = task - n * sending;
+        const int unit = part * kWarpRows + lane, index = part * kWarpWords + lane;
+        const float own = lane < kWarpRows && unit < units ? result(phase, n, unit, units) : 0.0f;
+        const Word word = gather_word(own, tag(layer));
+        if (lane < kWarpWords && index < rows.words) {
+          send(p.words[phase] + int64_t{n} * rows.all_words() + block * rows.words + index, word);
+        }
+        __syncwarp();
+        if (lane == 0) arrive(header.counters[phase]);
+      }
+    }
+
+    __device__ __forceinline__ void store_logits(int first, int units) {
+#pragma unroll
+      for (int n = 0; n < kBatch; ++n) {
+        if (threadIdx.x < units) {
+          p.model.logits[int64_t{n} * p.model.vocabulary + first + threadIdx.x] =
+              result(kHead, n, threadIdx.x, units);
+        }
+      }
     }
 
     __device__ __forceinline__ void attention(int layer) {
       auto& storage = *reinterpret_cast<typename Attention::Storage*>(shared.scratch);
       const float scale = tile::kLog2E * rsqrtf(kHeadDim);
-      for_each_unit(p.model, splits, shared.lengths, layer, [&](const Unit& unit) {
-        const int position = shared.lengths[unit.sequence];
+      for_each_unit(p.model, splits, shared.lengths, [&](const Unit& unit) {
         // The wait is also one for all to have read the storage.
         receive<4>(
-            kQkv, p.rows.qkv, p.words.qkv, layer, unit.sequence, unit.sequence + 1,
+            kQkv, layer, unit.sequence, unit.sequence + 1,
             [&](int row, int& count) {
               const int at = Attention::place(p.model, unit, row);
-              const bool wanted =
-                  at >= 0 || Attention::place(p.model, unit, row + count - 1) >= 0;
-              if (!wanted) count = 0;
-              return at;
+              const int end = Attention::place(p.model, unit, row + count - 1);
+              if (at < 0 && end < 0) count = 0;
+              return end - at == count - 1 ? at : -1;
             },
             [&](int, int row, int count, const Word& word, int at) {
 #pragma unroll
               for (int i = 0; i < kWordValues; ++i) {
                 if (i >= count) break;
-                const int to = at >= 0 && i == 0 ? at : Attention::place(p.model, unit, row + i);
+                const int to = at >= 0 ? at + i : Attention::place(p.model, unit, row + i);
                 if (to >= 0) storage.raw[0][to] = value_of(word, i);
               }
             });
         sync_consumers();
         Attention::prepare(p.model, layer, shared.rotation[unit.sequence], storage);
         sync_consumers();
-        if (unit.last) {
-          Attention::score(p.model, scale, storage);
-          Attention::append(p.model, layer, unit, position, storage);
-        }
+        if (unit.last) Attention::score(p.model, scale, storage);
         Attention::attend(shared.stream, slot, unit, scale, storage);
         sync_consumers();
-        Attention::finish(p.model, p.words.attention, tag(layer), unit, storage);
+        Attention::finish(p.model, p.words[kAttention], tag(layer), unit, storage);
+        if (unit.last) {
+          Attention::append(p.model, layer, unit, shared.lengths[unit.sequence], storage);
+        }
       });
       sync_consumers();
       if (threadIdx.x == 0) arrive(header.counters[kAttention]);
     }
 
-    __device__ __forceinline__ void add_to_residual(Kind kind, const Rows& rows, Word* words,
-                                                    int layer) {
-      multiply_send(kind, rows, words, layer, [&](int n, int unit, int) {
-        return shared.residual[n][unit] += shared.sums.total(n, unit);
-      });
-    }
-
-    __device__ __forceinline__ void out(int layer) {
-      wait(kAttention, gridDim.x, layer);
-      Attention::template collect<kBatch>(p.model, p.words.attention, tag(layer), splits,
-                                          shared.lengths, x);
-      add_to_residual(kOut, p.rows.out, p.words.out, layer);
-    }
-
-    __device__ __forceinline__ void gate_up(int layer) {
-      receive_hidden(kOut, p.rows.out, p.words.out, layer,
-                     p.model.mlp_norm + int64_t{layer} * p.model.width);
-      const Rows& rows = p.rows.gate_up;
-      multiply_send(kGateUp, rows, p.words.gate_up, layer, [&](int n, int unit, int block) {
-        const float gate = shared.sums.total(n, unit) * rstd(n);
-        const float up = shared.sums.total(n, rows.units(block) + unit) * rstd(n);
-        return __fdividef(gate, 1.0f + __expf(-gate)) * up;
-      });
-    }
-
-    __device__ __forceinline__ void down(int layer) {
-      receive_units(p.rows.gate_up, p.words.gate_up, layer);
-      add_to_residual(kDown, p.rows.down, p.words.down, layer);
-    }
-
-    __device__ __forceinline__ void head() {
-      const int last = p.model.layers - 1;
-      receive_hidden(kDown, p.rows.down, p.words.down, last, p.model.norm);
-      sync_consumers();
-      const Rows& rows = p.rows.head;
-      for (int block = blockIdx.x; block < rows.blocks; block += gridDim.x) {
-        const int units = rows.units(block);
-        multiply<kBatch>(shared.stream, slot, x, units, rows.K / kSlice, shared.sums);
-        sync_consumers();
-        for (int i = threadIdx.x; i < kBatch * units; i += kConsumers) {
-          const int n = i / units, unit = i % units;
-          p.model.logits[int64_t{n} * p.model.vocabulary + rows.first(block) + unit] =
-              shared.sums.total(n, unit) * rstd(n);
+    // One loop over phases, so that what they share is in the instruction caches once.
+    __device__ __forceinline__ void run() {
+      const int layers = p.model.layers;
+#pragma unroll 1
+      for (int layer = 0; layer <= layers; ++layer) {
+#pragma unroll 1
+        for (int i = layer < layers ? kQkv : kHead; i <= (layer < layers ? kDown : kHead); ++i) {
+          const auto phase = static_cast<Phase>(i);
+          if (phase == kAttention) {
+            attention(layer);
+          } else {
+            gather(phase, layer);
+            multiply_rows(phase, layer);
+          }
         }
-        sync_consumers();
       }
-      // All blocks have sent what needs the head's input, so they have read these.
+      // All blocks have sent what the head needs, so they have read these.
       if (blockIdx.x == 0 && threadIdx.x < kBatch) {
         p.model.lengths[threadIdx.x] = shared.lengths[threadIdx.x] + 1;
         if (threadIdx.x == 0) header.steps = steps + 1;
@@ -337,44 +341,36 @@ struct DecodeStep {
     }
   };
 
-  __device__ __forceinline__ static void produce(const StepParams& p, Storage& shared,
-                                                 const Splits& splits) {
+  __device__ __forceinline__ static void produce(const StepParams& p, Storage& shared) {
+    const Splits splits(p.model, shared.lengths);
     Producer<kStages> producer(shared.stream);
-    const auto load = [&](const void* matrix, const Rows& rows, int units, int layer) {
+    const auto load = [&](Phase phase, int layer) {
+      const Rows& rows = p.rows[phase];
+      const auto* matrix = static_cast<const char*>(p.model.weights[phase]);
       for (int block = blockIdx.x; block < rows.blocks; block += gridDim.x) {
-        const int64_t row = (int64_t{layer} * units + rows.first(block)) * rows.unit_rows;
-        producer.load(static_cast<const char*>(matrix) + row * rows.K * 2,
-                      rows.units(block) * rows.unit_rows, rows.K / kSlice);
+        const int64_t row = (int64_t{layer} * rows.count() + rows.first(block)) * rows.unit_rows;
+        producer.load(matrix + row * rows.K * 2, rows.units(block) * rows.unit_rows,
+                      rows.K / kSlice);
       }
     };
-    const DecodeParams& model = p.model;
-    const int heads = (model.heads + 2 * model.kv_heads) * kHeadDim;
-    for (int layer = 0; layer < model.layers; ++layer) {
-      load(model.qkv, p.rows.qkv, heads, layer);
-      for_each_unit(model, splits, shared.lengths, layer, [&](const Unit& unit) {
-        Attention::load(model, producer, layer, unit);
-      });
-      load(model.out, p.rows.out, model.width, layer);
-      load(model.gate_up, p.rows.gate_up, model.hidden, layer);
-      load(model.down, p.rows.down, model.width, layer);
+    for (int layer = 0; layer < p.model.layers; ++layer) {
+      for (int phase = kQkv; phase <= kDown; ++phase) {
+        if (phase == kAttention) {
+          for_each_unit(p.model, splits, shared.lengths,
+                        [&](const Unit& unit) { Attention::load(p.model, producer, layer, unit); });
+        } else {
+          load(static_cast<Phase>(phase), layer);
+        }
+      }
     }
-    load(model.head, p.rows.head, model.vocabulary, 0);
+    load(kHead, 0);
   }
 
-  __device__ __forceinline__ static void consume(const StepParams& p, Storage& shared,
-                                                 const Splits& splits) {
+  __device__ __forceinline__ static void consume(const StepParams& p, Storage& shared) {
+    const Splits splits(p.model, shared.lengths);
     auto& header = *static_cast<WorkspaceHeader*>(p.model.workspace);
     const Vectors<kBatch> x = {reinterpret_cast<bf16*>(shared.scratch)};
-    Consumer consumer = {p, shared, header, splits, x, header.steps,
-                         1.0f / p.model.width, {}};
-    for (int layer = 0; layer < p.model.layers; ++layer) {
-      consumer.qkv(layer);
-      consumer.attention(layer);
-      consumer.out(layer);
-      consumer.gate_up(layer);
-      consumer.down(layer);
-    }
-    consumer.head();
+    Consumer{p, shared, header, splits, x, header.steps, 1.0f / p.model.width, {}}.run();
   }
 };
 
@@ -393,18 +389,15 @@ __global__ void __launch_bounds__(Step::kThreads, 1)
   __syncthreads();
   for (int i = threadIdx.x; i < Step::kBatch * Step::kHeadDim / 2; i += Step::kThreads) {
     const int n = i / (Step::kHeadDim / 2), pair = i % (Step::kHeadDim / 2);
-    float2& rotation = shared.rotation[n][pair];
-    sincosf(static_cast<float>(shared.lengths[n]) * p.model.frequencies[pair], &rotation.y,
-            &rotation.x);
+    shared.rotation[n][pair] = unit_vector(shared.lengths[n] * p.model.frequencies[pair]);
   }
   __syncthreads();
-  const Splits splits(p.model, shared.lengths);
   if (tile::warpgroup_index() < kConsumers / tile::kWarpgroupSize) {
     tile::ptx::setmaxnreg_increase<Step::kConsumerRegisters>();
-    Step::consume(p, shared, splits);
+    Step::consume(p, shared);
   } else {
     tile::ptx::setmaxnreg_decrease<Step::kProducerRegisters>();
-    if (threadIdx.x == kConsumers) Step::produce(p, shared, splits);
+    if (threadIdx.x == kConsumers) Step::produce(p, shared);
   }
 }
 

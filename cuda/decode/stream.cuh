@@ -12,8 +12,8 @@
 
 namespace jaxkern::decode {
 
-inline constexpr int kChunkBytes = 16 << 10;  // shorter copies are slower
-inline constexpr int kUnderWay = 3;           // chunks
+inline constexpr int kChunkBytes = 16 << 10;    // shorter copies are slower
+inline constexpr int kUnderWay = 3;             // chunks
 inline constexpr int kSliceBytes = kSlice * 2;  // of one row
 
 // Slices of a block of so many rows that one chunk holds.

@@ -68,9 +68,9 @@ Floats times(const Floats& matrix, const Floats& x) {
   Floats y;
   for (size_t r = 0; r < matrix.size() / x.size(); ++r) {
     const float* row = matrix.data() + r * x.size();
-    y.push_back(static_cast<float>(
-        std::inner_product(x.begin(), x.end(), row, 0.0, std::plus<>(),
-                           [](float a, float b) { return double(a) * b; })));
+    y.push_back(
+        static_cast<float>(std::inner_product(x.begin(), x.end(), row, 0.0, std::plus<>(),
+                                              [](float a, float b) { return double(a) * b; })));
   }
   return y;
 }
@@ -134,8 +134,7 @@ struct Sequence {
       }
       Floats heads;
       for (int k = 0; k < s.kv_heads; ++k) {
-        keys[l][k].push_back(
-            rotate(qkv.data() + (s.heads + k) * dim, layer.k_norm, position));
+        keys[l][k].push_back(rotate(qkv.data() + (s.heads + k) * dim, layer.k_norm, position));
         const float* value = qkv.data() + (s.heads + s.kv_heads + k) * dim;
         values[l][k].push_back(Floats(value, value + dim));
         for (int g = 0; g < group; ++g) {
@@ -195,20 +194,22 @@ struct Packed {
   std::vector<bf16> qkv, out, gate_up, down, head, embedding;
   Floats attention_norm, mlp_norm, bias, q_norm, k_norm;
 
-  Packed(const Model& m, const decode::Matrices& rows) {
-    const auto append = [](Floats& to, const Floats& x) { to.insert(to.end(), x.begin(), x.end()); };
+  Packed(const Model& m, const Rows (&rows)[decode::kPhases]) {
+    const auto append = [](Floats& to, const Floats& x) {
+      to.insert(to.end(), x.begin(), x.end());
+    };
     for (const Layer& layer : m.layers) {
-      pack(qkv, layer.qkv, rows.qkv, (m.s.heads + 2 * m.s.kv_heads) * m.s.head_dim);
-      pack(out, layer.out, rows.out, m.s.width);
-      pack(gate_up, layer.gate_up, rows.gate_up, m.s.hidden);
-      pack(down, layer.down, rows.down, m.s.width);
+      pack(qkv, layer.qkv, rows[decode::kQkv], (m.s.heads + 2 * m.s.kv_heads) * m.s.head_dim);
+      pack(out, layer.out, rows[decode::kOut], m.s.width);
+      pack(gate_up, layer.gate_up, rows[decode::kGateUp], m.s.hidden);
+      pack(down, layer.down, rows[decode::kDown], m.s.width);
       append(attention_norm, layer.attention_norm);
       append(mlp_norm, layer.mlp_norm);
       append(bias, layer.bias);
       append(q_norm, layer.q_norm);
       append(k_norm, layer.k_norm);
     }
-    pack(head, m.head, rows.head, m.s.vocabulary);
+    pack(head, m.head, rows[decode::kHead], m.s.vocabulary);
     for (float x : m.embedding) embedding.push_back(__float2bfloat16_rn(x));
   }
 };
@@ -259,8 +260,9 @@ void test_model(const std::string& what, const Shape& s, const std::vector<int>&
   p.layers = s.layers, p.width = s.width, p.vocabulary = s.vocabulary, p.heads = s.heads;
   p.kv_heads = s.kv_heads, p.head_dim = s.head_dim, p.hidden = s.hidden;
   p.batch = B, p.capacity = s.capacity, p.norm_epsilon = kEpsilon;
-  const decode::Matrices rows = decode::make_matrices(p, multiprocessors);
-  const Packed packed(m, rows);
+  decode::StepParams plan = {.model = p};
+  decode::fill_rows(&plan, multiprocessors);
+  const Packed packed(m, plan.rows);
   std::vector<bf16> host_keys, host_values;
   fill_cache(s, sequences, host_keys, host_values);
   const test::Array<bf16> qkv(packed.qkv), out(packed.out), gate_up(packed.gate_up),
@@ -270,16 +272,15 @@ void test_model(const std::string& what, const Shape& s, const std::vector<int>&
       norm(m.norm), bias(packed.bias), q_norm(packed.q_norm), k_norm(packed.k_norm),
       frequencies(m.frequencies);
   const test::Array<int> device_lengths(lengths);
-  p.qkv = qkv.data(), p.out = out.data(), p.gate_up = gate_up.data(), p.down = down.data();
-  p.head = head.data(), p.embedding = embedding.data();
+  p.weights[decode::kQkv] = qkv.data(), p.weights[decode::kOut] = out.data();
+  p.weights[decode::kGateUp] = gate_up.data(), p.weights[decode::kDown] = down.data();
+  p.weights[decode::kHead] = head.data(), p.embedding = embedding.data();
   p.attention_norm = attention_norm.data(), p.mlp_norm = mlp_norm.data(), p.norm = norm.data();
   p.qkv_bias = s.bias ? bias.data() : nullptr;
   p.q_norm = s.norms ? q_norm.data() : nullptr, p.k_norm = s.norms ? k_norm.data() : nullptr;
   p.frequencies = frequencies.data(), p.lengths = device_lengths.data();
   p.keys = keys.data(), p.values = values.data();
-  decode::Words words;
-  const test::Array<char> workspace(
-      std::vector<char>(decode::place_words(&words, p, rows)));
+  const test::Array<char> workspace(std::vector<char>(decode::place_words(&plan)));
   p.workspace = workspace.data();
   for (int step = 0; step < steps; ++step) {
     std::vector<int> tokens;
