@@ -18,6 +18,17 @@ class RopeScaling:
     high_frequency_factor: float
     original_context: int
 
+    def __post_init__(self):
+        low, high = self.low_frequency_factor, self.high_frequency_factor
+        if not 0 < low < high:
+            raise ValueError(
+                f"low_frequency_factor must be positive and below high_frequency_factor {high}, "
+                f"got {low}"
+            )
+        for name in ("factor", "original_context"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:

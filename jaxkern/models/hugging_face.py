@@ -95,7 +95,7 @@ def from_pretrained(
     if config is not None and files:
         sources = dict(_sources(config))
         wanted = functools.reduce(dict.__or__, sources.values())
-        problems += _compare(headers, wanted)
+        problems += _compare(headers, wanted, config)
     _raise_all(folder, problems)
 
     model = nnx.eval_shape(
@@ -168,10 +168,10 @@ def _parse_config(folder: str | os.PathLike) -> tuple[Config | None, list[str]]:
     head_dim = sizes["width"] // max(1, sizes["heads"])
     if architecture == "Qwen3ForCausalLM":
         head_dim = 128
-    scaling = None
-    if kind == "llama3":
-        scaling = RopeScaling(**{ours: rope[theirs] for ours, theirs in SCALING.items()})
     try:
+        scaling = None
+        if kind == "llama3":
+            scaling = RopeScaling(**{ours: rope[theirs] for ours, theirs in SCALING.items()})
         config = Config(
             **sizes,
             kv_heads=raw.get("num_key_value_heads") or sizes["heads"],
@@ -217,16 +217,22 @@ def _read_headers(folder: str | os.PathLike) -> tuple[dict, dict, list[str]]:
             continue
         file = safe_open(path, "numpy")
         for name in file.keys():
+            if name in files:
+                problems.append(f"{name} is in {path.name} and in a file before it")
             header = file.get_slice(name)
             files[name], headers[name] = file, (tuple(header.get_shape()), header.get_dtype())
     return files, headers, problems
 
 
-def _compare(headers: Mapping[str, tuple[tuple[int, ...], str]], wanted: Shapes) -> list[str]:
+def _compare(
+    headers: Mapping[str, tuple[tuple[int, ...], str]], wanted: Shapes, config: Config
+) -> list[str]:
     """How the tensors of a checkpoint differ from those wanted."""
     problems = [f"{name} is missing" for name in wanted if name not in headers]
     for name, (shape, dtype) in headers.items():
         if name.endswith("rotary_emb.inv_freq"):  # Old checkpoints have what the config says.
+            continue
+        if name == "lm_head.weight" and config.tied_embeddings:  # The embedding once more.
             continue
         if name not in wanted:
             problems.append(f"{name} is unknown")

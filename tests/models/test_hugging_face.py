@@ -22,6 +22,14 @@ FOLDER = pathlib.Path(__file__).parent  # make_fixtures.py there has made them
 NAMES = ("llama", "qwen2", "qwen3")
 each = pytest.mark.parametrize("name", NAMES)
 
+ROPE = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8,
+}
+
 
 def edit_config(folder, removed=(), **changes):
     path = folder / "config.json"
@@ -190,6 +198,12 @@ def test_defaults(copy):
         ),
         ("llama", {"num_key_value_heads": 3}, "kv_heads 3 do not divide heads 4"),
         ("llama", {"num_attention_heads": 0}, "heads must be positive, got 0"),
+        (
+            "llama",
+            {"rope_parameters": ROPE | {"high_freq_factor": 1.0}},
+            "low_frequency_factor must be positive and below high_frequency_factor 1.0, got 1.0",
+        ),
+        ("llama", {"rope_parameters": ROPE | {"factor": 0.0}}, "factor must be positive, got 0.0"),
     ],
 )
 def test_settings_that_are_not_supported(copy, name, changes, problem):
@@ -249,6 +263,24 @@ def test_tensors_that_do_not_fit(copy):
         from_pretrained(folder)
 
 
+def test_tied_head_that_is_there_twice(copy):
+    folder = copy("qwen2")
+    tensors = read_tensors(folder)
+    write_tensors(folder, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]})
+    assert from_pretrained(folder).head is None
+
+
+def test_tensors_that_are_in_two_files(copy):
+    folder = copy("llama")
+    first, second = sorted(folder.glob("*.safetensors"))
+    both = safetensors.numpy.load_file(first) | safetensors.numpy.load_file(second)
+    name = next(iter(safetensors.numpy.load_file(first)))
+    moved = safetensors.numpy.load_file(second) | {name: both[name]}
+    safetensors.numpy.save_file(moved, second)
+    with problems(f"{name} is in {second.name} and in a file before it"):
+        from_pretrained(folder)
+
+
 def test_files_that_are_missing(copy):
     (folder := copy("llama")).joinpath("model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ValueError) as error:
@@ -272,7 +304,6 @@ def test_all_problems_are_told_at_once(copy):
     tensors = read_tensors(folder)
     del tensors["model.layers.1.self_attn.k_proj.bias"]
     tensors["model.layers.2.input_layernorm.weight"] = np.ones(32, np.float32)
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     write_tensors(folder, tensors)
     rope = {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0}
     edit_config(folder, hidden_act="relu", rope_parameters=rope, num_key_value_heads=4)
@@ -281,7 +312,6 @@ def test_all_problems_are_told_at_once(copy):
         "hidden_act is 'relu', wanted 'silu'",
         "rope_type is 'dynamic', wanted 'default' or 'llama3'",
         "model.layers.2.input_layernorm.weight is unknown",
-        "lm_head.weight is unknown",
         "model.layers.1.self_attn.k_proj.bias is missing",
         *(
             f"{key.format(i, x, 'weight')} has shape (16, 32), wanted (32, 32)"
