@@ -9,13 +9,13 @@ _LARGEST_BLOCK = 128  # rows
 
 def interleave(x: jax.Array) -> jax.Array:
     """x [..., K] with the value of 16 s + 8 h + 2 c + e of each 32 at place 8 c + 4 s + 2 h + e."""
-    parts = x.reshape(*x.shape[:-1], -1, 2, 2, 4, 2)  # s, h, c, e
+    parts = x.reshape(*x.shape[:-1], x.shape[-1] // ROW, 2, 2, 4, 2)  # s, h, c, e
     return jnp.moveaxis(parts, -2, -4).reshape(x.shape)
 
 
 def deinterleave(x: jax.Array) -> jax.Array:
     """The inverse of interleave."""
-    parts = x.reshape(*x.shape[:-1], -1, 4, 2, 2, 2)  # c, s, h, e
+    parts = x.reshape(*x.shape[:-1], x.shape[-1] // ROW, 4, 2, 2, 2)  # c, s, h, e
     return jnp.moveaxis(parts, -4, -2).reshape(x.shape)
 
 

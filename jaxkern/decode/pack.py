@@ -179,7 +179,7 @@ def pack_weights(
         head=pack("head"),
         qkv_bias=arrays["qkv_bias"],
         qk_norms=arrays["qk_norms"],
-        frequencies=rotary.frequencies(config.head_dim, config.rope_theta, config.rope_scaling),
+        frequencies=jnp.asarray(rotary.frequencies(config)),
         kept={name: Rows(arrays[name]) for name in _MATRICES} if keep_rows else None,
         config=config,
         weights=weights,

@@ -78,9 +78,10 @@ def heads(config, x, positions, weights, frequencies):
     """Query [..., N, H], key and value [..., K, H] of what `qkv` gave; normalised and rotated."""
     x = x.reshape(*x.shape[:-1], -1, config.head_dim)
     query, key, value = jnp.split(x, [config.heads, config.heads + config.kv_heads], axis=-2)
+    query, key = query.astype(jnp.float32), key.astype(jnp.float32)
     if weights["qk_norms"] is not None:
         query, key = (
-            x.astype(jnp.float32) * _rstd(x, config.norm_epsilon) * scale.astype(jnp.float32)
+            x * _rstd(x, config.norm_epsilon) * scale.astype(jnp.float32)
             for x, scale in zip((query, key), weights["qk_norms"], strict=True)
         )
     query, key = (_rounded(rotary.rotate(x, positions, frequencies)) for x in (query, key))

@@ -1,37 +1,48 @@
-"""Rotary position embedding in plain jax.numpy (Su et al. 2021, arXiv:2104.09864)."""
+"""Rotary position embedding, with Llama 3's scaling of its frequencies."""
 
 import math
 
 import jax.numpy as jnp
+import numpy as np
 
 
-def frequencies(head_dim, theta, scaling=None):
-    """The angle that each pair of dimensions is rotated by at position 1, float32 [head_dim / 2].
+def frequencies(config):
+    """Radians per position of each pair of a head's elements, computed in float64.
 
-    theta^(-2 i / head_dim) for pair i. With scaling (factor, low_frequency_factor,
-    high_frequency_factor, original_context) as for Llama 3: those with a wavelength below
-    original_context / high_frequency_factor stay, those with one above original_context /
-    low_frequency_factor are divided by factor, and in between it is a mix.
+    Source: https://arxiv.org/abs/2104.09864, section 3.2.2; scaled as Hugging Face's transformers
+    does for rope_type "llama3".
+
+    Args:
+      config: of the model, like jaxkern.models.Config.
+
+    Returns:
+      float32 [head_dim / 2], falling from 1.
     """
-    pairs = jnp.arange(0, head_dim, 2, dtype=jnp.float32)
-    plain = jnp.float32(theta) ** (-pairs / head_dim)
-    if scaling is None:
-        return plain
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
+    plain = config.rope_theta**-exponent
+    if (scaling := config.rope_scaling) is None:
+        return plain.astype(np.float32)
     low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-    turns = scaling.original_context * plain / (2 * math.pi)
-    kept = jnp.clip((turns - low) / (high - low), 0, 1)
-    return plain * (kept + (1 - kept) / scaling.factor)
+    turns = scaling.original_context * plain / (2 * math.pi)  # in the original context
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return (kept * plain + (1 - kept) * plain / scaling.factor).astype(np.float32)
 
 
 def rotate(x, positions, frequencies):
-    """x with its dimensions i and i + H / 2 rotated by positions * frequencies[i], in float32.
+    """Turns the pairs (i, i + H / 2) of each head by its position times their frequency.
+
+    In float32, rounded once. The pairs are Hugging Face's, not those (2 i, 2 i + 1) of the paper.
 
     Args:
-      x: [..., heads, H], any floating-point dtype.
+      x: [..., N, H].
       positions: integers [...].
       frequencies: float32 [H / 2].
+
+    Returns:
+      [..., N, H] in x's dtype.
     """
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    angle = positions[..., None, None].astype(jnp.float32) * frequencies
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    return rotated.astype(x.dtype)
