@@ -32,7 +32,7 @@ CONFIGS = {
     "qwen3": Config(
         qk_norm=True,
         tied_embeddings=True,
-        norm_epsilon=1e-3,
+        norm_epsilon=0.1,
         **_SMALL | {"layers": 3, "kv_heads": 4},
     ),
 }

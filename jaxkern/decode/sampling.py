@@ -40,8 +40,7 @@ def sample(
     if top_p is not None:
         probabilities = jax.nn.softmax(logits)
         before = jnp.cumsum(probabilities, -1) - probabilities
-        first = jnp.arange(logits.shape[-1]) == 0
-        logits = jnp.where((before < top_p) | first, logits, -jnp.inf)
+        logits = jnp.where(before < top_p, logits, -jnp.inf)
     place = draw(keys, logits)
     return jnp.take_along_axis(tokens, place[:, None], axis=-1)[:, 0]
 

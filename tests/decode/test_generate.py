@@ -128,7 +128,8 @@ def test_sampled():
     again = generate(packed(), prompt(), max_new_tokens=NEW, temperature=1.0, key=jax.random.key(0))
     np.testing.assert_array_equal(again.tokens, first)
     assert (run(seed=1).tokens != first).any()
-    assert (first[:, 1:] != first[:, :1]).any()
+    random = run(temperature=1e6).tokens  # the model does not matter
+    assert all(len(set(row.tolist())) > NEW / 4 for row in (*random, *random.T[:8]))
     for options in ({"top_k": 1}, {"top_p": 1e-6}):
         greedy = run(seed=1, **options)
         np.testing.assert_array_equal(greedy.tokens, generated().tokens)
