@@ -1,8 +1,8 @@
 """Trains a decoder-only transformer on the source files of Python's standard library.
 
 The text is what every Python installation already has, read as bytes: files packed one after the
-other, each a document that attention does not leave. The model is Flax nnx on jaxkern's attention,
-RMSNorm and FP8 linears, the optimiser optax, the input grain, the checkpoints orbax.
+other, each a document that attention does not leave. The model is jaxkern's, in Flax nnx on its
+attention, norms and FP8 products, the optimiser optax, the input grain, the checkpoints orbax.
 
     python examples/train_transformer.py                  # a small float32 model, minutes on a CPU
     python examples/train_transformer.py --preset gpu     # about 100M parameters, bf16, on one GPU
@@ -36,8 +36,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-import jaxkern
-from jaxkern.nnx import Fp8Linear, RMSNorm
+from jaxkern import models
 
 VOCABULARY = 256  # bytes
 HELD_OUT = 10  # every tenth file is held out
@@ -139,81 +138,42 @@ def documents(tokens: jax.Array) -> jax.Array:
     return jnp.cumsum(ends, axis=1) - ends
 
 
-def attend(query, key, value, ids, implementation: str | None):
-    """Causal attention over [B, T, N, H] within the documents `ids` [B, T]."""
-    options = {"is_causal": True, "implementation": implementation}
-    if implementation != "cudnn":
-        return jaxkern.dot_product_attention(query, key, value, segment_ids=ids, **options)
-    mask = ids[:, None, :, None] == ids[:, None, None, :]  # What jax.nn has for it: B x 1 x T x T.
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, **options)
+def attend_with_cudnn(query, key, value, *, is_causal, segment_ids):
+    """Attention by jax.nn's cuDNN, which has a mask B x 1 x T x T for documents."""
+    mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    return jax.nn.dot_product_attention(
+        query, key, value, mask=mask, is_causal=is_causal, implementation="cudnn"
+    )
 
 
-def rotate(x: jax.Array) -> jax.Array:
-    """Rotary position embedding of x [B, T, N, H] (https://arxiv.org/abs/2104.09864)."""
-    length, dim = x.shape[1], x.shape[3]
-    frequency = 10_000.0 ** -jnp.linspace(0, 1, dim // 2, endpoint=False)
-    angle = jnp.arange(length)[:, None, None] * frequency  # [T, 1, H/2]
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
+def make_model(config: Config, implementation: str | None) -> models.Transformer:
+    """A model of bytes with new parameters."""
+    c = config
+    sizes = {name: getattr(c, name) for name in ("layers", "width", "heads", "hidden", "context")}
+    heads = {"kv_heads": c.kv_heads or c.heads, "head_dim": c.width // c.heads}
+    with_cudnn = implementation == "cudnn"
+    return models.Transformer(
+        models.Config(VOCABULARY, **sizes, **heads),
+        dtype=jnp.dtype(c.dtype),
+        recipe=None if c.precision == "dtype" else c.precision.removeprefix("fp8-"),
+        one_hot=True,
+        attention_fn=attend_with_cudnn if with_cudnn else None,
+        implementation=None if with_cudnn else implementation,
+        rngs=nnx.Rngs(c.seed),
+    )
 
 
-class Block(nnx.Module):
-    """Attention and a SwiGLU MLP (https://arxiv.org/abs/2002.05202), each added to its input."""
-
-    def __init__(self, config: Config, implementation: str | None, rngs: nnx.Rngs):
-        c, dtype = config, jnp.dtype(config.dtype)
-        norm = functools.partial(RMSNorm, c.width, dtype=dtype, rngs=rngs)
-        linear = functools.partial(nnx.Linear, use_bias=False, dtype=dtype, rngs=rngs)
-        if c.precision != "dtype":  # The same parameters.
-            fp8 = {"recipe": c.precision.removeprefix("fp8-")}
-            fp8["implementation"] = None if implementation == "cudnn" else implementation
-            linear = functools.partial(Fp8Linear, **linear.keywords, **fp8)
-        kv_heads, self.head_dim = c.kv_heads or c.heads, c.width // c.heads
-        self.ends = (c.heads, c.heads + kv_heads)  # Where query's heads end, and where key's.
-        # The sum of 2 * layers branches starts with the variance of one.
-        small = nnx.initializers.variance_scaling(0.5 / c.layers, "fan_in", "normal")
-        self.attention_norm = norm()
-        self.qkv = linear(c.width, (c.heads + 2 * kv_heads) * self.head_dim)
-        self.out = linear(c.width, c.width, kernel_init=small)
-        self.mlp_norm = norm()
-        self.up = linear(c.width, 2 * c.hidden)
-        self.down = linear(c.hidden, c.width, kernel_init=small)
-        self.implementation = implementation
-
-    def __call__(self, x, ids):
-        heads = self.qkv(self.attention_norm(x)).reshape(*x.shape[:2], -1, self.head_dim)
-        query, key, value = jnp.split(heads, self.ends, axis=2)
-        query, key = rotate(query), rotate(key)
-        x = x + self.out(attend(query, key, value, ids, self.implementation).reshape(x.shape))
-        gate, up = jnp.split(self.up(self.mlp_norm(x)), 2, axis=-1)
-        return x + self.down(jax.nn.silu(gate) * up)
+def next_bytes(model: models.Transformer, tokens: jax.Array) -> jax.Array:
+    """float32 logits [B, T, 256] of the byte that follows each of `tokens` [B, T] of documents."""
+    return model(tokens, segment_ids=documents(tokens))
 
 
-class Transformer(nnx.Module):
-    """Bytes [B, T] of documents to float32 logits [B, T, 256] of the byte that follows each."""
-
-    def __init__(self, config: Config, implementation: str | None, rngs: nnx.Rngs):
-        dtype = jnp.dtype(config.dtype)
-        linear = functools.partial(nnx.Linear, use_bias=False, dtype=dtype, rngs=rngs)
-        # A product with one-hot rows: with 256 symbols its gradient beats a scatter's.
-        self.embed = linear(VOCABULARY, config.width, kernel_init=nnx.initializers.normal(1.0))
-        self.blocks = nnx.List([Block(config, implementation, rngs) for _ in range(config.layers)])
-        self.norm = RMSNorm(config.width, dtype=dtype, rngs=rngs)
-        self.head = linear(config.width, VOCABULARY)
-
-    def __call__(self, tokens):
-        x = self.embed(jax.nn.one_hot(tokens, VOCABULARY, dtype=self.embed.dtype))
-        ids = documents(tokens)
-        for block in self.blocks:
-            x = block(x, ids)
-        return self.head(self.norm(x)).astype(jnp.float32)
-
-    def loss(self, windows):
-        """Mean cross-entropy in nats per byte of windows [B, T + 1], but documents' first bytes."""
-        tokens, labels = windows[:, :-1], windows[:, 1:].astype(jnp.int32)
-        losses = optax.softmax_cross_entropy_with_integer_labels(self(tokens), labels)
-        return losses.mean(where=tokens != 0)
+def loss(model: models.Transformer, windows: jax.Array) -> jax.Array:
+    """Mean cross-entropy in nats per byte of windows [B, T + 1], but documents' first bytes."""
+    tokens, labels = windows[:, :-1], windows[:, 1:].astype(jnp.int32)
+    logits = next_bytes(model, tokens)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses.mean(where=tokens != 0)
 
 
 # Training
@@ -235,18 +195,18 @@ class Trainer:
         chosen = jax.devices()[:devices]
         mesh = jax.make_mesh((devices,), ("data",), (AxisType.Auto,), devices=chosen)
         self.split_batch = NamedSharding(mesh, PartitionSpec("data"))
-        graph, params = nnx.split(Transformer(config, implementation, nnx.Rngs(config.seed)))
+        graph, params = nnx.split(make_model(config, implementation))
         optimizer = make_optimizer(config)
         state = {"params": params, "optimizer": optimizer.init(params)}
         self.state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))  # A copy on each.
         self.parameters = sum(p.size for p in jax.tree.leaves(params))
 
-        def loss(params, windows):
-            return nnx.merge(graph, params).loss(windows)
+        def loss_of(params, windows):
+            return loss(nnx.merge(graph, params), windows)
 
         @functools.partial(jax.jit, donate_argnums=0)
         def step(state, windows):
-            value, grads = jax.value_and_grad(loss)(state["params"], windows)
+            value, grads = jax.value_and_grad(loss_of)(state["params"], windows)
             updates, memory = optimizer.update(grads, state["optimizer"], state["params"])
             params = optax.apply_updates(state["params"], updates)
             return {"params": params, "optimizer": memory}, value
@@ -259,13 +219,13 @@ class Trainer:
             def put_next(i, text):
                 start = jnp.maximum(i - span, 0)
                 window = jax.lax.dynamic_slice(text, (start,), (span,))
-                logits = model(window[None])[0, i - start - 1] / temperature
+                logits = next_bytes(model, window[None])[0, i - start - 1] / temperature
                 return text.at[i].set(jax.random.categorical(jax.random.fold_in(key, i), logits))
 
             text = jnp.zeros(SAMPLE, jnp.int32).at[: len(prompt)].set(prompt)
             return jax.lax.fori_loop(len(prompt), SAMPLE, put_next, text)
 
-        self._step, self._loss, self._generate = step, jax.jit(loss), generate
+        self._step, self._loss, self._generate = step, jax.jit(loss_of), generate
 
     def train(self, windows: np.ndarray) -> jax.Array:
         """One step on uint8 windows [batch, context + 1]; the loss before it."""

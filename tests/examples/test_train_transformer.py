@@ -17,6 +17,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxkern import dot_product_attention
+from jaxkern.nnx import Fp8Linear
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_transformer.py"
 STEPS, SAVE_EVERY = 24, 4
 TINY = {
@@ -196,14 +199,19 @@ def test_batches_are_windows_of_the_text_and_can_be_resumed(example):
 
 @pytest.fixture(scope="module")
 def model(example):
-    return example.Transformer(example.Config(**TINY), None, nnx.Rngs(0))
+    return example.make_model(example.Config(**TINY), None)
 
 
-def test_the_model_sees_the_past_only(model):
+@pytest.fixture(scope="module")
+def logits(example, model):
+    return functools.partial(example.next_bytes, model)
+
+
+def test_the_model_sees_the_past_only(logits):
     tokens = np.random.default_rng(0).integers(1, 255, (2, 32))
     changed = tokens.copy()
     changed[:, 20] += 1
-    one, other = model(tokens), model(changed)
+    one, other = logits(tokens), logits(changed)
     np.testing.assert_allclose(one[:, :20], other[:, :20], atol=1e-5)
     assert (np.abs(one - other).max(-1) > 1e-3)[:, 20:].all()
 
@@ -214,16 +222,16 @@ def test_a_zero_byte_ends_a_document(example):
     np.testing.assert_array_equal(example.documents(tokens), wanted)
 
 
-def test_the_model_does_not_see_other_documents(model):
+def test_the_model_does_not_see_other_documents(logits):
     tokens = np.random.default_rng(0).integers(1, 255, (2, 32))
     tokens[:, 14] = 0
     before, after = tokens.copy(), tokens.copy()
     before[:, :14] += 1
     after[:, 15:] += 1
-    one = model(tokens)
-    np.testing.assert_array_equal(model(before)[:, 15:], one[:, 15:])
-    np.testing.assert_array_equal(model(after)[:, :15], one[:, :15])
-    assert (np.abs(model(before) - one).max(-1) > 1e-3)[:, :15].all()
+    one = logits(tokens)
+    np.testing.assert_array_equal(logits(before)[:, 15:], one[:, 15:])
+    np.testing.assert_array_equal(logits(after)[:, :15], one[:, :15])
+    assert (np.abs(logits(before) - one).max(-1) > 1e-3)[:, :15].all()
 
 
 def test_cudnn_s_mask_keeps_the_same_documents_apart(example, monkeypatch):
@@ -238,32 +246,24 @@ def test_cudnn_s_mask_keeps_the_same_documents_apart(example, monkeypatch):
     tokens = np.random.default_rng(0).integers(0, 4, (2, 24))
     arrays = jax.random.normal(jax.random.key(0), (3, 2, 24, 2, 8))
 
-    def results(implementation):
-        def attend(*operands):
-            return example.attend(*operands, example.documents(tokens), implementation)
-
+    def results(attention):
+        ids = example.documents(tokens)
+        attend = functools.partial(attention, is_causal=True, segment_ids=ids)
         out, pullback = jax.vjp(attend, *arrays)
         return out, *pullback(jnp.cos(out))
 
-    for got, wanted in zip(results("cudnn"), results("xla"), strict=True):
+    cudnn = example.make_model(example.Config(**TINY), "cudnn").blocks[0].attention_fn
+    for got, wanted in zip(results(cudnn), results(dot_product_attention), strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
-def test_the_loss_is_of_the_byte_that_follows_in_the_document(model):
+def test_the_loss_is_of_the_byte_that_follows_in_the_document(example, model, logits):
     windows = np.random.default_rng(0).integers(0, 8, (2, 33))
-    logits = jax.nn.log_softmax(model(windows[:, :-1]))
+    scores = jax.nn.log_softmax(logits(windows[:, :-1]))
     inside = [(b, t) for b in range(2) for t in range(32) if windows[b, t] != 0]
     assert 0 < len(inside) < 64
-    want = -np.mean([logits[b, t, windows[b, t + 1]] for b, t in inside])
-    assert float(model.loss(windows)) == pytest.approx(want, rel=1e-5)
-
-
-def test_rotation_depends_on_distance_alone(example):
-    x, y = jax.random.normal(jax.random.key(0), (2, 1, 1, 3, 16))
-    x, y = (example.rotate(jnp.broadcast_to(a, (1, 12, 3, 16))) for a in (x, y))
-    products = jnp.einsum("btnh,bsnh->nts", x, y)
-    np.testing.assert_allclose(products[:, 1:, 1:], products[:, :-1, :-1], atol=1e-4)
-    assert np.abs(products[:, 0] - products[:, 0, :1]).max() > 0.1
+    want = -np.mean([scores[b, t, windows[b, t + 1]] for b, t in inside])
+    assert float(example.loss(model, windows)) == pytest.approx(want, rel=1e-5)
 
 
 def test_the_sample_is_the_model_s(example):
@@ -322,11 +322,12 @@ def test_fp8_learns_beside_the_plain_run(learn, precision):
 
 def test_the_precision_of_blocks_alone(example):
     config = example.Config(**TINY | {"precision": "fp8-block"})
-    model = example.Transformer(config, "cudnn", nnx.Rngs(0))
+    model = example.make_model(config, "cudnn")
+    names = ("qkv", "out", "gate_up", "down")
     linears = {name: type(x) for name, x in nnx.iter_modules(model) if isinstance(x, nnx.Linear)}
-    ours = {(*b, n) for b in (("blocks", 0), ("blocks", 1)) for n in ("qkv", "out", "up", "down")}
-    assert {name for name, kind in linears.items() if kind is example.Fp8Linear} == ours
-    assert set(linears) - ours == {("embed",), ("head",)}
+    ours = {(*b, n) for b in (("blocks", 0), ("blocks", 1)) for n in names}
+    assert {name for name, kind in linears.items() if kind is Fp8Linear} == ours
+    assert set(linears) - ours == {("head",)}
     layer = model.blocks[0].qkv
     assert (layer.recipe, layer.implementation) == ("block", None)  # which cudnn has not
 
@@ -334,17 +335,16 @@ def test_the_precision_of_blocks_alone(example):
 def test_fewer_heads_of_key_and_value(example):
     """Query heads in groups share them; all groups alike when every one has the same."""
     whole, shared = (
-        example.Transformer(example.Config(**TINY | {"kv_heads": n}), "xla", nnx.Rngs(0))
-        for n in (2, 1)
+        example.make_model(example.Config(**TINY | {"kv_heads": n}), "xla") for n in (2, 1)
     )
     for mine, theirs in zip(shared.blocks, whole.blocks, strict=True):
         query, key, value = jnp.split(mine.qkv.kernel[...].reshape(32, 4, 16), (2, 3), axis=1)
         heads = jnp.concatenate([query, key, key, value, value], axis=1)
         theirs.qkv.kernel[...] = heads.reshape(32, 96)
-        for name in ("out", "up", "down"):
+        for name in ("out", "gate_up", "down"):
             getattr(theirs, name).kernel[...] = getattr(mine, name).kernel[...]
-    for name in ("embed", "head"):
-        getattr(whole, name).kernel[...] = getattr(shared, name).kernel[...]
+    whole.embed.embedding[...] = shared.embed.embedding[...]
+    whole.head.kernel[...] = shared.head.kernel[...]
     tokens = np.random.default_rng(0).integers(0, 255, (2, 32))
     np.testing.assert_allclose(shared(tokens), whole(tokens), atol=1e-4)
 
@@ -357,13 +357,13 @@ def test_gpu_presets_have_their_size_and_reach_the_kernels(
     example, kernels, preset, parameters, precision
 ):
     config = example.dataclasses.replace(example.PRESETS[preset], precision=precision)
-    model = nnx.eval_shape(lambda: example.Transformer(config, "cuda", nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: example.make_model(config, "cuda"))
     graph, params = nnx.split(model)
     assert sum(x.size for x in jax.tree.leaves(params)) == pytest.approx(parameters, rel=0.05)
     windows = jax.ShapeDtypeStruct((config.batch, config.context + 1), jnp.uint8)
 
     def loss(params, windows):
-        return nnx.merge(graph, params).loss(windows)
+        return example.loss(nnx.merge(graph, params), windows)
 
     traced = jax.jit(jax.grad(loss)).trace(params, windows)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
