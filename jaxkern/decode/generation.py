@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import jax
@@ -43,7 +43,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     key: jax.Array | None = None,
-    stop_tokens: Sequence[int] = (),
+    stop_tokens: Collection[int] = (),
     callback: Callable[[np.ndarray], None] | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> GeneratedTokens:
@@ -145,7 +145,8 @@ def _sampling(temperature, top_k, top_p, key):
         top_p = jnp.float32(top_p)
     if temperature and key is None:
         raise ValueError(f"key is None, wanted one of jax.random for temperature {temperature}")
-    return _Sampling(jnp.float32(temperature), top_p, key, top_k, greedy=not temperature)
+    greedily = temperature < _checks.FLOAT32.tiny  # nothing to divide float32 numbers by
+    return _Sampling(jnp.float32(temperature), top_p, key, top_k, greedily)
 
 
 def _is_number(x):
@@ -153,12 +154,14 @@ def _is_number(x):
 
 
 def _stop_tokens(config, stop_tokens):
+    if not isinstance(stop_tokens, Collection):
+        raise ValueError(f"stop_tokens is {stop_tokens!r}, wanted a collection of integers")
     for token in stop_tokens:
         if not isinstance(token, int | np.integer) or not 0 <= token < config.vocabulary:
             raise ValueError(
                 f"stop_tokens has {token!r}, wanted integers from 0 to {config.vocabulary - 1}"
             )
-    return jnp.array(stop_tokens, jnp.int32)
+    return jnp.array(list(stop_tokens), jnp.int32)
 
 
 class _State(NamedTuple):

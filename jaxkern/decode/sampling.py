@@ -31,7 +31,8 @@ def sample(
       top_p: above 0 and up to 1; not checked. None is 1.
     """
     batch, vocabulary = logits.shape
-    logits = logits.astype(jnp.float32) / temperature
+    logits = logits.astype(jnp.float32)
+    logits = (logits - logits.max(-1, keepdims=True)) / temperature
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
     draw = jax.vmap(jax.random.categorical)
     if top_k is None and top_p is None:

@@ -109,7 +109,7 @@ def _prefill(packed, cache, tokens, lengths, ragged, implementation):
         x = dot_product_attention(
             query, key, value, is_causal=True, implementation=implementation, **masks
         )
-        h = reference.out(h, x.reshape(batch, t, -1), weights)
+        h = reference.out(h, x.reshape(batch, t, config.heads * config.head_dim), weights)
         h = reference.down(h, reference.gate_up(config, h, weights), weights)
         return h, (pack_keys(key), pack_values(value))
 

@@ -76,7 +76,7 @@ def qkv(config, h, weights):
 
 def heads(config, x, positions, weights, frequencies):
     """Query [..., N, H], key and value [..., K, H] of what `qkv` gave; normalised and rotated."""
-    x = x.reshape(*x.shape[:-1], -1, config.head_dim)
+    x = x.reshape(*x.shape[:-1], config.heads + 2 * config.kv_heads, config.head_dim)
     query, key, value = jnp.split(x, [config.heads, config.heads + config.kv_heads], axis=-2)
     query, key = query.astype(jnp.float32), key.astype(jnp.float32)
     if weights["qk_norms"] is not None:

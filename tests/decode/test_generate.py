@@ -131,8 +131,8 @@ def test_sampled():
     random = run(temperature=1e6).tokens  # the model does not matter
     assert all(len(set(row.tolist())) > NEW / 4 for row in random)
     assert (random[1:] != random[:1]).any(1).all()
-    for options in ({"top_k": 1}, {"top_p": 1e-6}):
-        greedy = run(seed=1, **options)
+    for options in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-37}, {"temperature": 1e-99}):
+        greedy = generated(seed=1, **{"temperature": 1.0, **options})
         np.testing.assert_array_equal(greedy.tokens, generated().tokens)
 
 
@@ -205,6 +205,7 @@ def test_fp8():
         ({"top_p": 0.0}, r"top_p is 0\.0, wanted a Python number above 0, 1 at most"),
         ({"top_p": 1.5}, r"top_p is 1\.5, wanted"),
         ({"stop_tokens": (3, 75)}, "stop_tokens has 75, wanted integers from 0 to 74"),
+        ({"stop_tokens": 3}, "stop_tokens is 3, wanted a collection of integers"),
         ({"stop_tokens": ("a",)}, "stop_tokens has 'a', wanted integers"),
         ({"implementation": "triton"}, "implementation is 'triton'"),
     ],

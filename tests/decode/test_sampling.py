@@ -39,6 +39,7 @@ def frequencies(logits=LOGITS, **options):
         # Of the 0.8 of three tokens 0.74 is less than two, 0.76 more.
         ({"top_k": 3, "top_p": 0.74}, [0, 0.5, 0, 0.5, 0, 0]),
         ({"top_k": 3, "top_p": 0.76}, np.array([0, 0.3, 0, 0.3, 0.2, 0]) / 0.8),
+        ({"temperature": 1e-37}, [0, 0.5, 0, 0.5, 0, 0]),
         # Probabilities with the temperature: 0.38 is that of token 1.
         ({"temperature": 0.5, "top_p": 0.37}, [0, 1, 0, 0, 0, 0]),
         ({"temperature": 0.5, "top_p": 0.39}, [0, 0.5, 0, 0.5, 0, 0]),

@@ -128,6 +128,13 @@ def test_fp8_prefill():
     assert relative_error(quantised, wanted.read(0)[0]) < 1e-3 < relative_error(quantised, model)
 
 
+def test_prefill_of_nothing():
+    config, _, tokens, *_ = problem("llama")
+    cache = KVCache.create(config, BATCH, 32)
+    filled = prefill(packed("llama"), cache, tokens[:, :0])
+    jax.tree.map(np.testing.assert_array_equal, filled, cache)
+
+
 def test_sequences_do_not_see_each_other():
     """A sequence's logits do not depend on what is beside it, however long that is."""
     config, _, tokens, *_ = problem("llama")
