@@ -10,11 +10,12 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 def test_there_are_snippets():
-    assert len(SNIPPETS) == 2
+    assert len(SNIPPETS) == 3
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
-def test_snippet(snippet, capsys):
+def test_snippet(snippet, capsys, monkeypatch):
+    monkeypatch.chdir(README.parent)
     exec(compile(snippet, str(README), "exec"), {})
     printed = re.findall(r"print\(.*#\s*(.*)", snippet)
     assert printed
