@@ -50,8 +50,8 @@ def generate(
     """Tokens that continue each of B prompts.
 
     With stop tokens or a callback the tokens come in chunks of up to 16, after each of which the
-    host waits for it: to end early, and to call back. Else, and where the arguments are traced,
-    everything is computed at once. That changes no token.
+    host waits for it: to end early, and to call back. Else, and under a transformation such as
+    jax.jit, everything is computed at once. That changes no token.
 
     Args:
       packed: from `pack_weights`.
@@ -69,7 +69,7 @@ def generate(
 
     Raises:
       ValueError: arguments that do not fit together or are out of range, such as more tokens than
-        config.context; a callback where the arguments are traced.
+        config.context; a callback under a transformation.
       NotImplementedError, ExceptionGroup: as in `prefill` and `decode_step`.
     """
     prompt = _checks.int32("prompt", prompt, ("B", "T"))
@@ -89,14 +89,12 @@ def generate(
     stops = _stop_tokens(packed.config, stop_tokens)
     implementation = _dispatch.as_static(implementation)
 
-    arrays = jax.tree.leaves((packed, prompt, lengths, how))
-    traced = any(isinstance(x, jax.core.Tracer) for x in arrays)
+    state = _start(packed, prompt, lengths, t - 1 + max_new_tokens, implementation)
+    traced = isinstance(state.token, jax.core.Tracer)
     if traced and callback is not None:
-        raise ValueError("callback is given where the arguments are traced, wanted None")
+        raise ValueError("callback is given under a transformation such as jax.jit, wanted None")
     chunked = not traced and (callback is not None or stops.size > 0)
     chunk = _CHUNK if chunked else max_new_tokens
-
-    state = _start(packed, prompt, lengths, t - 1 + max_new_tokens, implementation)
     chunks = []
     for first in range(0, max_new_tokens, chunk):
         n = min(chunk, max_new_tokens - first)
@@ -105,11 +103,10 @@ def generate(
         if callback is not None:
             callback(np.asarray(tokens))
         if chunked and state.done.all():
+            rest = max_new_tokens - first - n
+            chunks.append(jnp.broadcast_to(state.token[:, None], (batch, rest)))
             break
-    tokens = jnp.concatenate(chunks, axis=1)
-    missing = max_new_tokens - tokens.shape[1]
-    tokens = jnp.pad(tokens, ((0, 0), (0, missing)), mode="edge")
-    return GeneratedTokens(tokens, state.lengths, state.cache.status)
+    return GeneratedTokens(jnp.concatenate(chunks, axis=1), state.lengths, state.cache.status)
 
 
 @functools.partial(
