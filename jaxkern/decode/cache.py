@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxkern import _checks
-from jaxkern.decode.layout import ROW, deinterleave, interleave
+from jaxkern.decode.layout import ROW
 
 _KEYS = 8  # tokens next to each other in a block of keys
 
@@ -122,10 +122,9 @@ class KVCache:
         """
         t = self.lengths
         sequences = jnp.arange(self.batch)
-        key = interleave(key).reshape(*key.shape[:-1], -1, ROW)
+        key = key.reshape(*key.shape[:-1], -1, ROW)
         keys = self.keys.at[layer, sequences, :, t // _KEYS, :, t % _KEYS]
-        place = deinterleave(jnp.arange(ROW))[t % ROW]
-        values = self.values.at[layer, sequences, :, t // ROW, :, place]
+        values = self.values.at[layer, sequences, :, t // ROW, :, t % ROW]
         return dataclasses.replace(
             self,
             keys=keys.set(key.astype(jnp.bfloat16), mode="drop"),
@@ -164,7 +163,7 @@ def check_head_dim(config: Any) -> None:
 
 def pack_keys(keys: jax.Array) -> jax.Array:
     """[..., T, K, H] as [..., K, T / 8, H / 32, 8, 32], bfloat16, T rounded up to 32 with zeros."""
-    keys = interleave(_padded(keys))
+    keys = _padded(keys)
     *lead, t, heads, h = keys.shape
     keys = keys.reshape(*lead, t // _KEYS, _KEYS, heads, h // ROW, ROW)
     return jnp.moveaxis(keys, (-3, -4), (-5, -2))
@@ -174,7 +173,7 @@ def unpack_keys(keys: jax.Array) -> jax.Array:
     """The inverse of pack_keys, [..., T, K, H]."""
     *lead, heads, blocks, parts, _, _ = keys.shape
     keys = jnp.moveaxis(keys, (-5, -2), (-3, -4))
-    return deinterleave(keys.reshape(*lead, blocks * _KEYS, heads, parts * ROW))
+    return keys.reshape(*lead, blocks * _KEYS, heads, parts * ROW)
 
 
 def pack_values(values: jax.Array) -> jax.Array:
@@ -182,13 +181,13 @@ def pack_values(values: jax.Array) -> jax.Array:
     values = _padded(values)
     *lead, t, heads, h = values.shape
     values = values.reshape(*lead, t // ROW, ROW, heads, h)
-    return interleave(jnp.moveaxis(values, (-2, -3), (-4, -1)))
+    return jnp.moveaxis(values, (-2, -3), (-4, -1))
 
 
 def unpack_values(values: jax.Array) -> jax.Array:
     """The inverse of pack_values, [..., T, K, H]."""
     *lead, heads, blocks, h, _ = values.shape
-    values = jnp.moveaxis(deinterleave(values), (-4, -1), (-2, -3))
+    values = jnp.moveaxis(values, (-4, -1), (-2, -3))
     return values.reshape(*lead, blocks * ROW, heads, h)
 
 

@@ -1,22 +1,10 @@
-"""The formats of docs/decode.md: rows of 32 values, and matrices in blocks of rows."""
+"""The formats of docs/decode.md: matrices in blocks of rows, and rows by 32 values."""
 
 import jax
 import jax.numpy as jnp
 
-ROW = 32  # values of a row in the order that the kernel reads
+ROW = 32  # values of a row that lie together
 _LARGEST_BLOCK = 128  # rows
-
-
-def interleave(x: jax.Array) -> jax.Array:
-    """x [..., K] with the value of 16 s + 8 h + 2 c + e of each 32 at place 8 c + 4 s + 2 h + e."""
-    parts = x.reshape(*x.shape[:-1], x.shape[-1] // ROW, 2, 2, 4, 2)  # s, h, c, e
-    return jnp.moveaxis(parts, -2, -4).reshape(x.shape)
-
-
-def deinterleave(x: jax.Array) -> jax.Array:
-    """The inverse of interleave."""
-    parts = x.reshape(*x.shape[:-1], x.shape[-1] // ROW, 4, 2, 2, 2)  # c, s, h, e
-    return jnp.moveaxis(parts, -4, -2).reshape(x.shape)
 
 
 def number_of_blocks(rows: int, multiprocessors: int, rows_of_unit: int = 1) -> int:
@@ -36,7 +24,7 @@ def pack_rows(w: jax.Array, blocks: int, rows_of_unit: int = 1) -> jax.Array:
     """
     *lead, n, k = w.shape
     units = n // rows_of_unit
-    w = interleave(w).reshape(*lead, rows_of_unit, units, k // ROW, ROW)
+    w = w.reshape(*lead, rows_of_unit, units, k // ROW, ROW)
     size, larger = divmod(units, blocks)
 
     def pack(w, count):
@@ -64,4 +52,4 @@ def unpack_rows(
 
     parts = zip((flat[..., :split], flat[..., split:]), (larger, blocks - larger), strict=True)
     w = jnp.concatenate([unpack(*x) for x in parts if x[0].size], -2)
-    return deinterleave(w.reshape(*lead, rows, columns))
+    return w.reshape(*lead, rows, columns)

@@ -15,12 +15,6 @@ CONFIG = dataclasses.replace(CONFIGS["llama"], head_dim=64)
 L, K, H = CONFIG.layers, CONFIG.kv_heads, CONFIG.head_dim
 
 
-def place(k):
-    """Where docs/decode.md puts value k of a row."""
-    s, h, c, e = k // 16, k // 8 % 2, k // 2 % 4, k % 2
-    return 8 * c + 4 * s + 2 * h + e
-
-
 def random_tokens(seed, batch, t):
     return random_normal(seed, *[(L, batch, t, K, H)] * 2, dtype="bfloat16")
 
@@ -48,11 +42,11 @@ def test_layouts():
     stored, keys = np.asarray(cache.keys), np.asarray(keys)
     for t in range(40):
         for d in range(H):
-            got = stored[:, :, :, t // 8, d // 32, t % 8, place(d % 32)]
+            got = stored[:, :, :, t // 8, d // 32, t % 8, d % 32]
             np.testing.assert_array_equal(got, keys[:, :, t, :, d])
     stored, values = np.asarray(cache.values), np.asarray(values)
     for t in range(40):
-        got = stored[:, :, :, t // 32, :, place(t % 32)]
+        got = stored[:, :, :, t // 32, :, t % 32]
         np.testing.assert_array_equal(got, values[:, :, t])
 
 

@@ -6,14 +6,6 @@ import pytest
 
 from jaxkern.decode import layout
 
-PLACE = {
-    16 * s + 8 * h + 2 * c + e: 8 * c + 4 * s + 2 * h + e
-    for s in range(2)
-    for h in range(2)
-    for c in range(4)
-    for e in range(2)
-}
-
 
 def rows_of_blocks(rows, blocks):
     """The numbers of each block's rows."""
@@ -30,22 +22,8 @@ def packed(w, blocks):
     for rows in blocks:
         for first in range(0, w.shape[1], 32):
             for row in rows:
-                stored = np.zeros(32, w.dtype)
-                for k in range(32):
-                    stored[PLACE[k]] = w[row, first + k]
-                flat.append(stored)
+                flat.append(w[row, first : first + 32])
     return np.concatenate(flat)
-
-
-def test_interleave():
-    x = np.arange(3 * 96).reshape(3, 96)
-    got = layout.interleave(jnp.asarray(x))
-    for place in range(96):
-        k = 32 * (place // 32) + next(k for k, p in PLACE.items() if p == place % 32)
-        assert (got[:, place] == x[:, k]).all()
-    assert (layout.deinterleave(got) == x).all()
-    # What a lane of a group of four reads at once, of two products of 16.
-    assert got[0, 8:16].tolist() == [2, 3, 10, 11, 18, 19, 26, 27]
 
 
 @pytest.mark.parametrize("rows_of_unit", [1, 2])
