@@ -131,17 +131,29 @@ struct DecodeStep {
       float data[kWordValues];
     };
 
-    // The results of a product as vectors of the next one: as they are, or times the weights of a
-    // norm, whose other factor their squares are for.
-    __device__ __forceinline__ void receive_vectors(Phase from, int layer, const float* norm) {
-      float squares[kBatch] = {};
+    // Hidden units as vectors.
+    __device__ __forceinline__ void receive_units(int layer) {
+      struct Nothing {};
       receive<5>(
+          kGateUp, layer, 0, kBatch, [](int, int) { return Nothing{}; },
+          [&](int n, int row, int count, const Word& word, Nothing) {
+#pragma unroll
+            for (int i = 0; i < kWordValues; ++i) {
+              if (i < count) x.at(n, row + i) = __float2bfloat16_rn(value_of(word, i));
+            }
+          });
+    }
+
+    // The hidden state times the weights of a norm, whose other factor its squares are for.
+    __device__ __forceinline__ void receive_hidden(Phase from, int layer, const float* norm) {
+      float squares[kBatch] = {};
+      receive<3>(
           from, layer, 0, kBatch,
           [&](int row, int count) {
             Weights weights;
 #pragma unroll
             for (int i = 0; i < kWordValues; ++i) {
-              weights.data[i] = norm != nullptr && i < count ? norm[row + i] : 1.0f;
+              weights.data[i] = i < count ? norm[row + i] : 0.0f;
             }
             return weights;
           },
@@ -204,13 +216,14 @@ struct DecodeStep {
                                             shared.lengths, x);
       } else if (phase == kQkv && layer == 0) {
         embed(p.model.attention_norm);
-      } else if (phase == kGateUp) {
-        receive_vectors(kOut, layer, p.model.mlp_norm + norm);
       } else if (phase == kDown) {
-        receive_vectors(kGateUp, layer, nullptr);
+        receive_units(layer);
       } else {
-        receive_vectors(kDown, layer - 1,
-                        phase == kHead ? p.model.norm : p.model.attention_norm + norm);
+        const float* weights = phase == kHead     ? p.model.norm
+                               : phase == kGateUp ? p.model.mlp_norm + norm
+                                                  : p.model.attention_norm + norm;
+        receive_hidden(phase == kGateUp ? kOut : kDown, phase == kGateUp ? layer : layer - 1,
+                       weights);
       }
       sync_consumers();
     }
@@ -224,6 +237,19 @@ struct DecodeStep {
       if (phase == kHead) return sum * factor;
       const float gate = sum * factor, up = shared.sums.total(n, units + unit) * factor;
       return __fdividef(gate, 1.0f + __expf(-gate)) * up;
+    }
+
+    // The product of attention's results, whose wait is the longest: meanwhile registers take the
+    // weights, and the ring has room for more.
+    __device__ __forceinline__ void out_held(int layer) {
+      const Rows& rows = p.rows[kOut];
+      const int block = blockIdx.x, units = rows.units(block), slices = rows.K / kSlice;
+      HeldWeights held;
+      held.take(shared.stream, slot, units, slices);
+      gather(kOut, layer);
+      held.multiply(x, slices, shared.sums);
+      sync_consumers();
+      send_results(kOut, rows, block, units, layer);
     }
 
     // Multiplies the block's rows and hands on what they give.
@@ -281,6 +307,10 @@ struct DecodeStep {
       }
     }
 
+    struct Ends {
+      int first, last, cut;
+    };
+
     __device__ __forceinline__ void attention(int layer) {
       auto& storage = *reinterpret_cast<typename Attention::Storage*>(shared.scratch);
       const float scale = tile::kLog2E * rsqrtf(kHeadDim);
@@ -289,17 +319,19 @@ struct DecodeStep {
         receive<4>(
             kQkv, layer, unit.sequence, unit.sequence + 1,
             [&](int row, int& count) {
-              const int at = Attention::place(p.model, unit, row);
-              const int end = Attention::place(p.model, unit, row + count - 1);
-              if (at < 0 && end < 0) count = 0;
-              return end - at == count - 1 ? at : -1;
+              // Values up to `cut` belong to the head of the first one, others to the last one's.
+              const Ends ends = {Attention::place(p.model, unit, row),
+                                 Attention::place(p.model, unit, row + count - 1) - count + 1,
+                                 kHeadDim - row % kHeadDim};
+              if (ends.first < 0 && ends.last + count <= 0) count = 0;
+              return ends;
             },
-            [&](int, int row, int count, const Word& word, int at) {
+            [&](int, int, int count, const Word& word, const Ends& ends) {
 #pragma unroll
               for (int i = 0; i < kWordValues; ++i) {
-                if (i >= count) break;
-                const int to = at >= 0 ? at + i : Attention::place(p.model, unit, row + i);
-                if (to >= 0) storage.raw[0][to] = value_of(word, i);
+                const int to = (i < ends.cut ? ends.first : ends.last) + i;
+                const bool wanted = i < ends.cut ? ends.first >= 0 : ends.last + count > 0;
+                if (i < count && wanted) storage.raw[0][to] = value_of(word, i);
               }
             });
         sync_consumers();
@@ -320,6 +352,8 @@ struct DecodeStep {
     // One loop over phases, so that what they share is in the instruction caches once.
     __device__ __forceinline__ void run() {
       const int layers = p.model.layers;
+      const Rows& rows = p.rows[kOut];
+      const bool hold = HeldWeights::fit(rows.each + 1, rows.K / kSlice);
 #pragma unroll 1
       for (int layer = 0; layer <= layers; ++layer) {
 #pragma unroll 1
@@ -327,6 +361,8 @@ struct DecodeStep {
           const auto phase = static_cast<Phase>(i);
           if (phase == kAttention) {
             attention(layer);
+          } else if (phase == kOut && hold) {
+            out_held(layer);
           } else {
             gather(phase, layer);
             multiply_rows(phase, layer);
