@@ -400,7 +400,7 @@ struct Attention {
   template <class From>
   __device__ __forceinline__ static void merge(float (&values)[kWordValues], const From& from,
                                                int log_ahead, int count, uint32_t tag) {
-    constexpr int kAtOnce = 4;
+    constexpr int kAtOnce = 2;
     float most = -INFINITY, sum = 0.0f;
 #pragma unroll
     for (int v = 0; v < kWordValues; ++v) values[v] = 0.0f;
