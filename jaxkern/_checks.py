@@ -40,6 +40,27 @@ def flag(name: str, x: Any) -> bool:
     return bool(x)
 
 
+def positive_int(name: str, x: Any) -> int:
+    """x as an int, or ValueError if it is not a positive one."""
+    if isinstance(x, bool | np.bool_) or not isinstance(x, int | np.integer) or x < 1:
+        raise ValueError(f"{name} is {x!r}, wanted a positive integer")
+    return int(x)
+
+
+def int32(name: str, x: Any, shape: tuple[int | str, ...]) -> jax.Array:
+    """x as an int32 array of this shape, in which a str is any size, or ValueError."""
+    x = array(name, x)
+    if x.dtype != jnp.int32:
+        raise ValueError(f"{name} has dtype {x.dtype}, wanted int32")
+    fits = len(x.shape) == len(shape) and all(
+        isinstance(wanted, str) or size == wanted
+        for size, wanted in zip(x.shape, shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name} has shape {x.shape}, wanted ({', '.join(map(str, shape))})")
+    return x
+
+
 def dtype(name: str, x: Any, wanted: Sequence[str]) -> np.dtype:
     """x as a dtype, or ValueError if it is none of the wanted ones."""
     try:

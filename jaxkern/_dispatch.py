@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import Primitive
@@ -46,6 +46,12 @@ def choose(op: str, implementation: str | Sequence[str] | None, unsupported: str
     if isinstance(implementation, str):
         raise error
     raise ExceptionGroup(f"{op}: no implementation of {list(names)} takes this call", [error])
+
+
+def as_static(option: Any) -> Any:
+    """`option` as a hashable value: a sequence as a tuple."""
+    is_sequence = isinstance(option, Sequence) and not isinstance(option, str)
+    return tuple(option) if is_sequence else option
 
 
 def _names(op: str, implementation: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkern import dot_product_attention, fp8_matmul, rms_norm
+from jaxkern._dispatch import as_static as as_static
 
 Implementation = str | Sequence[str] | None
 Window = int | tuple[int, int] | None
@@ -60,12 +61,6 @@ def call_options(function: Callable, segment_ids: SegmentIds, cache_index: Any) 
         yield
     finally:
         _of_this_call.reset(token)
-
-
-def as_static(option: Any) -> Any:
-    """`option` as a hashable value: a sequence as a tuple."""
-    is_sequence = isinstance(option, Sequence) and not isinstance(option, str)
-    return tuple(option) if is_sequence else option
 
 
 def allows_reference(implementation: Implementation) -> bool:

@@ -9,8 +9,8 @@ from flax import nnx
 
 from jaxkern import _flax, dot_product_attention
 from jaxkern.models.config import Config
-from jaxkern.models.rotary import frequencies, rotate
 from jaxkern.nnx import Fp8Linear, RMSNorm
+from jaxkern.reference.rotary import frequencies, rotate
 
 
 class Block(nnx.Module):

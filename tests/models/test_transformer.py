@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxkern.models import Config, RopeScaling, Transformer
-from jaxkern.models.rotary import frequencies, rotate
+from jaxkern.reference.rotary import frequencies, rotate
 from jaxkern.testing import relative_error
 
 SMALL = Config(

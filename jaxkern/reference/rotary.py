@@ -2,21 +2,21 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkern.models.config import Config
 
-
-def frequencies(config: Config) -> np.ndarray:
+def frequencies(config):
     """Radians per position of each pair of a head's elements, computed in float64.
 
     Source: https://arxiv.org/abs/2104.09864, section 3.2.2; scaled as Hugging Face's transformers
     does for rope_type "llama3".
 
+    Args:
+      config: of the model, like jaxkern.models.Config.
+
     Returns:
-        float32 [head_dim / 2], falling from 1.
+      float32 [head_dim / 2], falling from 1.
     """
     exponent = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
     plain = config.rope_theta**-exponent
@@ -28,20 +28,20 @@ def frequencies(config: Config) -> np.ndarray:
     return (kept * plain + (1 - kept) * plain / scaling.factor).astype(np.float32)
 
 
-def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.typing.ArrayLike) -> jax.Array:
+def rotate(x, positions, frequencies):
     """Turns the pairs (i, i + H / 2) of each head by its position times their frequency.
 
     In float32, rounded once. The pairs are Hugging Face's, not those (2 i, 2 i + 1) of the paper.
 
     Args:
-        x: [B, T, N, H].
-        positions: [B, T] or [T], integers.
-        frequencies: float32 [H / 2].
+      x: [..., N, H].
+      positions: integers [...].
+      frequencies: float32 [H / 2].
 
     Returns:
-        [B, T, N, H] in x's dtype.
+      [..., N, H] in x's dtype.
     """
-    angle = positions[..., None, None].astype(jnp.float32) * frequencies  # [..., T, 1, H / 2]
+    angle = positions[..., None, None].astype(jnp.float32) * frequencies
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)

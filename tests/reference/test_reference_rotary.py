@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxkern.models import Config, RopeScaling
-from jaxkern.models.rotary import frequencies, rotate
+from jaxkern.reference.rotary import frequencies, rotate
 from jaxkern.testing import random_normal
 
 SIZES = {"vocabulary": 8, "layers": 1, "width": 8, "heads": 1, "kv_heads": 1, "hidden": 8}

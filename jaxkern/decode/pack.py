@@ -1,0 +1,205 @@
+"""pack_weights: a model's matrices in the order in which the decode step reads them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxkern import _checks
+from jaxkern.decode.layout import ROW, number_of_blocks, pack_rows, unpack_rows
+from jaxkern.decode.model import stacked_arrays
+from jaxkern.reference import rotary
+from jaxkern.reference.decode import Rows
+
+WEIGHTS = ("bf16", "fp8")
+
+_FP8 = jnp.float8_e4m3fn
+_MULTIPROCESSORS = 8  # where there is no GPU to ask
+_MATRICES = ("qkv", "out", "gate_up", "down")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["values", "scale"],
+    meta_fields=["rows", "columns", "blocks", "rows_of_unit"],
+)
+@dataclasses.dataclass(frozen=True)
+class PackedMatrix:
+    """A matrix [N, K], or one for each layer, in blocks of rows as docs/decode.md has them.
+
+    Attributes:
+      values: [..., N K], bfloat16 or float8_e4m3fn.
+      scale: what row n is multiplied by, float32 [..., N], or None.
+      rows, columns: N and K.
+      blocks: how many there are.
+      rows_of_unit: how many rows stay in the same block, see `pack_rows`.
+    """
+
+    values: jax.Array
+    scale: jax.Array | None
+    rows: int
+    columns: int
+    blocks: int
+    rows_of_unit: int
+
+    def unpack(self) -> Rows:
+        """The rows in their order, bfloat16 [..., N, K], and their scale."""
+        shape = self.rows, self.columns, self.blocks, self.rows_of_unit
+        return Rows(unpack_rows(self.values, *shape).astype(jnp.bfloat16), self.scale)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "embedding",
+        "norms",
+        "qkv",
+        "out",
+        "gate_up",
+        "down",
+        "head",
+        "qkv_bias",
+        "qk_norms",
+        "frequencies",
+        "kept",
+    ],
+    meta_fields=["config", "weights", "multiprocessors"],
+)
+@dataclasses.dataclass(frozen=True)
+class PackedWeights:
+    """A model as `decode_step` and `prefill` read it. A pytree, with layers [L] in front.
+
+    Attributes:
+      embedding: bfloat16 [V, D].
+      norms: bfloat16 [2 L + 1, D]: before a layer's attention, before its MLP, ..., the last one.
+      qkv: of L matrices [(N + 2 K) H, D]: rows of all heads of query, then of key, then of value.
+      out: of L matrices [D, N H].
+      gate_up: of L matrices [2 F, D], the rows of gate first.
+      down: of L matrices [D, F].
+      head: of a matrix [V, D].
+      qkv_bias: bfloat16 [L, (N + 2 K) H], or None.
+      qk_norms: bfloat16 [L, 2, H], of query and key, or None.
+      frequencies: float32 [H / 2], see `jaxkern.reference.rotary`.
+      kept: Rows of qkv, out, gate_up and down, bfloat16 and in order, for `prefill`, or None.
+      config: the model's, like jaxkern.models.Config.
+      weights: "bf16" or "fp8".
+      multiprocessors: of the GPU that this is packed for.
+    """
+
+    embedding: jax.Array
+    norms: jax.Array
+    qkv: PackedMatrix
+    out: PackedMatrix
+    gate_up: PackedMatrix
+    down: PackedMatrix
+    head: PackedMatrix
+    qkv_bias: jax.Array | None
+    qk_norms: jax.Array | None
+    frequencies: jax.Array
+    kept: dict[str, Rows] | None
+    config: Any
+    weights: str
+    multiprocessors: int
+
+    def scan_layers(self, function: Callable, carry: Any, *, prefill: bool = False) -> Any:
+        """jax.lax.scan of function(carry, layer, weights) over the layers.
+
+        weights is a dict of one layer: Rows "qkv", "out", "gate_up" and "down", which for prefill
+        are those kept, if they are; "norms" [2, D]; "qkv_bias" and "qk_norms", each may be None.
+        """
+        matrices = {name: getattr(self, name) for name in _MATRICES}
+        weights = {
+            **(self.kept if prefill and self.kept is not None else matrices),
+            "norms": self.norms[:-1].reshape(self.config.layers, 2, -1),
+            "qkv_bias": self.qkv_bias,
+            "qk_norms": self.qk_norms,
+        }
+
+        def body(carry, xs):
+            layer, weights = xs
+            for name, x in weights.items():
+                if isinstance(x, PackedMatrix):
+                    weights[name] = x.unpack()
+            return function(carry, layer, weights)
+
+        return jax.lax.scan(body, carry, (jnp.arange(self.config.layers), weights))
+
+
+def pack_weights(
+    model: Any,
+    weights: str = "bf16",
+    multiprocessors: int | None = None,
+    *,
+    keep_rows: bool = True,
+) -> PackedWeights:
+    """The weights of a model like jaxkern.models.Transformer, packed for `decode_step`.
+
+    Everything is rounded to bfloat16 first. The arrays stay on the device they are on.
+
+    Args:
+      model: see `stacked_arrays` for what is read of it.
+      weights: of the matrices in the decode step. "bf16", or "fp8": float8_e4m3fn with a float32
+        scale for each row, its largest magnitude / 448.
+      multiprocessors: of the GPU that shall decode. None is those of JAX's default device, or 8
+        where that is no GPU.
+      keep_rows: whether to keep the matrices of the layers also as bfloat16 rows, for `prefill`.
+        Without them it unpacks, in every call, the ones that the decode step reads.
+
+    Raises:
+      ValueError: another name, sizes that are no multiples of 32, or arrays of other shapes than
+        the model's config asks for.
+    """
+    _checks.one_of("weights", weights, WEIGHTS)
+    keep_rows = _checks.flag("keep_rows", keep_rows)
+    if multiprocessors is None:
+        multiprocessors = getattr(jax.devices()[0], "core_count", None) or _MULTIPROCESSORS
+    multiprocessors = _checks.positive_int("multiprocessors", multiprocessors)
+    config = model.config
+    for name in ("width", "hidden", "head_dim"):
+        if getattr(config, name) % ROW:
+            raise ValueError(f"{name} is {getattr(config, name)}, wanted a multiple of {ROW}")
+    arrays = stacked_arrays(model)
+
+    def pack(name, rows_of_unit=1):
+        rows, columns = arrays[name].shape[-2:]
+        blocks = number_of_blocks(rows, multiprocessors, rows_of_unit)
+        packed = _pack(arrays[name], weights == "fp8", blocks, rows_of_unit)
+        return PackedMatrix(*packed, rows, columns, blocks, rows_of_unit)
+
+    return PackedWeights(
+        embedding=arrays["embedding"],
+        norms=arrays["norms"],
+        qkv=pack("qkv"),
+        out=pack("out"),
+        gate_up=pack("gate_up", rows_of_unit=2),
+        down=pack("down"),
+        head=pack("head"),
+        qkv_bias=arrays["qkv_bias"],
+        qk_norms=arrays["qk_norms"],
+        frequencies=jnp.asarray(rotary.frequencies(config)),
+        kept={name: Rows(arrays[name]) for name in _MATRICES} if keep_rows else None,
+        config=config,
+        weights=weights,
+        multiprocessors=multiprocessors,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _pack(rows, fp8, blocks, rows_of_unit):
+    """Values and scale of a PackedMatrix."""
+    scale = None
+    if fp8:
+        rows, scale = quantize_rows(rows)
+    return pack_rows(rows, blocks, rows_of_unit), scale
+
+
+def quantize_rows(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """float8_e4m3fn values [..., N, K] and float32 scale [..., N]: rows are about their product."""
+    rows = rows.astype(jnp.float32)
+    largest = float(jnp.finfo(_FP8).max)
+    smallest = float(jnp.finfo(jnp.float32).tiny)  # a scale of a row of zeros
+    scale = jnp.maximum(jnp.abs(rows).max(-1) / largest, smallest)
+    return jnp.clip(rows / scale[..., None], -largest, largest).astype(_FP8), scale

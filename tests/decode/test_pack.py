@@ -1,0 +1,138 @@
+"""pack_weights: what is in PackedWeights, and FP8 rows."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from decode_model import CONFIGS, frequencies, model_of, random_arrays
+
+from jaxkern.decode import layout, pack, pack_weights
+from jaxkern.testing import random_normal
+
+MATRICES = ("qkv", "out", "gate_up", "down", "head")
+
+
+def packed(name, *args, **options):
+    config = CONFIGS[name]
+    return pack_weights(model_of(config, random_arrays(config)), *args, **options)
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("multiprocessors", [1, 7, 132])
+def test_matrices(name, multiprocessors):
+    """Each is the model's, in the blocks that docs/decode.md asks for."""
+    config, arrays = CONFIGS[name], random_arrays(CONFIGS[name])
+    got = packed(name, multiprocessors=multiprocessors)
+    for key in MATRICES:
+        matrix, rows = getattr(got, key), arrays[key]
+        assert matrix.values.shape == (*rows.shape[:-2], rows.shape[-2] * rows.shape[-1])
+        assert matrix.values.dtype == jnp.bfloat16
+        assert (matrix.rows, matrix.columns) == rows.shape[-2:]
+        unit = 2 if key == "gate_up" else 1
+        assert matrix.rows_of_unit == unit
+        assert matrix.blocks == layout.number_of_blocks(rows.shape[-2], multiprocessors, unit)
+        values, scale = matrix.unpack()
+        np.testing.assert_array_equal(values, rows)
+        assert scale is None
+        if key != "head":
+            np.testing.assert_array_equal(got.kept[key].values, rows)
+    for key in ("embedding", "norms", "qkv_bias", "qk_norms"):
+        assert (getattr(got, key) is None) == (arrays[key] is None)
+        if arrays[key] is not None:
+            np.testing.assert_array_equal(getattr(got, key), arrays[key])
+            assert getattr(got, key).dtype == jnp.bfloat16
+    np.testing.assert_allclose(got.frequencies, frequencies(config), rtol=1e-6)
+    assert got.frequencies.dtype == jnp.float32
+    assert (got.config, got.weights, got.multiprocessors) == (config, "bf16", multiprocessors)
+
+
+def test_few_leaves():
+    """jit handles each leaf in each call."""
+    assert len(jax.tree.leaves(packed("llama", keep_rows=False))) == 8
+    assert len(jax.tree.leaves(packed("qwen2", keep_rows=False))) == 9
+    assert len(jax.tree.leaves(packed("llama"))) == 12
+    assert len(jax.tree.leaves(packed("llama", "fp8", keep_rows=False))) == 13
+
+
+def test_multiprocessors_of_no_gpu():
+    assert packed("llama").multiprocessors == 8
+
+
+def test_pytree():
+    """Equal ones share a compiled function."""
+    leaves, structure = jax.tree.flatten(packed("llama"))
+    assert structure == jax.tree.structure(packed("llama"))
+    assert structure != jax.tree.structure(packed("llama", multiprocessors=3))
+    assert hash(structure) == hash(jax.tree.structure(packed("llama")))
+    assert dataclasses.is_dataclass(jax.tree.unflatten(structure, leaves))
+
+
+def test_fp8():
+    """The FP8 rows of the model's, packed like them."""
+    arrays = random_arrays(CONFIGS["llama"])
+    got = packed("llama", "fp8")
+    for key in MATRICES:
+        matrix = getattr(got, key)
+        assert matrix.values.dtype == jnp.float8_e4m3fn
+        assert matrix.scale.shape == arrays[key].shape[:-1]
+        values, scale = matrix.unpack()
+        wanted, wanted_scale = pack.quantize_rows(arrays[key])
+        np.testing.assert_array_equal(values, wanted.astype(jnp.bfloat16))
+        np.testing.assert_array_equal(scale, wanted_scale)
+        if key != "head":
+            np.testing.assert_array_equal(got.kept[key].values, arrays[key])
+
+
+def test_quantize_rows():
+    rows = np.array(random_normal(1, (3, 9, 64), dtype="float32")[0])
+    rows *= np.float32(10.0) ** np.arange(-4, 5)[:, None]
+    values, scale = pack.quantize_rows(jnp.asarray(rows, jnp.bfloat16))
+    rows = np.asarray(jnp.asarray(rows, jnp.bfloat16), np.float32)
+    np.testing.assert_allclose(scale, abs(rows).max(-1) / 448, rtol=1e-6)
+    wanted = (rows / np.asarray(scale)[..., None]).clip(-448, 448).astype(ml_dtypes.float8_e4m3fn)
+    np.testing.assert_array_equal(np.asarray(values).view(np.uint8), wanted.view(np.uint8))
+    assert (abs(np.asarray(values, np.float32)).max(-1) == 448).all()
+
+
+def test_quantize_rows_of_zeros_and_tiny_numbers():
+    rows = jnp.zeros((3, 32), jnp.bfloat16).at[1, 3].set(1e-37).at[2].set(3e38)
+    values, scale = pack.quantize_rows(rows)
+    product = values.astype(jnp.float32) * scale[:, None]
+    assert jnp.isfinite(product).all()
+    assert not product[0].any()
+    assert (abs(product[1] - rows[1].astype(jnp.float32)) < 1e-37).all()
+    np.testing.assert_allclose(product[2], rows[2].astype(jnp.float32), rtol=1e-6)
+
+
+def test_inside_jit():
+    config = CONFIGS["llama"]
+    arrays = random_arrays(config)
+    got = jax.jit(lambda arrays: pack_weights(model_of(config, arrays)))(arrays)
+    wanted = pack_weights(model_of(config, arrays))
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
+def test_errors():
+    config = CONFIGS["llama"]
+    arrays = random_arrays(config)
+    model = model_of(config, arrays)
+    with pytest.raises(ValueError, match="weights is 'int4', wanted one of 'bf16', 'fp8'"):
+        pack_weights(model, "int4")
+    with pytest.raises(ValueError, match="multiprocessors is 0, wanted a positive integer"):
+        pack_weights(model, multiprocessors=0)
+    with pytest.raises(ValueError, match="keep_rows is 1, wanted True or False"):
+        pack_weights(model, keep_rows=1)
+    for name in ("width", "hidden", "head_dim"):
+        model.config = dataclasses.replace(config, **{name: 80})
+        with pytest.raises(ValueError, match=f"{name} is 80, wanted a multiple of 32"):
+            pack_weights(model)
+    model.config = dataclasses.replace(config, layers=3)
+    with pytest.raises(ValueError, match="model has 2 blocks, wanted the config's 3"):
+        pack_weights(model)
+    model.config = dataclasses.replace(config, hidden=64)
+    message = r"model\.blocks\[0\]\.gate_up\.kernel has shape \(64, 192\), wanted \(64, 128\)"
+    with pytest.raises(ValueError, match=message):
+        pack_weights(model)
