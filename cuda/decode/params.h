@@ -38,16 +38,16 @@ struct DecodeParams {
   int layers, width, vocabulary, heads, kv_heads, head_dim, hidden;
   int batch, capacity;  // B, T
   float norm_epsilon;
-  const void* weights[kPhases];                   // bfloat16, packed, all layers
-  const void* embedding;                          // [V, D] bfloat16
-  const float *attention_norm, *mlp_norm, *norm;  // [L, D], [L, D], [D]
-  const float* qkv_bias;                          // [L, (N + 2 K) H] or null
-  const float *q_norm, *k_norm;                   // [L, H] or null
-  const float* frequencies;                       // [H / 2], radians a token
-  const int* tokens;                              // [B]
-  int* lengths;                                   // [B], of what the cache has; one more after
-  void *keys, *values;                            // the cache, bfloat16
-  float* logits;                                  // [B, V]
+  const void* weights[kPhases];  // bfloat16, packed, all layers; attention has none
+  const void* embedding;         // [V, D] bfloat16
+  const void* norms;             // [2 L + 1, D] bfloat16: attention's, the MLP's, ..., the last
+  const void* qkv_bias;          // [L, (N + 2 K) H] bfloat16 or null
+  const void* qk_norms;          // [L, 2, H] bfloat16 or null
+  const float* frequencies;      // [H / 2], radians a token
+  const int* tokens;             // [B]
+  int* lengths;                  // [B], of what the cache has; one more after
+  void *keys, *values;           // the cache, bfloat16
+  float* logits;                 // [B, V]
   void* workspace;
 };
 

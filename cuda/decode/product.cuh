@@ -47,9 +47,10 @@ struct Sums {
   }
 };
 
-// A warp's sums, which it may have in several parts.
+// A warp's sums, which it may have in several parts; `more`: to what it has put there before.
 template <int kParts, int kTiles, int kBatch>
-__device__ __forceinline__ void put(const float (&sum)[kParts][kTiles][4], Sums<kBatch>& sums) {
+__device__ __forceinline__ void put(const float (&sum)[kParts][kTiles][4], Sums<kBatch>& sums,
+                                    bool more) {
   const int warp = threadIdx.x / tile::kWarpSize, lane = threadIdx.x % tile::kWarpSize;
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) {
@@ -59,7 +60,7 @@ __device__ __forceinline__ void put(const float (&sum)[kParts][kTiles][4], Sums<
       float total = sum[0][t][i];
 #pragma unroll
       for (int part = 1; part < kParts; ++part) total += sum[part][t][i];
-      if (n < kBatch) sums.data[warp][n][row] = total;
+      if (n < kBatch) sums.data[warp][n][row] = (more ? sums.data[warp][n][row] : 0.0f) + total;
     }
   }
 }
@@ -67,7 +68,7 @@ __device__ __forceinline__ void put(const float (&sum)[kParts][kTiles][4], Sums<
 template <int kTiles, int kBatch, int kStages>
 __device__ __forceinline__ void multiply_tiles(Stream<kStages>& stream, tile::Slot<kStages>& slot,
                                                const Vectors<kBatch>& x, int rows, int slices,
-                                               Sums<kBatch>& sums) {
+                                               Sums<kBatch>& sums, bool more) {
   const int warp = threadIdx.x / tile::kWarpSize, lane = threadIdx.x % tile::kWarpSize;
   // Instructions that wait for none of each other. A block of few rows has few: after a dependency
   // it lies in the ring already, and its products are what others wait for.
@@ -116,7 +117,7 @@ __device__ __forceinline__ void multiply_tiles(Stream<kStages>& stream, tile::Sl
     ready = slot.next().is_full(stream.ring);
     stream.ring.empty[slot.stage()].arrive_warp();
   }
-  put(sum, sums);
+  put(sum, sums, more);
 }
 
 // Weights of a block of at most 16 rows, taken from the ring before the vectors are there:
@@ -173,17 +174,17 @@ struct HeldWeights {
       tile::ptx::mma_m16n8k16(sum[0][0], low[i].x, high[i].x, low[i].y, high[i].y, b.x, b.y);
       tile::ptx::mma_m16n8k16(sum[1][0], low[i].z, high[i].z, low[i].w, high[i].w, b.z, b.w);
     }
-    put(sum, sums);
+    put(sum, sums, false);
   }
 };
 
-// Into sums, once the consumers have synchronised.
+// Into sums, once the consumers have synchronised; `more`: to what is there.
 template <int kBatch, int kStages>
 __device__ __forceinline__ void multiply(Stream<kStages>& stream, tile::Slot<kStages>& slot,
                                          const Vectors<kBatch>& x, int rows, int slices,
-                                         Sums<kBatch>& sums) {
+                                         Sums<kBatch>& sums, bool more) {
   const auto tiles = [&]<int kTiles>() {
-    multiply_tiles<kTiles, kBatch>(stream, slot, x, rows, slices, sums);
+    multiply_tiles<kTiles, kBatch>(stream, slot, x, rows, slices, sums, more);
   };
   switch (tile::ceil_div(rows, 16)) {
     case 0:

@@ -19,6 +19,9 @@ inline void fill_rows(StepParams* p, int multiprocessors) {
   p->rows[kGateUp] = rows(m.hidden, m.width, 2);
   p->rows[kDown] = rows(m.width, m.hidden);
   p->rows[kHead] = rows(m.vocabulary, m.width);
+  // Vectors of one sequence are there whole, hidden units of several by parts.
+  const int most = m.width > heads ? m.width : heads;
+  p->part = m.batch == 1 && m.hidden > most ? m.hidden : most;
 }
 
 // Where the words are in the workspace, and how many bytes that has.

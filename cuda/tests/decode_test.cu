@@ -46,7 +46,7 @@ struct Model {
     };
     const auto weights = [&](int size) {
       Floats w = normal(size, 0.2f, seed++);
-      for (float& x : w) x += 1.0f;
+      for (float& x : w) x = bf(x + 1.0f);
       return w;
     };
     for (int l = 0; l < s.layers; ++l) {
@@ -192,25 +192,26 @@ void pack(std::vector<bf16>& to, const Floats& matrix, const Rows& rows, int uni
 
 struct Packed {
   std::vector<bf16> qkv, out, gate_up, down, head, embedding;
-  Floats attention_norm, mlp_norm, bias, q_norm, k_norm;
+  std::vector<bf16> norms, bias, qk_norms;
 
   Packed(const Model& m, const Rows (&rows)[decode::kPhases]) {
-    const auto append = [](Floats& to, const Floats& x) {
-      to.insert(to.end(), x.begin(), x.end());
+    const auto append = [](std::vector<bf16>& to, const Floats& x) {
+      for (float value : x) to.push_back(__float2bfloat16_rn(value));
     };
     for (const Layer& layer : m.layers) {
       pack(qkv, layer.qkv, rows[decode::kQkv], (m.s.heads + 2 * m.s.kv_heads) * m.s.head_dim);
       pack(out, layer.out, rows[decode::kOut], m.s.width);
       pack(gate_up, layer.gate_up, rows[decode::kGateUp], m.s.hidden);
       pack(down, layer.down, rows[decode::kDown], m.s.width);
-      append(attention_norm, layer.attention_norm);
-      append(mlp_norm, layer.mlp_norm);
+      append(norms, layer.attention_norm);
+      append(norms, layer.mlp_norm);
       append(bias, layer.bias);
-      append(q_norm, layer.q_norm);
-      append(k_norm, layer.k_norm);
+      append(qk_norms, layer.q_norm);
+      append(qk_norms, layer.k_norm);
     }
     pack(head, m.head, rows[decode::kHead], m.s.vocabulary);
-    for (float x : m.embedding) embedding.push_back(__float2bfloat16_rn(x));
+    append(norms, m.norm);
+    append(embedding, m.embedding);
   }
 };
 
@@ -266,18 +267,15 @@ void test_model(const std::string& what, const Shape& s, const std::vector<int>&
   std::vector<bf16> host_keys, host_values;
   fill_cache(s, sequences, host_keys, host_values);
   const test::Array<bf16> qkv(packed.qkv), out(packed.out), gate_up(packed.gate_up),
-      down(packed.down), head(packed.head), embedding(packed.embedding), keys(host_keys),
-      values(host_values);
-  const test::Array<float> attention_norm(packed.attention_norm), mlp_norm(packed.mlp_norm),
-      norm(m.norm), bias(packed.bias), q_norm(packed.q_norm), k_norm(packed.k_norm),
-      frequencies(m.frequencies);
+      down(packed.down), head(packed.head), embedding(packed.embedding), norms(packed.norms),
+      bias(packed.bias), qk_norms(packed.qk_norms), keys(host_keys), values(host_values);
+  const test::Array<float> frequencies(m.frequencies);
   const test::Array<int> device_lengths(lengths);
   p.weights[decode::kQkv] = qkv.data(), p.weights[decode::kOut] = out.data();
   p.weights[decode::kGateUp] = gate_up.data(), p.weights[decode::kDown] = down.data();
   p.weights[decode::kHead] = head.data(), p.embedding = embedding.data();
-  p.attention_norm = attention_norm.data(), p.mlp_norm = mlp_norm.data(), p.norm = norm.data();
-  p.qkv_bias = s.bias ? bias.data() : nullptr;
-  p.q_norm = s.norms ? q_norm.data() : nullptr, p.k_norm = s.norms ? k_norm.data() : nullptr;
+  p.norms = norms.data();
+  p.qkv_bias = s.bias ? bias.data() : nullptr, p.qk_norms = s.norms ? qk_norms.data() : nullptr;
   p.frequencies = frequencies.data(), p.lengths = device_lengths.data();
   p.keys = keys.data(), p.values = values.data();
   const test::Array<char> workspace(std::vector<char>(decode::place_words(&plan)));
