@@ -137,7 +137,7 @@ struct DecodeStep {
       const Rows& rows = p.rows[kGateUp];
       const int begin = rows.block_of_unit(first) * rows.words;
       const int end = (rows.block_of_unit(first + count - 1) + 1) * rows.words;
-      receive<5>(
+      receive<4>(
           kGateUp, layer, begin, end, 0, batch(), [](int, int) { return Nothing{}; },
           [&](int n, int row, int words, const Word& word, Nothing) {
 #pragma unroll
@@ -435,7 +435,7 @@ struct DecodeStep {
 template <class Step>
 __global__ void __launch_bounds__(Step::kThreads, 1)
     decode_step_sm90_kernel(const __grid_constant__ StepParams p) {
-  auto& shared = tile::shared_storage<typename Step::Storage>();
+  auto& shared = tile::settled(tile::shared_storage<typename Step::Storage>());
   if (threadIdx.x == 0) {
     shared.stream.ring.init(1, kWarps);
     tile::ptx::fence_mbarrier_init();
@@ -460,6 +460,7 @@ __global__ void __launch_bounds__(Step::kThreads, 1)
     Step::consume(p, shared);
   } else {
     tile::ptx::setmaxnreg_decrease<Step::kProducerRegisters>();
+
     if (threadIdx.x == kConsumers) Step::produce(p, shared);
   }
 }
