@@ -317,12 +317,20 @@ int main() {
   using Step64 = decode::DecodeStep<64, 1, 12>;
   using Step128 = decode::DecodeStep<128, 1, 11>;
   const Shape llama = {2, 512, 1000, 8, 2, 64, 1536, 1024, false, false};
+  const Shape qwen = {2, 768, 1000, 6, 1, 128, 1120, 512, true, false};
+  const Shape small = {3, 64, 100, 2, 1, 64, 96, 64, true, true};  // blocks without rows
   test_model<Step64>("llama, empty", llama, {0}, 3);
   test_model<Step64>("llama, 255", llama, {255}, 3);
   test_model<Step64>("llama, 700", llama, {700}, 2);
   test_model<Step64>("wide", {1, 2048, 4000, 32, 8, 64, 8192, 256, false, false}, {30}, 2);
-  test_model<Step64>("few rows", {3, 64, 100, 2, 1, 64, 96, 64, true, true}, {5}, 4);
-  test_model<Step128>("qwen", {2, 768, 1000, 6, 1, 128, 1120, 512, true, false}, {300}, 2);
+  test_model<Step64>("long rows", {1, 4096, 500, 64, 8, 64, 512, 64, false, false}, {3}, 2);
+  test_model<Step64>("small", small, {5}, 4);
+  test_model<Step128>("qwen", qwen, {300}, 2);
   test_model<Step128>("qwen3", {2, 512, 1000, 8, 2, 128, 1120, 512, false, true}, {31}, 3);
+  test_model<decode::DecodeStep<64, 4, 10>>("two sequences", llama, {17, 400}, 2);
+  test_model<decode::DecodeStep<64, 4, 10>>("four small sequences", small, {0, 7, 31, 8}, 2);
+  test_model<decode::DecodeStep<64, 8, 7>>("eight sequences", llama,
+                                           {0, 1, 31, 32, 255, 256, 257, 900}, 2);
+  test_model<decode::DecodeStep<128, 8, 7>>("five sequences", qwen, {3, 500, 64, 0, 255}, 2);
   return test::finish();
 }
