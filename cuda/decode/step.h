@@ -2,17 +2,16 @@
 #pragma once
 
 #include "cuda/decode/step_sm90.cuh"
-#include "cuda/host/device.h"
 #include "cuda/host/launch.h"
 
 namespace jaxkern::decode {
 
 // All but the pointers of the model.
-inline void fill_rows(StepParams* p, int multiprocessors) {
+inline void fill_rows(StepParams* p) {
   const DecodeParams& m = p->model;
   const int heads = m.heads * m.head_dim;
   const auto rows = [&](int units, int K, int unit_rows = 1) {
-    return make_rows(units, K, unit_rows, multiprocessors);
+    return make_rows(units, K, unit_rows, m.multiprocessors);
   };
   p->rows[kQkv] = rows(heads + 2 * m.kv_heads * m.head_dim, m.width);
   p->rows[kOut] = rows(m.width, heads);
@@ -38,19 +37,24 @@ inline int64_t place_words(StepParams* p) {
   return bytes;
 }
 
+inline int64_t workspace_bytes(const DecodeParams& params) {
+  StepParams p = {.model = params};
+  fill_rows(&p);
+  return place_words(&p);
+}
+
 template <class Step>
 cudaError_t launch_decode_step_sm90(const DecodeParams& params, cudaStream_t stream) {
-  int multiprocessors;
-  if (cudaError_t error = multiprocessor_count(&multiprocessors)) return error;
   StepParams p = {.model = params};
-  fill_rows(&p, multiprocessors);
+  fill_rows(&p);
   place_words(&p);
   const int shared_bytes = Step::shared_bytes(p);
   const auto kernel = decode_step_sm90_kernel<Step>;
   if (cudaError_t error = allow_shared_bytes(kernel, shared_bytes)) return error;
   void* arguments[] = {&p};
-  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(multiprocessors),
-                                     dim3(Step::kThreads), arguments, shared_bytes, stream);
+  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel),
+                                     dim3(params.multiprocessors), dim3(Step::kThreads), arguments,
+                                     shared_bytes, stream);
 }
 
 }  // namespace jaxkern::decode

@@ -51,7 +51,7 @@ struct DecodeStep {
     float bias[kMaxRows];
     float squares[kBatch][kWarps];
     float2 rotation[kBatch][kHeadDim / 2];  // cosines and sines of the positions
-    int lengths[kBatch], tokens[kBatch];
+    int lengths[kBatch], tokens[kBatch], status[kBatch];
     Splits splits;
     uint32_t steps;  // done before this one
     // Vectors of the products, and between them what attention needs. As large as is asked for.
@@ -322,8 +322,9 @@ struct DecodeStep {
 #pragma unroll
       for (int n = 0; n < kBatch; ++n) {
         if (threadIdx.x < units && n < batch()) {
+          const float logit = result(kHead, n, threadIdx.x, units);
           p.model.logits[int64_t{n} * p.model.vocabulary + first + threadIdx.x] =
-              result(kHead, n, threadIdx.x, units);
+              shared.status[n] == kOk ? logit : NAN;
         }
       }
     }
@@ -362,7 +363,7 @@ struct DecodeStep {
         Attention::attend(shared.stream, slot, unit, scale, storage);
         sync_consumers();
         Attention::finish(p.model, p.words[kAttention], tag(layer), unit, storage);
-        if (unit.last) {
+        if (unit.last && shared.lengths[unit.sequence] < p.model.capacity) {
           Attention::append(p.model, layer, unit, shared.lengths[unit.sequence], storage);
         }
       });
@@ -391,7 +392,9 @@ struct DecodeStep {
       }
       // All blocks have sent what the head needs, so they have read these.
       if (blockIdx.x == 0 && threadIdx.x < batch()) {
-        p.model.lengths[threadIdx.x] = shared.lengths[threadIdx.x] + 1;
+        const int length = shared.lengths[threadIdx.x];
+        p.model.lengths[threadIdx.x] = length + (length < p.model.capacity);
+        p.model.status[threadIdx.x] = shared.status[threadIdx.x];
         if (threadIdx.x == 0) {
           static_cast<WorkspaceHeader*>(p.model.workspace)->steps = shared.steps + 1;
         }
@@ -441,8 +444,15 @@ __global__ void __launch_bounds__(Step::kThreads, 1)
     tile::ptx::fence_mbarrier_init();
   }
   if (threadIdx.x < min(Step::kBatch, p.model.batch)) {
-    shared.lengths[threadIdx.x] = p.model.lengths[threadIdx.x];
-    shared.tokens[threadIdx.x] = min(max(p.model.tokens[threadIdx.x], 0), p.model.vocabulary - 1);
+    const int token = p.model.tokens[threadIdx.x], length = p.model.lengths[threadIdx.x];
+    const bool known = token >= 0 && token < p.model.vocabulary;
+    const int before = p.model.status[threadIdx.x];
+    shared.status[threadIdx.x] = before != kOk                ? before
+                                 : !known                     ? kTokenOutOfRange
+                                 : length >= p.model.capacity ? kCacheFull
+                                                              : kOk;
+    shared.lengths[threadIdx.x] = min(length, p.model.capacity);
+    shared.tokens[threadIdx.x] = min(max(token, 0), p.model.vocabulary - 1);
   }
   __syncthreads();
   if (threadIdx.x == 0) {

@@ -3,6 +3,7 @@
 #include <numeric>
 
 #include "cuda/decode/step.h"
+#include "cuda/host/device.h"
 #include "cuda/tests/test.h"
 
 namespace jaxkern {
@@ -261,8 +262,9 @@ void test_model(const std::string& what, const Shape& s, const std::vector<int>&
   p.layers = s.layers, p.width = s.width, p.vocabulary = s.vocabulary, p.heads = s.heads;
   p.kv_heads = s.kv_heads, p.head_dim = s.head_dim, p.hidden = s.hidden;
   p.batch = B, p.capacity = s.capacity, p.norm_epsilon = kEpsilon;
+  p.multiprocessors = multiprocessors;
   decode::StepParams plan = {.model = p};
-  decode::fill_rows(&plan, multiprocessors);
+  decode::fill_rows(&plan);
   const Packed packed(m, plan.rows);
   std::vector<bf16> host_keys, host_values;
   fill_cache(s, sequences, host_keys, host_values);
@@ -270,13 +272,14 @@ void test_model(const std::string& what, const Shape& s, const std::vector<int>&
       down(packed.down), head(packed.head), embedding(packed.embedding), norms(packed.norms),
       bias(packed.bias), qk_norms(packed.qk_norms), keys(host_keys), values(host_values);
   const test::Array<float> frequencies(m.frequencies);
-  const test::Array<int> device_lengths(lengths);
+  const test::Array<int> device_lengths(lengths), status(std::vector<int>(B, decode::kOk));
   p.weights[decode::kQkv] = qkv.data(), p.weights[decode::kOut] = out.data();
   p.weights[decode::kGateUp] = gate_up.data(), p.weights[decode::kDown] = down.data();
   p.weights[decode::kHead] = head.data(), p.embedding = embedding.data();
   p.norms = norms.data();
   p.qkv_bias = s.bias ? bias.data() : nullptr, p.qk_norms = s.norms ? qk_norms.data() : nullptr;
   p.frequencies = frequencies.data(), p.lengths = device_lengths.data();
+  p.status = status.data();
   p.keys = keys.data(), p.values = values.data();
   const test::Array<char> workspace(std::vector<char>(decode::place_words(&plan)));
   p.workspace = workspace.data();
@@ -327,8 +330,8 @@ int main() {
   test_model<Step64>("small", small, {5}, 4);
   test_model<Step128>("qwen", qwen, {300}, 2);
   test_model<Step128>("qwen3", {2, 512, 1000, 8, 2, 128, 1120, 512, false, true}, {31}, 3);
-  test_model<decode::DecodeStep<64, 4, 10>>("two sequences", llama, {17, 400}, 2);
-  test_model<decode::DecodeStep<64, 4, 10>>("four small sequences", small, {0, 7, 31, 8}, 2);
+  test_model<decode::DecodeStep<64, 4, 9>>("two sequences", llama, {17, 400}, 2);
+  test_model<decode::DecodeStep<64, 4, 9>>("four small sequences", small, {0, 7, 31, 8}, 2);
   test_model<decode::DecodeStep<64, 8, 7>>("eight sequences", llama,
                                            {0, 1, 31, 32, 255, 256, 257, 900}, 2);
   test_model<decode::DecodeStep<128, 8, 7>>("five sequences", qwen, {3, 500, 64, 0, 255}, 2);
