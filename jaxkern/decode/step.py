@@ -37,9 +37,9 @@ def decode_step(
       packed: from `pack_weights`.
       cache: of as many sequences, and of the same model.
       tokens: int32 [B].
-      implementation: "cuda", the kernel: for up to 8 sequences, heads of 64 or 128 elements, of
-        which up to 8 share one of key and value, and bfloat16 weights. "xla", plain jax.numpy. None
-        is the kernel where it can. A sequence of names is the first that can.
+      implementation: "xla", plain jax.numpy, which None is too; "cuda", the kernel: for up to 8
+        sequences, heads of 64 or 128 elements, of which up to 8 share one of key and value, and
+        bfloat16 weights; or a sequence of names, of which the first runs that can.
 
     Returns:
       Logits, float32 [B, V], and the cache.
@@ -51,7 +51,8 @@ def decode_step(
     """
     tokens = _checks.int32("tokens", tokens, (cache.batch,))
     _check_cache(packed, cache)
-    choice = _dispatch.choose(_OP, implementation, _unsupported(packed, cache))
+    names = "xla" if implementation is None else implementation
+    choice = _dispatch.choose(_OP, names, _unsupported(packed, cache))
     return _decode_step(packed, cache, tokens, choice)
 
 

@@ -14,6 +14,9 @@ from jaxkern.decode import KVCache, decode_step, generate, pack_weights
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
+IMPLEMENTATION = ("cuda", "xla")
+step = functools.partial(decode_step, implementation=IMPLEMENTATION)
+
 LLAMA = dataclasses.replace(CONFIGS["llama"], head_dim=64)
 
 
@@ -30,7 +33,7 @@ def arguments(config, batch, **options):
 def test_call():
     """Operands and results have the shapes of docs/decode.md."""
     c = LLAMA
-    line = custom_call_lines(decode_step, *arguments(c, 2))["decode_step"]
+    line = custom_call_lines(step, *arguments(c, 2))["decode_step"]
     operands, results = types(line)
     n, d, layers = (c.heads + 2 * c.kv_heads) * 64, c.width, c.layers
     keys = f"{layers}x2x{c.kv_heads}x8x2x8x32xbf16"
@@ -59,7 +62,7 @@ def test_call():
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
 def test_what_models_have_besides(name):
     config = dataclasses.replace(CONFIGS[name], head_dim=128)
-    operands, _ = types(custom_call_lines(decode_step, *arguments(config, 1))["decode_step"])
+    operands, _ = types(custom_call_lines(step, *arguments(config, 1))["decode_step"])
     n = (config.heads + 2 * config.kv_heads) * 128
     assert operands[-2] == (f"{config.layers}x{n}xbf16" if config.qkv_bias else "0xbf16")
     assert operands[-1] == (f"{config.layers}x2x128xbf16" if config.qk_norm else "0xbf16")
@@ -68,15 +71,19 @@ def test_what_models_have_besides(name):
 def test_generate():
     """A step of the loop is one call."""
     prompt = jnp.zeros((1, 5), jnp.int32)
-    run = functools.partial(generate, max_new_tokens=8)
+    run = functools.partial(generate, max_new_tokens=8, implementation=IMPLEMENTATION)
     calls = custom_calls(run, packed(LLAMA), prompt)
     assert calls["decode_step"] == 1
 
 
 def test_named():
     """By name there is no reference beside the kernel."""
-    step = functools.partial(decode_step, implementation="cuda")
-    assert "case" not in cuda_text(step, *arguments(LLAMA, 1))
+    named = functools.partial(decode_step, implementation="cuda")
+    assert "case" not in cuda_text(named, *arguments(LLAMA, 1))
+
+
+def test_default():
+    assert custom_calls(decode_step, *arguments(LLAMA, 1)) == {}
 
 
 @pytest.mark.parametrize(
@@ -92,4 +99,4 @@ def test_what_the_kernel_does_not_take(changes, batch, weights, reason):
     given = arguments(dataclasses.replace(LLAMA, **changes), batch, weights=weights)
     with pytest.raises(NotImplementedError, match=f"'cuda': {reason}"):
         jax.eval_shape(functools.partial(decode_step, implementation="cuda"), *given)
-    assert custom_calls(decode_step, *given) == {}
+    assert custom_calls(step, *given) == {}
