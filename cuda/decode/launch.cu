@@ -9,6 +9,10 @@ cudaError_t launch_decode_step(const DecodeParams& params, cudaStream_t stream) 
                                : launch_decode_step_of<128>(params, stream);
 }
 
-int64_t decode_workspace_bytes(const DecodeParams& params) { return workspace_bytes(params); }
+int64_t decode_workspace_bytes(const DecodeParams& params) {
+  int64_t bytes;
+  plan_step(params, &bytes);
+  return bytes;
+}
 
 }  // namespace jaxkern::decode

@@ -263,8 +263,8 @@ void test_model(const std::string& what, const Shape& s, const std::vector<int>&
   p.kv_heads = s.kv_heads, p.head_dim = s.head_dim, p.hidden = s.hidden;
   p.batch = B, p.capacity = s.capacity, p.norm_epsilon = kEpsilon;
   p.multiprocessors = multiprocessors;
-  decode::StepParams plan = {.model = p};
-  decode::fill_rows(&plan);
+  int64_t workspace_bytes;
+  const decode::StepParams plan = decode::plan_step(p, &workspace_bytes);
   const Packed packed(m, plan.rows);
   std::vector<bf16> host_keys, host_values;
   fill_cache(s, sequences, host_keys, host_values);
@@ -281,7 +281,7 @@ void test_model(const std::string& what, const Shape& s, const std::vector<int>&
   p.frequencies = frequencies.data(), p.lengths = device_lengths.data();
   p.status = status.data();
   p.keys = keys.data(), p.values = values.data();
-  const test::Array<char> workspace(std::vector<char>(decode::place_words(&plan)));
+  const test::Array<char> workspace(std::vector<char>(workspace_bytes, 0));
   p.workspace = workspace.data();
   for (int step = 0; step < steps; ++step) {
     std::vector<int> tokens;
