@@ -28,8 +28,9 @@ struct Counter {
 // blocks send each other follows.
 struct WorkspaceHeader {
   Counter counters[kHead];
-  uint32_t steps;  // done
-  uint32_t padding[31];
+  uint32_t before[kHead];  // what the counters had when the last step had ended
+  uint32_t layers;         // of all steps so far
+  uint32_t padding[32 - kHead - 1];
 };
 
 // A word of what blocks send: seven bfloat16 and a tag, written and read at once.

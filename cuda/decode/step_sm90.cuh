@@ -53,7 +53,7 @@ struct DecodeStep {
     float2 rotation[kBatch][kHeadDim / 2];  // cosines and sines of the positions
     int lengths[kBatch], tokens[kBatch], status[kBatch];
     Splits splits;
-    uint32_t steps;  // done before this one
+    uint32_t before[kHead], layers;  // of the steps before this one, see WorkspaceHeader
     // Vectors of the products, and between them what attention needs. As large as is asked for.
     alignas(128) char scratch[];
   };
@@ -70,20 +70,23 @@ struct DecodeStep {
     const Vectors<kBatch> x;
     tile::Slot<kStages> slot;
 
-    __device__ __forceinline__ Counter& counter(Phase phase) const {
-      return static_cast<WorkspaceHeader*>(p.model.workspace)->counters[phase];
+    __device__ __forceinline__ WorkspaceHeader& header() const {
+      return *static_cast<WorkspaceHeader*>(p.model.workspace);
     }
     __device__ __forceinline__ int batch() const { return kBatch == 1 ? 1 : p.model.batch; }
     __device__ __forceinline__ uint32_t tag(int layer) const {
-      return (shared.steps * p.model.layers + layer + 1) & 0xffff;
+      return (shared.layers + layer + 1) & 0xffff;
+    }
+    // Of all blocks, when all have sent what they have of so many layers.
+    __device__ __forceinline__ uint32_t arrivals(Phase phase, int layers) const {
+      const Rows& rows = p.rows[phase];
+      return layers *
+             (phase == kAttention ? gridDim.x : batch() * rows.blocks * rows.sending_warps());
     }
     // Until all have sent what they have of a phase.
     __device__ __forceinline__ void wait(Phase phase, int layer) {
       if (threadIdx.x == 0) {
-        const Rows& rows = p.rows[phase];
-        const int arrivals =
-            phase == kAttention ? gridDim.x : batch() * rows.blocks * rows.sending_warps();
-        wait_for(counter(phase), (shared.steps * p.model.layers + layer + 1) * arrivals);
+        wait_for(header().counters[phase], shared.before[phase] + arrivals(phase, layer + 1));
       }
       sync_consumers();
     }
@@ -255,7 +258,8 @@ struct DecodeStep {
     // weights, and the ring has room for more.
     __device__ __forceinline__ void out_held(int layer) {
       const Rows& rows = p.rows[kOut];
-      const int block = blockIdx.x, units = rows.units(block), slices = rows.K / kSlice;
+      const int block = blockIdx.x, units = rows.units(block);
+      const int slices = units > 0 ? rows.K / kSlice : 0;
       HeldWeights held;
       held.take(tile::settled(shared.stream), slot, units, slices);
       gather(kOut, layer, 0, rows.K);
@@ -314,7 +318,7 @@ struct DecodeStep {
           send(p.words[phase] + int64_t{n} * rows.all_words() + block * rows.words + index, word);
         }
         __syncwarp();
-        if (lane == 0) arrive(counter(phase));
+        if (lane == 0) arrive(header().counters[phase]);
       }
     }
 
@@ -368,7 +372,7 @@ struct DecodeStep {
         }
       });
       sync_consumers();
-      if (threadIdx.x == 0) arrive(counter(kAttention));
+      if (threadIdx.x == 0) arrive(header().counters[kAttention]);
     }
 
     // One loop over phases, so that what they share is in the instruction caches once.
@@ -395,9 +399,11 @@ struct DecodeStep {
         const int length = shared.lengths[threadIdx.x];
         p.model.lengths[threadIdx.x] = length + (length < p.model.capacity);
         p.model.status[threadIdx.x] = shared.status[threadIdx.x];
-        if (threadIdx.x == 0) {
-          static_cast<WorkspaceHeader*>(p.model.workspace)->steps = shared.steps + 1;
-        }
+      }
+      if (blockIdx.x == 0 && threadIdx.x < kHead) {
+        const auto phase = static_cast<Phase>(threadIdx.x);
+        header().before[phase] = shared.before[phase] + arrivals(phase, p.model.layers);
+        if (threadIdx.x == 0) header().layers = shared.layers + p.model.layers;
       }
     }
   };
@@ -455,10 +461,10 @@ __global__ void __launch_bounds__(Step::kThreads, 1)
     shared.tokens[threadIdx.x] = min(max(token, 0), p.model.vocabulary - 1);
   }
   __syncthreads();
-  if (threadIdx.x == 0) {
-    shared.splits.init(p.model, shared.lengths);
-    shared.steps = static_cast<const WorkspaceHeader*>(p.model.workspace)->steps;
-  }
+  if (threadIdx.x == 0) shared.splits.init(p.model, shared.lengths);
+  const auto& header = *static_cast<const WorkspaceHeader*>(p.model.workspace);
+  if (threadIdx.x < kHead) shared.before[threadIdx.x] = header.before[threadIdx.x];
+  if (threadIdx.x == kHead) shared.layers = header.layers;
   for (int i = threadIdx.x; i < Step::kBatch * Step::kHeadDim / 2; i += Step::kThreads) {
     const int n = i / (Step::kHeadDim / 2), pair = i % (Step::kHeadDim / 2);
     if (n >= p.model.batch) break;
