@@ -225,7 +225,18 @@ class Trainer:
             text = jnp.zeros(SAMPLE, jnp.int32).at[: len(prompt)].set(prompt)
             return jax.lax.fori_loop(len(prompt), SAMPLE, put_next, text)
 
+        self._graph = graph
         self._step, self._loss, self._generate = step, jax.jit(loss_of), generate
+
+    def restore(self, checkpoints: ocp.CheckpointManager, step: int, **others) -> None:
+        """Takes the state of a checkpoint; `others` say how to restore what else is of interest."""
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, self.state)
+        contents = ocp.args.Composite(state=ocp.args.StandardRestore(target), **others)
+        self.state = checkpoints.restore(step, args=contents)["state"]
+
+    def model(self) -> models.Transformer:
+        """The model as it is now."""
+        return nnx.merge(self._graph, self.state["params"])
 
     def train(self, windows: np.ndarray) -> jax.Array:
         """One step on uint8 windows [batch, context + 1]; the loss before it."""
@@ -321,6 +332,11 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     return args, config
 
 
+def default_output(preset: str) -> Path:
+    """The folder of a run without --output."""
+    return Path("runs", f"train_transformer_{preset}")
+
+
 def open_run(output: Path, config: Config, restart: bool) -> None:
     """Makes the folder of a run; exits with a message if it holds one with other settings."""
     settings = output / "config.json"
@@ -370,10 +386,26 @@ def train(config, trainer, batches, held_out, log, checkpoints, step) -> float |
     return rate
 
 
+def last_model(output: Path) -> models.Transformer | None:
+    """The model of the last checkpoint in the folder of a run; None if it has none."""
+    folder = output.resolve() / "checkpoints"
+    if not folder.exists():
+        return None
+    options = ocp.CheckpointManagerOptions(create=False)
+    with ocp.CheckpointManager(folder, options=options) as checkpoints:
+        step = checkpoints.latest_step()
+        if step is None:
+            return None
+        config = Config(**json.loads((output / "config.json").read_text()))
+        trainer = Trainer(config, None, 1)
+        trainer.restore(checkpoints, step)
+    return trainer.model()
+
+
 def main(argv: list[str] | None = None) -> None:
     """Trains, or goes on training, and leaves the results in the run's folder."""
     args, config = parse(argv)
-    output = (args.output or Path("runs", f"train_transformer_{args.preset}")).resolve()
+    output = (args.output or default_output(args.preset)).resolve()
     open_run(output, config, args.restart)
     train_text, held_out_text = read_corpus()
     batches = training_batches(train_text, config)
@@ -387,11 +419,7 @@ def main(argv: list[str] | None = None) -> None:
     with ocp.CheckpointManager(output / "checkpoints", options=options) as checkpoints:
         step = checkpoints.latest_step() or 0
         if step:
-            target = jax.tree.map(ocp.utils.to_shape_dtype_struct, trainer.state)
-            state = ocp.args.StandardRestore(target)
-            data = grain.checkpoint.CheckpointRestore(batches)
-            contents = ocp.args.Composite(state=state, data=data)
-            trainer.state = checkpoints.restore(step, args=contents)["state"]
+            trainer.restore(checkpoints, step, data=grain.checkpoint.CheckpointRestore(batches))
             print(f"going on from step {step}")
         log = LossLog(output / "losses.csv", step)
         rate = train(config, trainer, batches, held_out, log, checkpoints, step)

@@ -1,7 +1,7 @@
 """Calls of the compiled kernels. The only file that uses jax.ffi."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 
 import jax
@@ -29,13 +29,16 @@ def call(
     name: str,
     results: Sequence[tuple[tuple[int, ...], np.dtype]],
     *operands: jax.Array,
+    aliases: Mapping[int, int] | None = None,
     **attributes: np.generic,
 ) -> tuple[jax.Array, ...]:
     """Call the target `name` and return its results.
 
     Operands and results are row-major. Results vary over the manual mesh axes of the first operand,
     which must be those of all. Attributes are numpy scalars of the type that the target declares:
-    JAX compares them with ==, so one name must keep one type.
+    JAX compares them with ==, so one name must keep one type. Aliases are the numbers of operands
+    in whose memory results are, and those of the results: XLA copies such an operand first where it
+    is used again.
     """
     like = jax.typeof(operands[0])
     sharding = like.sharding.update(spec=jax.sharding.PartitionSpec())
@@ -45,4 +48,5 @@ def call(
         )
         for shape, dtype in results
     ]
-    return jax.ffi.ffi_call(name, tuple(avals))(*operands, **attributes)
+    call = jax.ffi.ffi_call(name, tuple(avals), input_output_aliases=aliases)
+    return call(*operands, **attributes)

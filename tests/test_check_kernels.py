@@ -18,6 +18,8 @@ arch = sm_90a
         /*0a20*/                   QGMMA.64x128x32.F32.E4M3.E5M2 R24, gdesc[UR8], R24 ;
 		Function : _ZN7jaxkern8b_kernelE
         /*0a10*/                   FFMA R2, R2, R3, R4 ;
+		Function : _ZN7jaxkern23decode_step_sm90_kernelE
+        /*0a10*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
 """
 RESOURCES = """
  Function _ZN7jaxkern15a_fwd_sm90_kernelE:
@@ -29,9 +31,10 @@ LOG = "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
 
 
 def test_good_kernels():
-    assert check_kernels.wgmma_counts(SASS) == {
+    assert check_kernels.tensor_core_counts(SASS) == {
         "_ZN7jaxkern15a_fwd_sm90_kernelE": 2,
         "_ZN7jaxkern8b_kernelE": 0,
+        "_ZN7jaxkern23decode_step_sm90_kernelE": 1,
     }
     assert check_kernels.problems(SASS, RESOURCES, LOG) == []
 
@@ -41,6 +44,7 @@ def test_good_kernels():
     [
         ("", RESOURCES, LOG, "there are no kernels"),
         (re.sub("[HQ]GMMA", "HMMA", SASS), RESOURCES, LOG, "no wgmma"),
+        (SASS.replace("HMMA", "FFMA"), RESOURCES, LOG, "decode_step_sm90_kernelE has no mma"),
         (SASS + "arch = sm_80\n", RESOURCES, LOG, "wanted sm_90a alone"),
         (
             SASS,

@@ -3,8 +3,9 @@
     python tools/check_kernels.py build/libjaxkern_kernels.a build/kernels.log
 
 Every kernel must be compiled for sm_90a alone and use no stack, every kernel called `*_sm90_kernel`
-must use the tensor cores' wgmma, HGMMA of 16-bit elements or QGMMA of 8-bit ones, and ptxas must
-not have complained in the build's log.
+must use the tensor cores: by wgmma, HGMMA of 16-bit elements or QGMMA of 8-bit ones, or, the decode
+step, whose blocks have fewer rows than wgmma multiplies, by mma, HMMA. And ptxas must not have
+complained in the build's log.
 Needs cuobjdump and nvdisasm: in PATH, or from `pip install --group inspect`.
 """
 
@@ -25,11 +26,17 @@ def code_objects(sass: str) -> set[str]:
     return set(re.findall(r"^arch = (\S+)", sass, re.M))
 
 
-def wgmma_counts(sass: str) -> dict[str, int]:
-    """The number of wgmma instructions of each kernel in cuobjdump's listing."""
+def instruction(kernel: str) -> str:
+    """That of the tensor cores which a kernel is to use."""
+    return "mma" if "decode_step" in kernel else "wgmma"
+
+
+def tensor_core_counts(sass: str) -> dict[str, int]:
+    """How many instructions of its kind each kernel in cuobjdump's listing has."""
     _, *parts = re.split(r"^\s*Function : (\S+)$", sass, flags=re.M)
+    names = {"wgmma": r"\b[HQ]GMMA\b", "mma": r"\bHMMA\b"}
     return {
-        name: len(re.findall(r"\b[HQ]GMMA\b", body))
+        name: len(re.findall(names[instruction(name)], body))
         for name, body in zip(parts[::2], parts[1::2], strict=True)
     }
 
@@ -42,13 +49,13 @@ def stack_bytes(resources: str) -> dict[str, int]:
 
 def problems(sass: str, resources: str, log: str) -> list[str]:
     """What is wrong with the kernels, one line each."""
-    counts = wgmma_counts(sass)
+    counts = tensor_core_counts(sass)
     found = [] if counts else ["there are no kernels"]
     if (archs := code_objects(sass)) != {"sm_90a"}:
         found.append(f"compiled for {sorted(archs)}, wanted sm_90a alone")
     for name, count in counts.items():
         if "_sm90_kernel" in name and count == 0:
-            found.append(f"{name} has no wgmma instruction")
+            found.append(f"{name} has no {instruction(name)} instruction")
     found += [f"{name} uses {n} bytes of stack" for name, n in stack_bytes(resources).items() if n]
     found += [f"ptxas: {line.strip()}" for line in COMPLAINTS.findall(log)]
     return found
@@ -80,8 +87,8 @@ def main() -> None:
     parser.add_argument("log", type=Path, help="the log of its build")
     args = parser.parse_args()
     sass = _cuobjdump("--dump-sass", args.library)
-    for name, count in sorted(wgmma_counts(sass).items()):
-        print(f"{count:6} wgmma  {name}")
+    for name, count in sorted(tensor_core_counts(sass).items()):
+        print(f"{count:6} {instruction(name):5}  {name}")
     found = problems(sass, _cuobjdump("--dump-resource-usage", args.library), args.log.read_text())
     if found:
         raise SystemExit("\n".join(found))

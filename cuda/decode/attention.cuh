@@ -27,7 +27,7 @@ __host__ __device__ constexpr int head_words(int head_dim) {
 struct Splits {
   int tokens, count;
 
-  __device__ __forceinline__ Splits(const DecodeParams& p, const int* lengths) {
+  __device__ __forceinline__ void init(const DecodeParams& p, const int* lengths) {
     int longest = 0;
     for (int n = 0; n < p.batch; ++n) longest = max(longest, lengths[n]);
     const int heads = p.batch * p.kv_heads;
@@ -134,13 +134,14 @@ struct Attention {
         high[i] = raw[lane + 32 * i + kHalf];
         squares += low[i] * low[i] + high[i] * high[i];
       }
-      if (p.q_norm != nullptr) {
-        const float* weight = (head < group ? p.q_norm : p.k_norm) + layer * kHeadDim;
+      if (p.qk_norms != nullptr) {
+        const auto* weight =
+            static_cast<const bf16*>(p.qk_norms) + (2 * layer + (head == group)) * kHeadDim;
         const float rstd = rsqrtf(tile::warp_sum(squares) / kHeadDim + p.norm_epsilon);
 #pragma unroll
         for (int i = 0; i < kPairs; ++i) {
-          low[i] *= rstd * weight[lane + 32 * i];
-          high[i] *= rstd * weight[lane + 32 * i + kHalf];
+          low[i] *= rstd * __bfloat162float(weight[lane + 32 * i]);
+          high[i] *= rstd * __bfloat162float(weight[lane + 32 * i + kHalf]);
         }
       }
 #pragma unroll
@@ -346,12 +347,13 @@ struct Attention {
 
   // The results of all heads of all sequences, once they are there, merged over splits.
   template <int kBatch>
-  __device__ __forceinline__ static void collect(const DecodeParams& p, const Word* words,
-                                                 uint32_t tag, const Splits& splits,
-                                                 const int* lengths, const Vectors<kBatch>& x) {
+  __device__ __forceinline__ static void collect(const DecodeParams& p, int batch,
+                                                 const Word* words, uint32_t tag,
+                                                 const Splits& splits, const int* lengths,
+                                                 const Vectors<kBatch>& x) {
     constexpr int kAtOnce = 2;
     const int all = p.heads * kWords;
-    for (int n = 0; n < kBatch; ++n) {
+    for (int n = 0; n < batch; ++n) {
       const int count = splits.of(lengths[n]);
       const Word* start = words + int64_t{n} * p.heads * kMaxSplits * kWords;
       const auto from = [&](int index, int split) {
@@ -400,7 +402,7 @@ struct Attention {
   template <class From>
   __device__ __forceinline__ static void merge(float (&values)[kWordValues], const From& from,
                                                int log_ahead, int count, uint32_t tag) {
-    constexpr int kAtOnce = 4;
+    constexpr int kAtOnce = 2;
     float most = -INFINITY, sum = 0.0f;
 #pragma unroll
     for (int v = 0; v < kWordValues; ++v) values[v] = 0.0f;

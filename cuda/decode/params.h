@@ -12,6 +12,9 @@ inline constexpr int kMaxBatch = 8;
 inline constexpr int kMaxSplits = 32;     // of the tokens of a sequence, in attention
 inline constexpr int kSplitTokens = 256;  // a split has a multiple of that
 
+// What became of a sequence: the first thing that did. Its logits are NaN from then on.
+enum Status { kOk, kTokenOutOfRange, kCacheFull };
+
 // The phases of a layer, and the head.
 enum Phase { kQkv, kAttention, kOut, kGateUp, kDown, kHead, kPhases };
 
@@ -25,8 +28,9 @@ struct Counter {
 // blocks send each other follows.
 struct WorkspaceHeader {
   Counter counters[kHead];
-  uint32_t steps;  // done
-  uint32_t padding[31];
+  uint32_t before[kHead];  // what the counters had when the last step had ended
+  uint32_t layers;         // of all steps so far
+  uint32_t padding[32 - kHead - 1];
 };
 
 // A word of what blocks send: seven bfloat16 and a tag, written and read at once.
@@ -37,17 +41,19 @@ struct alignas(16) Word {
 struct DecodeParams {
   int layers, width, vocabulary, heads, kv_heads, head_dim, hidden;
   int batch, capacity;  // B, T
+  int multiprocessors;  // that the weights are packed for
   float norm_epsilon;
-  const void* weights[kPhases];                   // bfloat16, packed, all layers
-  const void* embedding;                          // [V, D] bfloat16
-  const float *attention_norm, *mlp_norm, *norm;  // [L, D], [L, D], [D]
-  const float* qkv_bias;                          // [L, (N + 2 K) H] or null
-  const float *q_norm, *k_norm;                   // [L, H] or null
-  const float* frequencies;                       // [H / 2], radians a token
-  const int* tokens;                              // [B]
-  int* lengths;                                   // [B], of what the cache has; one more after
-  void *keys, *values;                            // the cache, bfloat16
-  float* logits;                                  // [B, V]
+  const void* weights[kPhases];  // bfloat16, packed, all layers; attention has none
+  const void* embedding;         // [V, D] bfloat16
+  const void* norms;             // [2 L + 1, D] bfloat16: attention's, the MLP's, ..., the last
+  const void* qkv_bias;          // [L, (N + 2 K) H] bfloat16 or null
+  const void* qk_norms;          // [L, 2, H] bfloat16 or null
+  const float* frequencies;      // [H / 2], radians a token
+  const int* tokens;             // [B]
+  int* lengths;                  // [B], of what the cache has; one more after, where there was room
+  int* status;                   // [B], of Status
+  void *keys, *values;           // the cache, bfloat16
+  float* logits;                 // [B, V]
   void* workspace;
 };
 

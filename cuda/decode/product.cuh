@@ -47,10 +47,28 @@ struct Sums {
   }
 };
 
+// A warp's sums, which it may have in several parts; `more`: to what it has put there before.
+template <int kParts, int kTiles, int kBatch>
+__device__ __forceinline__ void put(const float (&sum)[kParts][kTiles][4], Sums<kBatch>& sums,
+                                    bool more) {
+  const int warp = threadIdx.x / tile::kWarpSize, lane = threadIdx.x % tile::kWarpSize;
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = 16 * t + 8 * (i / 2) + lane / 4, n = lane % 4 * 2 + i % 2;
+      float total = sum[0][t][i];
+#pragma unroll
+      for (int part = 1; part < kParts; ++part) total += sum[part][t][i];
+      if (n < kBatch) sums.data[warp][n][row] = (more ? sums.data[warp][n][row] : 0.0f) + total;
+    }
+  }
+}
+
 template <int kTiles, int kBatch, int kStages>
 __device__ __forceinline__ void multiply_tiles(Stream<kStages>& stream, tile::Slot<kStages>& slot,
                                                const Vectors<kBatch>& x, int rows, int slices,
-                                               Sums<kBatch>& sums) {
+                                               Sums<kBatch>& sums, bool more) {
   const int warp = threadIdx.x / tile::kWarpSize, lane = threadIdx.x % tile::kWarpSize;
   // Instructions that wait for none of each other. A block of few rows has few: after a dependency
   // it lies in the ring already, and its products are what others wait for.
@@ -99,26 +117,74 @@ __device__ __forceinline__ void multiply_tiles(Stream<kStages>& stream, tile::Sl
     ready = slot.next().is_full(stream.ring);
     stream.ring.empty[slot.stage()].arrive_warp();
   }
-#pragma unroll
-  for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = 16 * t + 8 * (i / 2) + lane / 4, n = lane % 4 * 2 + i % 2;
-      float total = sum[0][t][i];
-#pragma unroll
-      for (int s = 1; s < kAtOnce; ++s) total += sum[s][t][i];
-      if (n < kBatch) sums.data[warp][n][row] = total;
-    }
-  }
+  put(sum, sums, more);
 }
 
-// Into sums, once the consumers have synchronised.
+// Weights of a block of at most 16 rows, taken from the ring before the vectors are there:
+// registers hold them while others come in their place.
+struct HeldWeights {
+  static constexpr int kSlices = 8;  // of a warp
+  uint4 low[kSlices], high[kSlices];
+
+  static __device__ __forceinline__ bool fit(int rows, int slices) {
+    return rows <= 16 && slices <= kSlices * kWarps;
+  }
+
+  template <int kStages>
+  __device__ __forceinline__ void take(Stream<kStages>& stream, tile::Slot<kStages>& slot, int rows,
+                                       int slices) {
+    const int warp = threadIdx.x / tile::kWarpSize, lane = threadIdx.x % tile::kWarpSize;
+    const int slice_bytes = rows * kSliceBytes, at_once = slices_of_chunk(rows);
+    int first = 0;  // slice of the chunk
+    const auto leave = [&] {
+      stream.ring.empty[slot.stage()].arrive_warp();
+      slot.advance();
+      first += at_once;
+    };
+    if (slices > 0) slot.wait_full(stream.ring);
+#pragma unroll
+    for (int i = 0; i < kSlices; ++i) {
+      const int slice = warp + i * kWarps;
+      low[i] = high[i] = {};  // or the compiler keeps what these were in the last layer
+      if (slice >= slices) continue;
+      while (slice >= first + at_once) {
+        leave();
+        slot.wait_full(stream.ring);
+      }
+      const char* from = stream.chunks[slot.stage()] + (slice - first) * slice_bytes + 16 * lane;
+      low[i] = *reinterpret_cast<const uint4*>(from);
+      high[i] = *reinterpret_cast<const uint4*>(from + 8 * kSliceBytes);
+    }
+    while (first < slices) {
+      slot.wait_full(stream.ring);
+      leave();
+    }
+  }
+
+  template <int kBatch>
+  __device__ __forceinline__ void multiply(const Vectors<kBatch>& x, int slices,
+                                           Sums<kBatch>& sums) const {
+    const int warp = threadIdx.x / tile::kWarpSize;
+    float sum[2][1][4] = {};
+#pragma unroll
+    for (int i = 0; i < kSlices; ++i) {
+      const int slice = warp + i * kWarps;
+      if (slice >= slices) break;
+      const uint4 b = x.operand(slice);
+      tile::ptx::mma_m16n8k16(sum[0][0], low[i].x, high[i].x, low[i].y, high[i].y, b.x, b.y);
+      tile::ptx::mma_m16n8k16(sum[1][0], low[i].z, high[i].z, low[i].w, high[i].w, b.z, b.w);
+    }
+    put(sum, sums, false);
+  }
+};
+
+// Into sums, once the consumers have synchronised; `more`: to what is there.
 template <int kBatch, int kStages>
 __device__ __forceinline__ void multiply(Stream<kStages>& stream, tile::Slot<kStages>& slot,
                                          const Vectors<kBatch>& x, int rows, int slices,
-                                         Sums<kBatch>& sums) {
+                                         Sums<kBatch>& sums, bool more) {
   const auto tiles = [&]<int kTiles>() {
-    multiply_tiles<kTiles, kBatch>(stream, slot, x, rows, slices, sums);
+    multiply_tiles<kTiles, kBatch>(stream, slot, x, rows, slices, sums, more);
   };
   switch (tile::ceil_div(rows, 16)) {
     case 0:

@@ -26,6 +26,11 @@ struct Rows {
   }
   __device__ __forceinline__ int count() const { return blocks * each + extra; }
   __device__ __forceinline__ int all_words() const { return blocks * words; }
+  // The block of a unit.
+  __device__ __forceinline__ int block_of_unit(int unit) const {
+    const int end = extra * (each + 1);  // of the larger ones
+    return unit < end ? unit / (each + 1) : extra + (unit - end) / each;
+  }
   // The block that word `index` of all is of.
   __device__ __forceinline__ int block_of(int index) const {
     return words == 1 ? index : static_cast<int>(__umulhi(index, words_magic));

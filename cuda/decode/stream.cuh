@@ -48,7 +48,7 @@ class Producer {
   }
   __device__ __forceinline__ void end() { slot_.advance(); }
 
-  // A block of rows of a packed matrix.
+  // Slices of a block of rows, one after the other.
   __device__ __forceinline__ void load(const char* from, int rows, int slices) {
     if (rows == 0) return;
     const int at_once = slices_of_chunk(rows);

@@ -17,6 +17,7 @@ namespace nb = nanobind;
 #define JAXKERN_TARGETS(TARGET)                              \
   TARGET("jaxkern.attention_fwd", AttentionFwd)              \
   TARGET("jaxkern.attention_bwd", AttentionBwd)              \
+  TARGET("jaxkern.decode_step", DecodeStep)                  \
   TARGET("jaxkern.quantize", Quantize)                       \
   TARGET("jaxkern.quantize_rms_norm", QuantizeRmsNorm)       \
   TARGET("jaxkern.quantize_swiglu", QuantizeSwiglu)          \

@@ -3,6 +3,7 @@
 #include <numeric>
 
 #include "cuda/decode/step.h"
+#include "cuda/host/device.h"
 #include "cuda/tests/test.h"
 
 namespace jaxkern {
@@ -46,7 +47,7 @@ struct Model {
     };
     const auto weights = [&](int size) {
       Floats w = normal(size, 0.2f, seed++);
-      for (float& x : w) x += 1.0f;
+      for (float& x : w) x = bf(x + 1.0f);
       return w;
     };
     for (int l = 0; l < s.layers; ++l) {
@@ -192,25 +193,26 @@ void pack(std::vector<bf16>& to, const Floats& matrix, const Rows& rows, int uni
 
 struct Packed {
   std::vector<bf16> qkv, out, gate_up, down, head, embedding;
-  Floats attention_norm, mlp_norm, bias, q_norm, k_norm;
+  std::vector<bf16> norms, bias, qk_norms;
 
   Packed(const Model& m, const Rows (&rows)[decode::kPhases]) {
-    const auto append = [](Floats& to, const Floats& x) {
-      to.insert(to.end(), x.begin(), x.end());
+    const auto append = [](std::vector<bf16>& to, const Floats& x) {
+      for (float value : x) to.push_back(__float2bfloat16_rn(value));
     };
     for (const Layer& layer : m.layers) {
       pack(qkv, layer.qkv, rows[decode::kQkv], (m.s.heads + 2 * m.s.kv_heads) * m.s.head_dim);
       pack(out, layer.out, rows[decode::kOut], m.s.width);
       pack(gate_up, layer.gate_up, rows[decode::kGateUp], m.s.hidden);
       pack(down, layer.down, rows[decode::kDown], m.s.width);
-      append(attention_norm, layer.attention_norm);
-      append(mlp_norm, layer.mlp_norm);
+      append(norms, layer.attention_norm);
+      append(norms, layer.mlp_norm);
       append(bias, layer.bias);
-      append(q_norm, layer.q_norm);
-      append(k_norm, layer.k_norm);
+      append(qk_norms, layer.q_norm);
+      append(qk_norms, layer.k_norm);
     }
     pack(head, m.head, rows[decode::kHead], m.s.vocabulary);
-    for (float x : m.embedding) embedding.push_back(__float2bfloat16_rn(x));
+    append(norms, m.norm);
+    append(embedding, m.embedding);
   }
 };
 
@@ -260,27 +262,26 @@ void test_model(const std::string& what, const Shape& s, const std::vector<int>&
   p.layers = s.layers, p.width = s.width, p.vocabulary = s.vocabulary, p.heads = s.heads;
   p.kv_heads = s.kv_heads, p.head_dim = s.head_dim, p.hidden = s.hidden;
   p.batch = B, p.capacity = s.capacity, p.norm_epsilon = kEpsilon;
-  decode::StepParams plan = {.model = p};
-  decode::fill_rows(&plan, multiprocessors);
+  p.multiprocessors = multiprocessors;
+  int64_t workspace_bytes;
+  const decode::StepParams plan = decode::plan_step(p, &workspace_bytes);
   const Packed packed(m, plan.rows);
   std::vector<bf16> host_keys, host_values;
   fill_cache(s, sequences, host_keys, host_values);
   const test::Array<bf16> qkv(packed.qkv), out(packed.out), gate_up(packed.gate_up),
-      down(packed.down), head(packed.head), embedding(packed.embedding), keys(host_keys),
-      values(host_values);
-  const test::Array<float> attention_norm(packed.attention_norm), mlp_norm(packed.mlp_norm),
-      norm(m.norm), bias(packed.bias), q_norm(packed.q_norm), k_norm(packed.k_norm),
-      frequencies(m.frequencies);
-  const test::Array<int> device_lengths(lengths);
+      down(packed.down), head(packed.head), embedding(packed.embedding), norms(packed.norms),
+      bias(packed.bias), qk_norms(packed.qk_norms), keys(host_keys), values(host_values);
+  const test::Array<float> frequencies(m.frequencies);
+  const test::Array<int> device_lengths(lengths), status(std::vector<int>(B, decode::kOk));
   p.weights[decode::kQkv] = qkv.data(), p.weights[decode::kOut] = out.data();
   p.weights[decode::kGateUp] = gate_up.data(), p.weights[decode::kDown] = down.data();
   p.weights[decode::kHead] = head.data(), p.embedding = embedding.data();
-  p.attention_norm = attention_norm.data(), p.mlp_norm = mlp_norm.data(), p.norm = norm.data();
-  p.qkv_bias = s.bias ? bias.data() : nullptr;
-  p.q_norm = s.norms ? q_norm.data() : nullptr, p.k_norm = s.norms ? k_norm.data() : nullptr;
+  p.norms = norms.data();
+  p.qkv_bias = s.bias ? bias.data() : nullptr, p.qk_norms = s.norms ? qk_norms.data() : nullptr;
   p.frequencies = frequencies.data(), p.lengths = device_lengths.data();
+  p.status = status.data();
   p.keys = keys.data(), p.values = values.data();
-  const test::Array<char> workspace(std::vector<char>(decode::place_words(&plan)));
+  const test::Array<char> workspace(std::vector<char>(workspace_bytes, 0));
   p.workspace = workspace.data();
   for (int step = 0; step < steps; ++step) {
     std::vector<int> tokens;
@@ -319,12 +320,20 @@ int main() {
   using Step64 = decode::DecodeStep<64, 1, 12>;
   using Step128 = decode::DecodeStep<128, 1, 11>;
   const Shape llama = {2, 512, 1000, 8, 2, 64, 1536, 1024, false, false};
+  const Shape qwen = {2, 768, 1000, 6, 1, 128, 1120, 512, true, false};
+  const Shape small = {3, 64, 100, 2, 1, 64, 96, 64, true, true};  // blocks without rows
   test_model<Step64>("llama, empty", llama, {0}, 3);
   test_model<Step64>("llama, 255", llama, {255}, 3);
   test_model<Step64>("llama, 700", llama, {700}, 2);
   test_model<Step64>("wide", {1, 2048, 4000, 32, 8, 64, 8192, 256, false, false}, {30}, 2);
-  test_model<Step64>("few rows", {3, 64, 100, 2, 1, 64, 96, 64, true, true}, {5}, 4);
-  test_model<Step128>("qwen", {2, 768, 1000, 6, 1, 128, 1120, 512, true, false}, {300}, 2);
+  test_model<Step64>("long rows", {1, 4096, 500, 64, 8, 64, 512, 64, false, false}, {3}, 2);
+  test_model<Step64>("small", small, {5}, 4);
+  test_model<Step128>("qwen", qwen, {300}, 2);
   test_model<Step128>("qwen3", {2, 512, 1000, 8, 2, 128, 1120, 512, false, true}, {31}, 3);
+  test_model<decode::DecodeStep<64, 4, 9>>("two sequences", llama, {17, 400}, 2);
+  test_model<decode::DecodeStep<64, 4, 9>>("four small sequences", small, {0, 7, 31, 8}, 2);
+  test_model<decode::DecodeStep<64, 8, 7>>("eight sequences", llama,
+                                           {0, 1, 31, 32, 255, 256, 257, 900}, 2);
+  test_model<decode::DecodeStep<128, 8, 7>>("five sequences", qwen, {3, 500, 64, 0, 255}, 2);
   return test::finish();
 }

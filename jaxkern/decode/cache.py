@@ -25,7 +25,7 @@ class Status(enum.IntEnum):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["keys", "values", "lengths", "status"],
+    data_fields=["keys", "values", "lengths", "status", "workspace"],
     meta_fields=["config"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,7 @@ class KVCache:
       values: bfloat16 [layers, B, kv_heads, T / 32, head_dim, 32].
       lengths: int32 [B], how many tokens are there. What is beyond them is never used.
       status: int32 [B], of `Status`.
+      workspace: int32, what the kernel keeps from step to step.
       config: of the model, like jaxkern.models.Config.
     """
 
@@ -44,6 +45,7 @@ class KVCache:
     values: jax.Array
     lengths: jax.Array
     status: jax.Array
+    workspace: jax.Array
     config: Any
 
     @classmethod
@@ -68,6 +70,7 @@ class KVCache:
             jnp.zeros(values, jnp.bfloat16),
             lengths=jnp.zeros(batch, jnp.int32),
             status=jnp.zeros(batch, jnp.int32),
+            workspace=jnp.zeros(_workspace_size(config, batch), jnp.int32),
             config=config,
         )
 
@@ -156,6 +159,23 @@ def check_head_dim(config: Any) -> None:
     """ValueError if rows of 32 do not divide a head."""
     if config.head_dim % ROW:
         raise ValueError(f"head_dim is {config.head_dim}, wanted a multiple of {ROW}")
+
+
+def _workspace_size(config, batch):
+    """int32 enough for what the kernel's blocks send each other, on up to 256 multiprocessors.
+
+    Words of 16 bytes, seven values each, in blocks of rows that have a word more than they need at
+    most; and of attention 32 parts of each head, ten words for 64 values. A header is before them.
+    """
+    rows = (
+        (config.heads + 2 * config.kv_heads) * config.head_dim,
+        config.width,
+        config.hidden,
+        config.width,
+    )
+    words = sum(n // 7 + 2 * (256 + n // 64) for n in rows)
+    words += config.heads * 32 * 10 * -(-config.head_dim // 64)
+    return 4 * batch * words + 256
 
 
 # --- Layouts --------------------------------------------------------------------------------------

@@ -1,13 +1,15 @@
 """decode_step and prefill: a model's forward pass for one token, and for many."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
-from jaxkern import _checks, _dispatch
+from jaxkern import _checks, _dispatch, _ffi
 from jaxkern.decode.cache import KVCache, Status, pack_keys, pack_values, status_of
 from jaxkern.decode.pack import PackedWeights
 from jaxkern.ops.attention import dot_product_attention
@@ -35,20 +37,23 @@ def decode_step(
       packed: from `pack_weights`.
       cache: of as many sequences, and of the same model.
       tokens: int32 [B].
-      implementation: "xla", plain jax.numpy, which None is too: there is no other one.
+      implementation: "xla", plain jax.numpy, which None is too; "cuda", the kernel: for up to 8
+        sequences, heads of 64 or 128 elements, of which up to 8 share one of key and value, and
+        bfloat16 weights; or a sequence of names, of which the first runs that can.
 
     Returns:
       Logits, float32 [B, V], and the cache.
 
     Raises:
       ValueError: arguments that do not fit together, or an unknown implementation.
-      NotImplementedError: implementation "cuda".
+      NotImplementedError: implementation "cuda", which cannot.
       ExceptionGroup: no implementation of a sequence can.
     """
     tokens = _checks.int32("tokens", tokens, (cache.batch,))
     _check_cache(packed, cache)
-    _dispatch.choose(_OP, implementation, "it has no kernel")
-    return _decode_step(packed, cache, tokens)
+    names = "xla" if implementation is None else implementation
+    choice = _dispatch.choose(_OP, names, _unsupported(packed, cache))
+    return _decode_step(packed, cache, tokens, choice)
 
 
 def prefill(
@@ -93,7 +98,53 @@ def _check_cache(packed, cache):
         raise ValueError(f"cache is of the model {cache.config}, packed of {packed.config}")
 
 
-_decode_step = jax.jit(reference.decode_step)
+def _unsupported(packed, cache):
+    """Why the kernel cannot do this, or None."""
+    config = packed.config
+    if packed.weights != "bf16":
+        return f"weights are {packed.weights!r}, supported is 'bf16'"
+    if config.head_dim not in (64, 128):
+        return f"head_dim is {config.head_dim}, supported are 64 and 128"
+    if config.heads > 8 * config.kv_heads:
+        return f"{config.heads} heads share {config.kv_heads} kv_heads, supported are 8 for each"
+    if cache.batch > 8:
+        return f"there are {cache.batch} sequences, supported are up to 8"
+    return None
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _decode_step(packed, cache, tokens, choice):
+    if not choice.kernel:
+        return reference.decode_step(packed, cache, tokens)
+    if not choice.fallback:
+        return _kernel(packed, cache, tokens)
+    return jax.lax.platform_dependent(
+        packed, cache, tokens, cuda=_kernel, default=reference.decode_step
+    )
+
+
+def _kernel(packed, cache, tokens):
+    config = packed.config
+    none = jnp.zeros(0, jnp.bfloat16)
+    state = cache.lengths, cache.status, cache.keys, cache.values, cache.workspace
+    results = [((cache.batch, config.vocabulary), np.dtype(np.float32))]
+    logits, *state = _ffi.call(
+        "jaxkern.decode_step",
+        results + [(x.shape, x.dtype) for x in state],
+        tokens,
+        *state,
+        packed.embedding,
+        packed.norms,
+        *(getattr(packed, name).values for name in ("qkv", "out", "gate_up", "down", "head")),
+        packed.frequencies,
+        none if packed.qkv_bias is None else packed.qkv_bias,
+        none if packed.qk_norms is None else packed.qk_norms,
+        aliases={i: i for i in range(1, 6)},
+        epsilon=np.float32(config.norm_epsilon),
+        multiprocessors=np.int32(packed.multiprocessors),
+    )
+    names = ("lengths", "status", "keys", "values", "workspace")
+    return logits, dataclasses.replace(cache, **dict(zip(names, state, strict=True)))
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))

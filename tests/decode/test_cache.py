@@ -1,6 +1,7 @@
 """KVCache: its layouts, ragged sequences, what it writes and what it does not."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from decode_model import CONFIGS
 
 from jaxkern.decode import KVCache, Status
+from jaxkern.decode.layout import number_of_blocks
 from jaxkern.testing import random_normal
 
 CONFIG = dataclasses.replace(CONFIGS["llama"], head_dim=64)
@@ -143,3 +145,30 @@ def test_errors():
         cache.write(*random_tokens(7, 2, 33), lengths)
     with pytest.raises(ValueError, match=r"lengths has shape \(3,\), wanted \(2\)"):
         cache.write(keys, values, jnp.array([1, 2, 3]))
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 78, 132, 256])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"width": 64, "hidden": 32, "heads": 1, "kv_heads": 1},
+        {"width": 2048, "hidden": 8192, "heads": 32, "kv_heads": 8},
+        {"width": 4096, "hidden": 14336, "heads": 32, "kv_heads": 8, "head_dim": 128},
+    ],
+)
+def test_workspace(sizes, multiprocessors):
+    """It has room for a header and the words that blocks send, of which each carries 7 values."""
+    config = dataclasses.replace(CONFIG, **sizes)
+    words = config.heads * 32 * 10 * config.head_dim // 64  # of attention, for 32 splits
+    outputs = (config.heads + 2 * config.kv_heads) * config.head_dim
+    for units, rows_of_unit in (
+        (outputs, 1),
+        (config.width, 1),  # out
+        (config.hidden, 2),
+        (config.width, 1),  # down
+    ):
+        blocks = number_of_blocks(units * rows_of_unit, multiprocessors, rows_of_unit)
+        words += blocks * math.ceil(math.ceil(units / blocks) / 7)
+    wanted = 5 * 128 + 128 + 3 * 16 * words
+    assert KVCache.create(config, 3, 32).workspace.nbytes >= wanted

@@ -1,0 +1,19 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "cuda/decode/params.h"
+
+namespace jaxkern::decode {
+
+// Enqueues a step. An error if not all blocks can be on the GPU at once.
+cudaError_t launch_decode_step(const DecodeParams& params, cudaStream_t stream);
+
+// What the workspace must have, zero before the first step.
+int64_t decode_workspace_bytes(const DecodeParams& params);
+
+// The instances, by the elements of a head.
+template <int kHeadDim>
+cudaError_t launch_decode_step_of(const DecodeParams& params, cudaStream_t stream);
+
+}  // namespace jaxkern::decode

@@ -1,0 +1,133 @@
+#include "cuda/decode/launch.h"
+#include "cuda/ffi/common.h"
+
+namespace jaxkern {
+namespace {
+
+constexpr auto F32 = ffi::DataType::F32;
+constexpr auto S32 = ffi::DataType::S32;
+constexpr auto BF16 = ffi::DataType::BF16;
+
+ffi::Error decode_step(cudaStream_t stream, ffi::AnyBuffer tokens, ffi::AnyBuffer lengths,
+                       ffi::AnyBuffer status, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                       ffi::AnyBuffer workspace, ffi::AnyBuffer embedding, ffi::AnyBuffer norms,
+                       ffi::AnyBuffer qkv, ffi::AnyBuffer out, ffi::AnyBuffer gate_up,
+                       ffi::AnyBuffer down, ffi::AnyBuffer head, ffi::AnyBuffer frequencies,
+                       ffi::AnyBuffer qkv_bias, ffi::AnyBuffer qk_norms,
+                       ffi::Result<ffi::AnyBuffer> logits, ffi::Result<ffi::AnyBuffer> new_lengths,
+                       ffi::Result<ffi::AnyBuffer> new_status, ffi::Result<ffi::AnyBuffer> new_keys,
+                       ffi::Result<ffi::AnyBuffer> new_values,
+                       ffi::Result<ffi::AnyBuffer> new_workspace, float epsilon,
+                       int32_t multiprocessors) {
+  Checks checks("decode_step");
+  checks.rank("keys", keys, 7).rank("embedding", embedding, 2).rank("out", out, 2);
+  checks.rank("down", down, 2).rank("workspace", workspace, 1);
+  if (checks.failed()) return checks.error();
+  const auto dims = keys.dimensions();  // [L, B, K, T / 8, H / 32, 8, 32]
+  const int64_t L = dims[0], B = dims[1], K = dims[2], T = 8 * dims[3], H = 32 * dims[4];
+  const int64_t V = embedding.dimensions()[0], D = embedding.dimensions()[1];
+  const int64_t N = out.dimensions()[1] / (D * H), F = down.dimensions()[1] / D;
+  const int64_t all = (N + 2 * K) * H;
+  const bool has_bias = qkv_bias.element_count() > 0, has_norms = qk_norms.element_count() > 0;
+  checks.shape("keys", keys, {L, B, K, T / 8, H / 32, 8, 32})
+      .shape("values", values, {L, B, K, T / 32, H, 32})
+      .shape("tokens", tokens, {B})
+      .shape("lengths", lengths, {B})
+      .shape("status", status, {B})
+      .shape("norms", norms, {2 * L + 1, D})
+      .shape("qkv", qkv, {L, all * D})
+      .shape("out", out, {L, D * N * H})
+      .shape("gate_up", gate_up, {L, 2 * F * D})
+      .shape("down", down, {L, D * F})
+      .shape("head", head, {V * D})
+      .shape("frequencies", frequencies, {H / 2})
+      .shape("logits", *logits, {B, V})
+      .dtype("logits", *logits, {F32})
+      .dtype("frequencies", frequencies, {F32});
+  if (has_bias) checks.shape("qkv_bias", qkv_bias, {L, all});
+  if (has_norms) checks.shape("qk_norms", qk_norms, {L, 2, H});
+  for (const auto* buffer : {&tokens, &lengths, &status, &workspace}) {
+    checks.dtype("an array of integers", *buffer, {S32});
+  }
+  for (const auto* buffer : {&keys, &values, &embedding, &norms, &qkv, &out, &gate_up, &down, &head,
+                             &qkv_bias, &qk_norms}) {
+    checks.dtype("an array of the model", *buffer, {BF16});
+  }
+  checks.that(H == 64 || H == 128, "keys", "have heads of " + std::to_string(H), "64 or 128")
+      .that(B <= decode::kMaxBatch, "tokens", "has " + std::to_string(B), "at most 8");
+  // Written in place.
+  checks.that(new_lengths->untyped_data() == lengths.untyped_data() &&
+                  new_status->untyped_data() == status.untyped_data() &&
+                  new_keys->untyped_data() == keys.untyped_data() &&
+                  new_values->untyped_data() == values.untyped_data() &&
+                  new_workspace->untyped_data() == workspace.untyped_data(),
+              "the cache", "is not aliased", "results in its place");
+  if (checks.failed() || B == 0) return checks.error();
+  decode::DecodeParams params = {};
+  params.layers = static_cast<int>(L);
+  params.width = static_cast<int>(D);
+  params.vocabulary = static_cast<int>(V);
+  params.heads = static_cast<int>(N);
+  params.kv_heads = static_cast<int>(K);
+  params.head_dim = static_cast<int>(H);
+  params.hidden = static_cast<int>(F);
+  params.batch = static_cast<int>(B);
+  params.capacity = static_cast<int>(T);
+  params.multiprocessors = multiprocessors;
+  params.norm_epsilon = epsilon;
+  params.weights[decode::kQkv] = qkv.untyped_data();
+  params.weights[decode::kOut] = out.untyped_data();
+  params.weights[decode::kGateUp] = gate_up.untyped_data();
+  params.weights[decode::kDown] = down.untyped_data();
+  params.weights[decode::kHead] = head.untyped_data();
+  params.embedding = embedding.untyped_data();
+  params.norms = norms.untyped_data();
+  params.qkv_bias = has_bias ? qkv_bias.untyped_data() : nullptr;
+  params.qk_norms = has_norms ? qk_norms.untyped_data() : nullptr;
+  params.frequencies = frequencies.typed_data<float>();
+  params.tokens = tokens.typed_data<int32_t>();
+  params.lengths = lengths.typed_data<int32_t>();
+  params.status = status.typed_data<int32_t>();
+  params.keys = keys.untyped_data();
+  params.values = values.untyped_data();
+  params.logits = logits->typed_data<float>();
+  params.workspace = workspace.untyped_data();
+  const int64_t bytes = decode::decode_workspace_bytes(params);
+  const auto has = static_cast<int64_t>(workspace.size_bytes());
+  checks.that(has >= bytes, "workspace", "has " + std::to_string(has) + " bytes",
+              std::to_string(bytes));
+  if (checks.failed()) return checks.error();
+  return launch_error("decode_step", decode::launch_decode_step(params, stream));
+}
+
+}  // namespace
+
+JAXKERN_DEFINE_HANDLER(DecodeStep, decode_step,
+                       ffi::Ffi::Bind()
+                           .Ctx<Stream>()
+                           .Arg<ffi::AnyBuffer>()  // tokens
+                           .Arg<ffi::AnyBuffer>()  // lengths
+                           .Arg<ffi::AnyBuffer>()  // status
+                           .Arg<ffi::AnyBuffer>()  // keys
+                           .Arg<ffi::AnyBuffer>()  // values
+                           .Arg<ffi::AnyBuffer>()  // workspace
+                           .Arg<ffi::AnyBuffer>()  // embedding
+                           .Arg<ffi::AnyBuffer>()  // norms
+                           .Arg<ffi::AnyBuffer>()  // qkv
+                           .Arg<ffi::AnyBuffer>()  // out
+                           .Arg<ffi::AnyBuffer>()  // gate_up
+                           .Arg<ffi::AnyBuffer>()  // down
+                           .Arg<ffi::AnyBuffer>()  // head
+                           .Arg<ffi::AnyBuffer>()  // frequencies
+                           .Arg<ffi::AnyBuffer>()  // qkv_bias
+                           .Arg<ffi::AnyBuffer>()  // qk_norms
+                           .Ret<ffi::AnyBuffer>()  // logits
+                           .Ret<ffi::AnyBuffer>()  // lengths
+                           .Ret<ffi::AnyBuffer>()  // status
+                           .Ret<ffi::AnyBuffer>()  // keys
+                           .Ret<ffi::AnyBuffer>()  // values
+                           .Ret<ffi::AnyBuffer>()  // workspace
+                           .Attr<float>("epsilon")
+                           .Attr<int32_t>("multiprocessors"));
+
+}  // namespace jaxkern

@@ -1,0 +1,129 @@
+"""The decode step's kernel against its oracle."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decode_model import CONFIGS, model_of, random_arrays
+
+from jaxkern.decode import KVCache, Status, decode_step, generate, pack_weights
+from jaxkern.models import Config
+from jaxkern.testing import relative_error
+
+pytestmark = pytest.mark.gpu
+
+LIMIT = 0.012  # of the relative error of logits, as in test_step.py
+
+CASES = {
+    "llama": dataclasses.replace(CONFIGS["llama"], head_dim=64, context=1024),
+    "llama3": dataclasses.replace(CONFIGS["llama3"], head_dim=128, context=1024),
+    "qwen2": dataclasses.replace(CONFIGS["qwen2"], context=1024),
+    "qwen3": dataclasses.replace(CONFIGS["qwen3"], head_dim=128, context=1024),
+    "wide": Config(500, 2, 1024, 16, 4, 64, 4096, 1024, tied_embeddings=True),
+    "1.5b": Config(1000, 2, 1536, 12, 2, 128, 8960, 1024, qkv_bias=True),
+}
+
+
+@functools.cache
+def packed(name):
+    config = CASES[name]
+    return pack_weights(model_of(config, random_arrays(config)))
+
+
+def random_cache(name, lengths):
+    """Anything in a cache up to the lengths, and NaN after them."""
+    config, key = CASES[name], jax.random.key(1)
+    cache = KVCache.create(config, len(lengths), max(lengths) + 40)
+    shape = config.layers, len(lengths), max(lengths), config.kv_heads, config.head_dim
+    keys, values = jax.random.normal(key, (2, *shape))
+    full = [jnp.full_like(x, jnp.nan) for x in (cache.keys, cache.values)]
+    for n, length in enumerate(lengths):
+        one = KVCache.create(config, 1, max(lengths) + 40).write(
+            keys[:, n : n + 1, :length], values[:, n : n + 1, :length], jnp.array([length])
+        )
+        k, v = -(-length // 8), -(-length // 32)
+        full[0] = full[0].at[:, n, :, :k].set(one.keys[:, 0, :, :k])
+        full[1] = full[1].at[:, n, :, :v].set(one.values[:, 0, :, :v])
+    lengths = jnp.array(lengths, jnp.int32)
+    return dataclasses.replace(cache, keys=full[0], values=full[1], lengths=lengths)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def run(packed, cache, tokens, implementation):
+    """Logits [steps, B, V] of tokens [steps, B], and the cache after them."""
+
+    def step(cache, tokens):
+        logits, cache = decode_step(packed, cache, tokens, implementation=implementation)
+        return cache, logits
+
+    cache, logits = jax.lax.scan(step, cache, tokens)
+    return logits, cache
+
+
+def tokens_of(name, steps, batch):
+    rng = np.random.default_rng(0)
+    return rng.integers(CASES[name].vocabulary, size=(steps, batch), dtype=np.int32)
+
+
+@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize(
+    "lengths", [(0,), (255,), (900,), (3, 400), (0, 31, 32, 33, 255, 256, 500)]
+)
+def test_logits(name, lengths):
+    cache, tokens = random_cache(name, lengths), tokens_of(name, 4, len(lengths))
+    got, after = run(packed(name), cache, tokens, "cuda")
+    wanted, expected = run(packed(name), cache, tokens, "xla")
+    assert relative_error(got, wanted) < LIMIT
+    assert after.lengths.tolist() == expected.lengths.tolist()
+    for layer in range(CASES[name].layers):
+        for x, y in zip(after.read(layer), expected.read(layer), strict=True):
+            for n, length in enumerate(expected.lengths):
+                assert relative_error(x[n, :length], y[n, :length]) < LIMIT
+
+
+def test_repeats_bitwise():
+    cache, tokens = random_cache("wide", (300, 7)), tokens_of("wide", 6, 2)
+    first, *others = (run(packed("wide"), cache, tokens, "cuda") for _ in range(3))
+    for other in others:
+        np.testing.assert_array_equal(first[0], other[0])
+
+
+def test_status():
+    """Nothing is written beyond a full cache, and a bad token does not disturb the others."""
+    config = CASES["llama"]
+    cache = random_cache("llama", (20, 30, 40))
+    cache = dataclasses.replace(cache, lengths=jnp.array([20, cache.max_length, 40], jnp.int32))
+    cache = jax.tree.map(lambda x: jnp.nan_to_num(x), cache)
+    tokens = np.array([[config.vocabulary, 1, 2], [3, 4, 5]], np.int32)
+    got, after = run(packed("llama"), cache, tokens, "cuda")
+    wanted, expected = run(packed("llama"), cache, tokens, "xla")
+    assert after.status.tolist() == [Status.TOKEN_OUT_OF_RANGE, Status.CACHE_FULL, Status.OK]
+    assert expected.status.tolist() == after.status.tolist()
+    assert after.lengths.tolist() == expected.lengths.tolist()
+    assert jnp.isnan(got[:, :2]).all() and jnp.isfinite(got[:, 2]).all()
+    assert relative_error(got[:, 2], wanted[:, 2]) < LIMIT
+    np.testing.assert_array_equal(after.keys[:, 1], cache.keys[:, 1])
+
+
+def test_generate():
+    prompt = jnp.asarray(tokens_of("wide", 3, 20))
+    got, wanted = (
+        generate(packed("wide"), prompt, max_new_tokens=20, implementation=implementation)
+        for implementation in ("cuda", "xla")
+    )
+    same = (got.tokens == wanted.tokens).mean()
+    assert same > 0.9  # a near tie may go either way, and all after it with it
+
+
+def test_cache_stays_in_place():
+    """A donated cache is not copied."""
+    cache, tokens = random_cache("llama", (5,)), tokens_of("llama", 8, 1)
+    text = run.lower(packed("llama"), cache, tokens, "cuda").compile().as_text()
+    step = jax.jit(decode_step, donate_argnums=1, static_argnames="implementation")
+    text += step.lower(packed("llama"), cache, tokens[0], implementation="cuda").compile().as_text()
+    shape = "bf16[" + ",".join(map(str, cache.keys.shape)) + "]"
+    copies = [line for line in text.splitlines() if " copy(" in line and shape in line]
+    assert len(copies) <= 1, copies  # run() donates nothing

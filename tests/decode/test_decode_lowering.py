@@ -1,0 +1,102 @@
+"""The decode step lowered for CUDA: one kernel a step, the cache in its place."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from decode_model import CONFIGS, model_of, random_arrays
+from lowering import attributes, cuda_text, custom_call_lines, custom_calls, types
+
+from jaxkern.decode import KVCache, decode_step, generate, pack_weights
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+IMPLEMENTATION = ("cuda", "xla")
+step = functools.partial(decode_step, implementation=IMPLEMENTATION)
+
+LLAMA = dataclasses.replace(CONFIGS["llama"], head_dim=64)
+
+
+@functools.cache
+def packed(config, weights="bf16"):
+    return pack_weights(model_of(config, random_arrays(config)), weights, multiprocessors=3)
+
+
+def arguments(config, batch, **options):
+    cache = KVCache.create(config, batch, 40)
+    return packed(config, **options), cache, jnp.zeros(batch, jnp.int32)
+
+
+def test_call():
+    """Operands and results have the shapes of docs/decode.md."""
+    c = LLAMA
+    line = custom_call_lines(step, *arguments(c, 2))["decode_step"]
+    operands, results = types(line)
+    n, d, layers = (c.heads + 2 * c.kv_heads) * 64, c.width, c.layers
+    keys = f"{layers}x2x{c.kv_heads}x8x2x8x32xbf16"
+    values = f"{layers}x2x{c.kv_heads}x2x64x32xbf16"
+    cached = ["2xi32", "2xi32", keys, values]
+    assert operands[:5] == ["2xi32", *cached]
+    assert results[:5] == [f"2x{c.vocabulary}xf32", *cached]
+    assert operands[5] == results[5] and operands[5].endswith("xi32")
+    assert operands[6:] == [
+        f"{c.vocabulary}x{d}xbf16",
+        f"{2 * layers + 1}x{d}xbf16",
+        f"{layers}x{n * d}xbf16",
+        f"{layers}x{d * c.heads * 64}xbf16",
+        f"{layers}x{2 * c.hidden * d}xbf16",
+        f"{layers}x{d * c.hidden}xbf16",
+        f"{c.vocabulary * d}xbf16",
+        "32xf32",
+        "0xbf16",
+        "0xbf16",
+    ]
+    assert attributes(line)["multiprocessors"] == "3 : i32"
+    aliases = re.findall(r"output_tuple_indices = \[(\d)\], operand_index = (\d)", line)
+    assert aliases == [(str(i), str(i)) for i in range(1, 6)]
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_what_models_have_besides(name):
+    config = dataclasses.replace(CONFIGS[name], head_dim=128)
+    operands, _ = types(custom_call_lines(step, *arguments(config, 1))["decode_step"])
+    n = (config.heads + 2 * config.kv_heads) * 128
+    assert operands[-2] == (f"{config.layers}x{n}xbf16" if config.qkv_bias else "0xbf16")
+    assert operands[-1] == (f"{config.layers}x2x128xbf16" if config.qk_norm else "0xbf16")
+
+
+def test_generate():
+    """A step of the loop is one call."""
+    prompt = jnp.zeros((1, 5), jnp.int32)
+    run = functools.partial(generate, max_new_tokens=8, implementation=IMPLEMENTATION)
+    calls = custom_calls(run, packed(LLAMA), prompt)
+    assert calls["decode_step"] == 1
+
+
+def test_named():
+    """By name there is no reference beside the kernel."""
+    named = functools.partial(decode_step, implementation="cuda")
+    assert "case" not in cuda_text(named, *arguments(LLAMA, 1))
+
+
+def test_default():
+    assert custom_calls(decode_step, *arguments(LLAMA, 1)) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "batch", "weights", "reason"),
+    [
+        ({"head_dim": 32}, 1, "bf16", "head_dim is 32, supported are 64 and 128"),
+        ({}, 9, "bf16", "there are 9 sequences, supported are up to 8"),
+        ({}, 1, "fp8", "weights are 'fp8', supported is 'bf16'"),
+        ({"heads": 9, "kv_heads": 1}, 1, "bf16", "9 heads share 1 kv_heads"),
+    ],
+)
+def test_what_the_kernel_does_not_take(changes, batch, weights, reason):
+    given = arguments(dataclasses.replace(LLAMA, **changes), batch, weights=weights)
+    with pytest.raises(NotImplementedError, match=f"'cuda': {reason}"):
+        jax.eval_shape(functools.partial(decode_step, implementation="cuda"), *given)
+    assert custom_calls(step, *given) == {}
