@@ -10,8 +10,8 @@ fed with the tokens of the one before, the last of which makes ctx tokens. GB/s 
 that a step reads. `generate` is a call from p tokens of a prompt to n new ones, waited for; with n1
 it is the time to the first token.
 
-Weights are random. `jaxkern` is what runs without an implementation named; `jaxkern cuda`, which is
-not measured unless asked for, is skipped where there is no kernel. `jax` is jax_decode.py.
+Weights are random. `jaxkern` is what runs where no implementation is named; `jaxkern cuda` is
+skipped where the kernel cannot. `jax` is jax_decode.py.
 """
 
 from __future__ import annotations
@@ -275,9 +275,9 @@ def transformers_provider(name: str, worker: common.Worker, seconds: float) -> c
     return prepare
 
 
-IMPLEMENTATIONS = {"jaxkern": None, "jaxkern xla": "xla", "jaxkern cuda": "cuda"}
+IMPLEMENTATIONS = {"jaxkern": None, "jaxkern cuda": "cuda", "jaxkern xla": "xla"}
 TORCH_PROVIDERS = tuple(transformers_generate.OPTIONS)
-DEFAULT_PROVIDERS = ("jaxkern", "jaxkern xla", "jax", "transformers")
+DEFAULT_PROVIDERS = (*IMPLEMENTATIONS, "jax", "transformers")
 METRICS = {"decode": "gbps", "generate": "tokens_per_s"}
 
 

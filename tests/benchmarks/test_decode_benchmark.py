@@ -257,7 +257,7 @@ def test_list_and_quick(tmp_path, capsys):
     "arguments, message",
     [
         (["--filter", "tiny"], "--filter 'tiny' leaves no case"),
-        (["--providers", "jaxkern,vllm"], "--providers: no vllm; there are jaxkern, jaxkern xla, "),
+        (["--providers", "jaxkern,vllm"], "--providers: no vllm; there are jaxkern, jaxkern cuda,"),
         (["--case", "decode"], "--case: wanted the form"),
         (["--case", "decode gpt-2 bf16 b1 ctx64"], "--case: no model gpt-2"),
     ],
