@@ -11,11 +11,9 @@ the queries and keys that see each other.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
 import importlib.util
-import multiprocessing
 import re
 import sys
 from collections.abc import Mapping
@@ -256,13 +254,10 @@ class TorchWorker:
 
     def __init__(self, seconds: float):
         self._seconds = seconds
-        context = multiprocessing.get_context("spawn")
-        self._pool = concurrent.futures.ProcessPoolExecutor(1, context)
-        self._started = self._pool.submit(torch_attention.start)
+        self._worker = common.Worker(torch_attention.start)
 
     def provider(self, backend: str) -> common.Provider:
         def prepare(shape, directions, inputs, expected):
-            self._started.result()
             if expected is None:
                 raise NotImplementedError("there is no JAX provider to compare with")
             if shape.window or shape.documents:
@@ -274,7 +269,7 @@ class TorchWorker:
             if "bwd" in expected:
                 arrays |= zip(("dquery", "dkey", "dvalue"), expected["bwd"], strict=True)
             first = _first_key_head(arrays, shape)
-            call = self._pool.submit(
+            error = self._worker(
                 torch_attention.prepare,
                 backend,
                 shape,
@@ -285,16 +280,16 @@ class TorchWorker:
             )
             return common.Prepared(
                 {direction: self._sampler(backend, direction) for direction in directions},
-                error=call.result(),
+                error,
             )
 
         return prepare
 
     def _sampler(self, backend: str, direction: str):
-        return lambda: self._pool.submit(torch_attention.sample, backend, direction).result()
+        return lambda: self._worker(torch_attention.sample, backend, direction)
 
     def close(self) -> None:
-        self._pool.shutdown()
+        self._worker.close()
 
 
 def jax_providers(seconds: float) -> dict[str, common.Provider]:

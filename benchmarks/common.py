@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import gc
 import math
+import multiprocessing
 import os
 import pathlib
 import re
@@ -24,7 +26,8 @@ from jaxkern import benchmarking
 DTYPES = {"bf16": jnp.bfloat16, "f16": jnp.float16, "f32": jnp.float32}
 DIRECTIONS = ("fwd", "bwd")
 RESULTS = pathlib.Path(__file__).parent / "results"
-UNITS = {"tflops": "TFLOP/s", "gbps": "GB/s"}
+UNITS = {"tflops": "TFLOP/s", "gbps": "GB/s", "tokens_per_s": "tokens/s"}
+PER_US = {"tflops": 1e-6, "gbps": 1e-3, "tokens_per_s": 1e6}  # work in a microsecond, in the unit
 
 # Relative Frobenius error against the first provider. It catches a wrong function, not rounding:
 # two bf16 implementations differ by a few 1e-3.
@@ -36,7 +39,7 @@ class Shape(Protocol):
 
     def case(self, direction: str) -> str: ...
     def work(self, direction: str) -> float:
-        """Operations (tflops) or bytes (gbps) that the direction cannot do without."""
+        """Operations (tflops) or bytes (gbps) that the direction cannot do without, or tokens."""
         ...
 
 
@@ -63,20 +66,20 @@ class Prepared:
 
 # (shape, directions, inputs, expected results or None) -> Prepared. Raises NotImplementedError for
 # a shape that the provider does not do.
-Provider = Callable[[Any, Sequence[str], Inputs, Mapping[str, Any] | None], Prepared]
+Provider = Callable[[Any, Sequence[str], Any, Mapping[str, Any] | None], Prepared]
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
     """What is measured: `subject` is compared with every other provider, first with `baseline`.
 
-    `also` are further providers with a ratio to the baseline, `error_limit` what the relative error
-    against the first provider may be.
+    `inputs(shape)` is what every provider gets. `also` are further providers with a ratio to the
+    baseline, `error_limit` what the relative error against the first provider may be.
     """
 
     name: str
     metric: str
-    inputs: Callable[[Any], Inputs]
+    inputs: Callable[[Any], Any]
     baseline: str
     subject: str = "jaxkern"
     also: Sequence[str] = ()
@@ -129,12 +132,23 @@ def select(
 ) -> dict[Any, list[str]]:
     """Shapes to measure and the directions of each: those of --case, else those of the family."""
     shapes = quick if chosen.quick else shapes
+    cases = [(direction, shape) for shape in shapes for direction in directions]
+    return select_cases(parser, chosen, cases, type(shapes[0]).parse)
+
+
+def select_cases(
+    parser: argparse.ArgumentParser,
+    chosen: argparse.Namespace,
+    cases: Iterable[tuple[str, Any]],
+    parse: Callable[[str], tuple[str, Any]],
+) -> dict[Any, list[str]]:
+    """Like `select`, of (direction, shape) pairs; `parse` gives those of --case."""
     try:
-        cases = [type(shapes[0]).parse(case) for case in chosen.case or ()]
+        cases = [parse(case) for case in chosen.case or ()] or cases
     except ValueError as error:
         parser.error(f"--case: {error}")
     selected: dict[Any, list[str]] = {}
-    for direction, shape in cases or ((d, shape) for shape in shapes for d in directions):
+    for direction, shape in cases:
         if re.search(chosen.filter, shape.case(direction)):
             selected.setdefault(shape, []).append(direction)
     if not selected:
@@ -302,8 +316,8 @@ class Comparison:
         us = {name: statistics.median(values) for name, values in samples.items()}
         for values in samples.values():
             self._spread = max(self._spread, _quartile_spread(values))
-        scale = {"tflops": 1e6, "gbps": 1e3}[self.family.metric]
-        rate = {name: work / value / scale for name, value in us.items()}
+        scale = PER_US[self.family.metric]
+        rate = {name: work / value * scale for name, value in us.items()}
         row = functools.partial(self.run.row, self.family.name, case)
         rows = []
         for name in us:
@@ -374,6 +388,23 @@ def print_list(selected: Mapping[Shape, Sequence[str]], providers: Iterable[str]
             print(shape.case(direction))
     print("providers:", ", ".join(providers))
     return 0
+
+
+class Worker:
+    """A process of its own, in which `start` runs first. Functions travel by name."""
+
+    def __init__(self, start: Callable[[], None]):
+        context = multiprocessing.get_context("spawn")
+        self._pool = concurrent.futures.ProcessPoolExecutor(1, context)
+        self._started = self._pool.submit(start)
+
+    def __call__(self, function: Callable, *arguments: Any) -> Any:
+        """What the function gives there. Raises what it raises, or what `start` has raised."""
+        self._started.result()
+        return self._pool.submit(function, *arguments).result()
+
+    def close(self) -> None:
+        self._pool.shutdown()
 
 
 def share_memory() -> None:

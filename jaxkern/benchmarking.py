@@ -69,8 +69,9 @@ class Sampler:
         compilation stays out of the samples.
       wait: blocks until the result of the last call is ready.
       seconds: how long one sample lasts, about; at least two calls.
+      steps: how many times over a call does what is to be timed.
 
-    Calling the sampler takes one sample and returns microseconds per call.
+    Calling the sampler takes one sample and returns microseconds per step of a call.
     """
 
     def __init__(
@@ -80,11 +81,12 @@ class Sampler:
         *,
         wait: Callable[[Any], Any] = jax.block_until_ready,
         seconds: float = 0.02,
+        steps: int = 1,
     ):
-        self.fn, self.inputs, self._wait = fn, inputs, wait
+        self.fn, self.inputs, self._wait, self.steps = fn, inputs, wait, steps
         self.calls = len(inputs)
         self()
-        self.calls = min(1000, max(2, math.ceil(seconds * 1e6 / self())))
+        self.calls = min(1000, max(2, math.ceil(seconds * 1e6 / (self() * steps))))
 
     def __call__(self) -> float:
         result = None
@@ -92,7 +94,7 @@ class Sampler:
         for i in range(self.calls):
             result = self.fn(*self.inputs[i % len(self.inputs)])
         self._wait(result)
-        return (time.perf_counter() - start) / self.calls * 1e6
+        return (time.perf_counter() - start) / (self.calls * self.steps) * 1e6
 
 
 def alternate(

@@ -124,6 +124,14 @@ class TestTiming:
         assert sampler.calls == 2
         assert sampler() >= 2000
 
+    def test_time_of_a_step(self):
+        def call():
+            time.sleep(4e-3)
+
+        sampler = benchmarking.Sampler(call, [()], wait=lambda _: None, seconds=0.02, steps=4)
+        assert 2 <= sampler.calls <= 5
+        assert 1000 <= sampler() < 4000
+
     def test_samplers_take_turns(self):
         order = []
 

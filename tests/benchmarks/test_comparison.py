@@ -1,6 +1,8 @@
 """Side-by-side measurement, with providers that take a known time."""
 
 import itertools
+import operator
+import os
 
 import common
 import jax.numpy as jnp
@@ -162,3 +164,23 @@ def test_inputs_are_fresh_and_exceed_the_cache(monkeypatch):
     for one, other in itertools.combinations(arrays, 2):
         assert not jnp.array_equal(one, other)
     assert 0.8 < float(jnp.std(jnp.stack(arrays).astype(jnp.float32))) < 1.2
+
+
+class TestWorker:
+    def test_is_a_process_of_its_own(self):
+        worker = common.Worker(os.getpid)
+        try:
+            assert worker(os.getpid) not in (worker(os.getppid), os.getpid())
+            assert worker(operator.sub, 3, 2) == 1
+            with pytest.raises(ZeroDivisionError):
+                worker(operator.floordiv, 3, 0)
+        finally:
+            worker.close()
+
+    def test_nothing_runs_where_it_did_not_start(self):
+        worker = common.Worker(operator.neg)  # which is given nothing to negate
+        try:
+            with pytest.raises(TypeError, match="neg"):
+                worker(os.getpid)
+        finally:
+            worker.close()
