@@ -14,6 +14,7 @@ from jaxkern import _dispatch, _ffi
 
 # The targets that each public operation calls.
 _OPS = {
+    "decode_step": ("jaxkern.decode_step",),
     "dot_product_attention": ("jaxkern.attention_fwd", "jaxkern.attention_bwd"),
     "fp8_matmul": ("jaxkern.quantize", "jaxkern.scaled_matmul"),
     "fp8_mlp": (
