@@ -13,7 +13,6 @@
 
 namespace jaxkern::decode {
 
-inline constexpr int kMaxGroup = 8;  // heads that share a kv head
 inline constexpr int kWarpTokens = 32;
 
 // A head's result of one split goes by 64 values in ten words, of which the last has one value and
@@ -52,7 +51,7 @@ template <class Do>
 __device__ __forceinline__ void for_each_unit(const DecodeParams& p, const Splits& splits,
                                               const int* lengths, const Do& work) {
   // NOTE: the same multiprocessors in every layer. In turns all find the code for it out of their
-  // caches, which costs more than their share of keys and values (H200: 20 us a token).
+  // caches, which costs more than their share of keys and values does (H200).
   const int all = p.batch * p.kv_heads * splits.count;
   for (int index = blockIdx.x; index < all; index += gridDim.x) {
     Unit unit;

@@ -9,6 +9,7 @@
 namespace jaxkern::decode {
 
 inline constexpr int kMaxBatch = 8;
+inline constexpr int kMaxGroup = 8;       // heads that share a kv head
 inline constexpr int kMaxSplits = 32;     // of the tokens of a sequence, in attention
 inline constexpr int kSplitTokens = 256;  // a split has a multiple of that
 
@@ -55,6 +56,14 @@ struct DecodeParams {
   void *keys, *values;           // the cache, bfloat16
   float* logits;                 // [B, V]
   void* workspace;
+};
+
+// What the kernel takes, from plan_step().
+struct StepParams {
+  DecodeParams model;
+  Rows rows[kPhases];  // of the product of a phase; attention has none
+  Word* words[kHead];  // the results of a phase
+  int part;            // columns of vectors that shared memory has room for
 };
 
 }  // namespace jaxkern::decode

@@ -22,6 +22,12 @@ ffi::Error decode_step(cudaStream_t stream, ffi::AnyBuffer tokens, ffi::AnyBuffe
   Checks checks("decode_step");
   checks.rank("keys", keys, 7).rank("embedding", embedding, 2).rank("out", out, 2);
   checks.rank("down", down, 2).rank("workspace", workspace, 1);
+  for (const auto& [name, buffer] : {std::pair("keys", &keys), std::pair("embedding", &embedding),
+                                     std::pair("out", &out), std::pair("down", &down)}) {
+    checks.that(buffer->element_count() > 0, name, "is empty", "values");
+  }
+  checks.that(multiprocessors > 0, "multiprocessors", "is " + std::to_string(multiprocessors),
+              "a positive number");
   if (checks.failed()) return checks.error();
   const auto dims = keys.dimensions();  // [L, B, K, T / 8, H / 32, 8, 32]
   const int64_t L = dims[0], B = dims[1], K = dims[2], T = 8 * dims[3], H = 32 * dims[4];
@@ -46,15 +52,31 @@ ffi::Error decode_step(cudaStream_t stream, ffi::AnyBuffer tokens, ffi::AnyBuffe
       .dtype("frequencies", frequencies, {F32});
   if (has_bias) checks.shape("qkv_bias", qkv_bias, {L, all});
   if (has_norms) checks.shape("qk_norms", qk_norms, {L, 2, H});
-  for (const auto* buffer : {&tokens, &lengths, &status, &workspace}) {
-    checks.dtype("an array of integers", *buffer, {S32});
-  }
-  for (const auto* buffer : {&keys, &values, &embedding, &norms, &qkv, &out, &gate_up, &down, &head,
-                             &qkv_bias, &qk_norms}) {
-    checks.dtype("an array of the model", *buffer, {BF16});
-  }
+  checks.dtype("tokens", tokens, {S32})
+      .dtype("lengths", lengths, {S32})
+      .dtype("status", status, {S32})
+      .dtype("workspace", workspace, {S32})
+      .dtype("keys", keys, {BF16})
+      .dtype("values", values, {BF16})
+      .dtype("embedding", embedding, {BF16})
+      .dtype("norms", norms, {BF16})
+      .dtype("qkv", qkv, {BF16})
+      .dtype("out", out, {BF16})
+      .dtype("gate_up", gate_up, {BF16})
+      .dtype("down", down, {BF16})
+      .dtype("head", head, {BF16})
+      .dtype("qkv_bias", qkv_bias, {BF16})
+      .dtype("qk_norms", qk_norms, {BF16});
   checks.that(H == 64 || H == 128, "keys", "have heads of " + std::to_string(H), "64 or 128")
-      .that(B <= decode::kMaxBatch, "tokens", "has " + std::to_string(B), "at most 8");
+      .that(B <= decode::kMaxBatch, "tokens", "has " + std::to_string(B),
+            "at most " + std::to_string(decode::kMaxBatch));
+  checks.that(N % K == 0 && N / K <= decode::kMaxGroup, "out",
+              "has " + std::to_string(N) + " heads",
+              "a multiple of keys' " + std::to_string(K) + ", of up to " +
+                  std::to_string(decode::kMaxGroup));
+  checks.that(D % decode::kSlice == 0 && F % decode::kSlice == 0, "down",
+              "is " + std::to_string(D) + " by " + std::to_string(F),
+              "multiples of " + std::to_string(decode::kSlice));
   // Written in place.
   checks.that(new_lengths->untyped_data() == lengths.untyped_data() &&
                   new_status->untyped_data() == status.untyped_data() &&
@@ -62,7 +84,7 @@ ffi::Error decode_step(cudaStream_t stream, ffi::AnyBuffer tokens, ffi::AnyBuffe
                   new_values->untyped_data() == values.untyped_data() &&
                   new_workspace->untyped_data() == workspace.untyped_data(),
               "the cache", "is not aliased", "results in its place");
-  if (checks.failed() || B == 0) return checks.error();
+  if (checks.failed()) return checks.error();
   decode::DecodeParams params = {};
   params.layers = static_cast<int>(L);
   params.width = static_cast<int>(D);
