@@ -1,9 +1,10 @@
 // Attention of one new token: over the keys and values that the cache has, which come through the
-// stream, and over its own, which come with the query in words.
+// stream, and its own, which come with the query in words and take their place among them.
 //
 // A unit of work is one kv head of one sequence and one split of its tokens. Each warp takes 32
-// tokens at a time: scores of all heads that share the kv head, then their sums of values, both by
-// mma.m16n8k16 with heads as rows. Warps are merged in shared memory, splits by whoever reads them.
+// tokens at a time: scores of all heads that share the kv head, heads as rows of mma.m16n8k16, then
+// their sums of values, heads as its columns. Warps are merged in shared memory, splits by the
+// block that has the first one.
 #pragma once
 
 #include "cuda/decode/exchange.cuh"
@@ -15,73 +16,72 @@ namespace jaxkern::decode {
 
 inline constexpr int kWarpTokens = 32;
 
-// A head's result of one split goes by 64 values in ten words, of which the last has one value and
-// room for the logarithm of the sum of weights.
-inline constexpr int kPartDims = 64, kPartWords = kPartDims / kWordValues + 1;
-__host__ __device__ constexpr int head_words(int head_dim) {
-  return head_dim / kPartDims * kPartWords;
-}
-
-// How the tokens of all sequences are divided: the same number of splits for each.
+// How the tokens of all sequences, with the new ones, are divided: into splits of so many.
 struct Splits {
-  int tokens, count;
+  int tokens, count;  // splits of the longest sequence
+  int units;          // of all sequences, and kv heads
 
   __device__ __forceinline__ void init(const DecodeParams& p, const int* lengths) {
+    constexpr int kStep = 64;  // of their lengths
     int longest = 0;
-    for (int n = 0; n < p.batch; ++n) longest = max(longest, lengths[n]);
+    for (int n = 0; n < p.batch; ++n) longest = max(longest, total(p, lengths[n]));
     const int heads = p.batch * p.kv_heads;
     const int most = max(1, min(kMaxSplits, static_cast<int>(gridDim.x) / heads));
-    tokens = max(1, tile::ceil_div(longest, kSplitTokens * most)) * kSplitTokens;
-    count = max(1, tile::ceil_div(longest, tokens));
+    tokens = max(kSplitTokens, tile::ceil_div(longest, kStep * most) * kStep);
+    count = of(longest);
+    units = 0;
+    for (int n = 0; n < p.batch; ++n) units += of(total(p, lengths[n])) * p.kv_heads;
   }
-  // Those of a sequence of `length` tokens; the last split has the new one, too.
-  __device__ __forceinline__ int of(int length) const {
-    return max(1, tile::ceil_div(length, tokens));
+  // Tokens of a sequence, with the new one if the cache has room for it.
+  __device__ __forceinline__ static int total(const DecodeParams& p, int length) {
+    return min(length + 1, p.capacity);
   }
+  // Splits of so many.
+  __device__ __forceinline__ int of(int total) const { return tile::ceil_div(total, tokens); }
 };
 
+// What a multiprocessor does of attention: the same in every layer.
+// NOTE: taking turns, all would find the code for it out of their caches, which costs more than
+// their share of keys and values does (H200).
 struct Unit {
-  int sequence, kv_head, split;
-  int first, tokens;  // of the cache
-  bool last;
-};
+  int sequence, kv_head, split, splits;
+  int first, tokens;  // none where a shorter sequence has not got the split
+  int own;            // the new token, from the first on; negative if this has not got it
 
-// Calls work(unit) for each of the multiprocessor's units.
-template <class Do>
-__device__ __forceinline__ void for_each_unit(const DecodeParams& p, const Splits& splits,
-                                              const int* lengths, const Do& work) {
-  // NOTE: the same multiprocessors in every layer. In turns all find the code for it out of their
-  // caches, which costs more than their share of keys and values does (H200).
-  const int all = p.batch * p.kv_heads * splits.count;
-  for (int index = blockIdx.x; index < all; index += gridDim.x) {
-    Unit unit;
-    unit.split = index % splits.count;
-    unit.kv_head = index / splits.count % p.kv_heads;
-    unit.sequence = index / splits.count / p.kv_heads;
-    const int length = lengths[unit.sequence], count = splits.of(length);
-    if (unit.split >= count) continue;
-    unit.first = unit.split * splits.tokens;
-    unit.last = unit.split == count - 1;
-    unit.tokens = min(splits.tokens, length - unit.first);
-    work(unit);
+  __device__ __forceinline__ void init(const DecodeParams& p, const Splits& all, const int* lengths,
+                                       int index) {
+    split = index % all.count;
+    kv_head = index / all.count % p.kv_heads;
+    sequence = index / all.count / p.kv_heads;
+    const int length = lengths[sequence], total = Splits::total(p, length);
+    splits = all.of(total);
+    first = split * all.tokens;
+    tokens = max(0, min(all.tokens, total - first));
+    own = split == splits - 1 && length < total ? length - first : -1;
   }
-}
+  // Of the query, the key and the value that belong to a kv head.
+  __device__ __forceinline__ static int values(const DecodeParams& p) {
+    return (p.heads / p.kv_heads + 2) * p.head_dim;
+  }
+};
 
 template <int kHeadDim>
 struct Attention {
   using bf16 = tile::bf16;
   static constexpr int kSlices = kHeadDim / kSlice;
-  static constexpr int kHalfChunk = kChunkBytes / 2;  // keys; then values
+  static constexpr int kHalfChunk = 8 << 10;  // keys; then values
   static constexpr int kChunkTokens = kHalfChunk / (2 * kHeadDim);
-  static constexpr int kWords = head_words(kHeadDim);
-
   struct Storage {
     alignas(16) bf16 query[kSlices][kMaxGroup][kSlice];
-    bf16 key[kHeadDim];                  // the new one
-    float raw[kMaxGroup + 2][kHeadDim];  // query, key and value as they came
-    float score[kMaxGroup];              // of the new token
-    float most[kWarps][kMaxGroup], sum[kWarps][kMaxGroup];
-    float out[kWarps][kMaxGroup][kHeadDim];
+    bf16 key[kHeadDim];                             // the new one
+    alignas(16) bf16 raw[kMaxGroup + 2][kHeadDim];  // query, key and value as they came
+    // Of the warps, and then of the splits: the logarithm of what weights are relative to, their
+    // sum and that of the weighted values.
+    alignas(16) float log[kMaxGroup][kMaxSplits], sum[kMaxGroup][kMaxSplits];
+    union {
+      float out[kWarps][kHeadDim][kMaxGroup];
+      bf16 partial[kMaxSplits][kMaxGroup * kHeadDim];
+    };
   };
 
   // Where keys or values of a kv head begin in the cache.
@@ -107,30 +107,20 @@ struct Attention {
     }
   }
 
-  // Where a row of the product of query, key and value belongs in raw, or -1.
-  __device__ __forceinline__ static int place(const DecodeParams& p, const Unit& unit, int row) {
-    const int group = p.heads / p.kv_heads;
-    const int query = unit.kv_head * group * kHeadDim;
-    const int key = (p.heads + unit.kv_head) * kHeadDim, value = key + p.kv_heads * kHeadDim;
-    if (row >= query && row < query + group * kHeadDim) return row - query;
-    if (row >= key && row < key + kHeadDim) return row - key + group * kHeadDim;
-    if (row >= value && row < value + kHeadDim) return row - value + (group + 1) * kHeadDim;
-    return -1;
-  }
-
-  // Norms, rotation and rounding of the heads of query and of the key, a warp each.
-  __device__ __forceinline__ static void prepare(const DecodeParams& p, int layer,
+  // Norms, rotation and rounding of the heads of query and of the key, a warp each. The cache gets
+  // the key and the value.
+  __device__ __forceinline__ static void prepare(const DecodeParams& p, int layer, const Unit& unit,
                                                  const float2* rotation, Storage& shared) {
     const int warp = threadIdx.x / tile::kWarpSize, lane = threadIdx.x % tile::kWarpSize;
     const int group = p.heads / p.kv_heads;
     constexpr int kHalf = kHeadDim / 2, kPairs = kHalf / tile::kWarpSize;
     for (int head = warp; head <= group; head += kWarps) {
-      const float* raw = shared.raw[head];
+      const bf16* raw = shared.raw[head];
       float low[kPairs], high[kPairs], squares = 0.0f;
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) {
-        low[i] = raw[lane + 32 * i];
-        high[i] = raw[lane + 32 * i + kHalf];
+        low[i] = __bfloat162float(raw[lane + 32 * i]);
+        high[i] = __bfloat162float(raw[lane + 32 * i + kHalf]);
         squares += low[i] * low[i] + high[i] * high[i];
       }
       if (p.qk_norms != nullptr) {
@@ -154,92 +144,116 @@ struct Attention {
         set(lane + 32 * i, x);
         set(lane + 32 * i + kHalf, y);
       }
-    }
-  }
-
-  // The new token's key and value into the cache.
-  __device__ __forceinline__ static void append(const DecodeParams& p, int layer, const Unit& unit,
-                                                int position, const Storage& shared) {
-    const int64_t offset = cache_offset(p, layer, unit);
-    bf16* keys = static_cast<bf16*>(p.keys) + offset;
-    bf16* values = static_cast<bf16*>(p.values) + offset;
-    const float* value = shared.raw[p.heads / p.kv_heads + 1];
-    for (int d = threadIdx.x; d < kHeadDim; d += kConsumers) {
-      keys[(int64_t{position / 8} * kSlices + d / kSlice) * 8 * kSlice + position % 8 * kSlice +
-           d % kSlice] = shared.key[d];
-      values[(int64_t{position / kSlice} * kHeadDim + d) * kSlice + position % kSlice] =
-          __float2bfloat16_rn(value[d]);
-    }
-  }
-
-  // The new token's scores, a warp for each head; first those that have the fewest other tokens. In
-  // units of log2.
-  __device__ __forceinline__ static void score(const DecodeParams& p, float scale,
-                                               Storage& shared) {
-    const int warp = threadIdx.x / tile::kWarpSize, lane = threadIdx.x % tile::kWarpSize;
-    for (int head = kWarps - 1 - warp; head < p.heads / p.kv_heads; head += kWarps) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int s = 0; s < kSlices; ++s) {
-        sum += __bfloat162float(shared.query[s][head][lane]) *
-               __bfloat162float(shared.key[s * kSlice + lane]);
+      if (head == group && unit.own >= 0) {
+        __syncwarp();
+        const int64_t offset = cache_offset(p, layer, unit);
+        put(p, shared, unit.first + unit.own, static_cast<bf16*>(p.keys) + offset,
+            static_cast<bf16*>(p.values) + offset);
       }
-      sum = tile::warp_sum(sum);
-      if (lane == 0) shared.score[head] = sum * scale;
     }
   }
 
-  template <int kStages>
-  __device__ __forceinline__ static void attend(Stream<kStages>& stream, tile::Slot<kStages>& slot,
+  // Where values of a key and of a value are, in the cache and so in a chunk: of a token from the
+  // first on, which is one of a slice.
+  __device__ __forceinline__ static int64_t key_place(int token, int d) {
+    return (int64_t{token / 8} * kSlices + d / kSlice) * 8 * kSlice + token % 8 * kSlice +
+           d % kSlice;
+  }
+  __device__ __forceinline__ static int64_t value_place(int token, int d) {
+    return (int64_t{token / kSlice} * kHeadDim + d) * kSlice + token % kSlice;
+  }
+
+  // The new token's key and value, by a warp.
+  __device__ __forceinline__ static void put(const DecodeParams& p, const Storage& shared,
+                                             int token, bf16* keys, bf16* values) {
+    const bf16* value = shared.raw[p.heads / p.kv_heads + 1];
+#pragma unroll
+    for (int i = 0; i < kHeadDim / tile::kWarpSize; ++i) {
+      const int d = i * tile::kWarpSize + threadIdx.x % tile::kWarpSize;
+      keys[key_place(token, d)] = shared.key[d];
+      values[value_place(token, d)] = value[d];
+    }
+  }
+
+  template <class Stream, class Slot>
+  __device__ __forceinline__ static void attend(const DecodeParams& p, Stream& stream, Slot& slot,
                                                 const Unit& unit, float scale, Storage& shared) {
     const int warp = threadIdx.x / tile::kWarpSize, lane = threadIdx.x % tile::kWarpSize;
-    uint4 query[kSlices];
-#pragma unroll
-    for (int s = 0; s < kSlices; ++s) {
-      query[s] = *reinterpret_cast<const uint4*>(&shared.query[s][lane / 4][lane % 4 * 8]);
-    }
     float most = -INFINITY, sum = 0.0f;  // of head lane / 4; a lane's part of the sum
-    float out[kHeadDim / 8][4] = {};
-    constexpr int kParts = kChunkTokens / kWarpTokens;
-    for (int first = 0; first < unit.tokens; first += kChunkTokens, slot.advance()) {
-      slot.wait_full(stream.ring);
-      const char* chunk = stream.chunks[slot.stage()];
-      const int part = (warp - first / kWarpTokens) & (kWarps - 1);
-      const int tokens = min(kWarpTokens, unit.tokens - first - part * kWarpTokens);
-      if (part < kParts && tokens > 0) {
-        add(chunk + part * kWarpTokens * kHeadDim * 2, query, tokens, scale, most, sum, out);
+    float out[kHeadDim / 16][4] = {};
+    constexpr int kChunkParts = kChunkTokens / kWarpTokens;
+    const Slot start = slot;
+    // A warp waits for chunks with tokens of its own, and leaves with them those before, which have
+    // come, too. That may be none that the ring needs for the next ones.
+    const auto leave_to = [&](Slot end) {
+      __syncwarp();
+      const Slot left = {slot.count + lane};
+      if (left.count < end.count) stream.ring.empty[left.stage()].arrive();
+      slot = end;
+    };
+    const auto wait_for = [&](Slot chunk) {
+      while (chunk.count - slot.count >= Stream::kStages) {
+        slot.wait_full(stream.ring);
+        leave_to(slot.next());
       }
-      stream.ring.empty[slot.stage()].arrive_warp();
+      chunk.wait_full(stream.ring);
+    };
+    static_assert(kWarps / kChunkParts <= tile::kWarpSize);
+#pragma unroll 1
+    for (int part = warp; part * kWarpTokens < unit.tokens; part += kWarps) {
+      const int begin = part * kWarpTokens, tokens = min(kWarpTokens, unit.tokens - begin);
+      const Slot own = {start.count + part / kChunkParts};
+      wait_for(own);
+      char* keys = stream.chunks[own.stage()] + part % kChunkParts * kWarpTokens * kHeadDim * 2;
+      if (unit.own >= begin && unit.own < begin + kWarpTokens) {
+        put(p, shared, unit.own - begin, reinterpret_cast<bf16*>(keys),
+            reinterpret_cast<bf16*>(keys + kHalfChunk));
+        tile::ptx::fence_async_shared();  // before the next copy to this place
+        __syncwarp();
+      }
+      add(keys, shared, tokens, scale, most, sum, out);
+      leave_to(own.next());
+    }
+    const Slot end = {start.count + tile::ceil_div(unit.tokens, kChunkTokens)};
+    if (slot.count < end.count) {
+      wait_for(end.previous());
+      leave_to(end);
     }
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
     if (lane % 4 == 0) {
-      shared.most[warp][lane / 4] = most;
-      shared.sum[warp][lane / 4] = sum;
+      shared.log[lane / 4][warp] = most;
+      shared.sum[lane / 4][warp] = sum;
     }
 #pragma unroll
-    for (int d = 0; d < kHeadDim / 8; ++d) {
-      *reinterpret_cast<float2*>(&shared.out[warp][lane / 4][8 * d + lane % 4 * 2]) =
-          make_float2(out[d][0], out[d][1]);
+    for (int m = 0; m < kHeadDim / 16; ++m) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int d = 16 * m + 8 * i + lane / 4, head = lane % 4 * 2;
+        *reinterpret_cast<float2*>(&shared.out[warp][d][head]) =
+            make_float2(out[m][2 * i], out[m][2 * i + 1]);
+      }
     }
   }
 
   // 32 tokens, of which `tokens` exist. `keys`: theirs; values lie half a chunk further on.
-  __device__ __forceinline__ static void add(const char* keys, const uint4 (&query)[kSlices],
-                                             int tokens, float scale, float& most, float& sum,
-                                             float (&out)[kHeadDim / 8][4]) {
+  __device__ __forceinline__ static void add(const char* keys, const Storage& shared, int tokens,
+                                             float scale, float& most, float& sum,
+                                             float (&out)[kHeadDim / 16][4]) {
     const int lane = threadIdx.x % tile::kWarpSize;
     // Columns 2 c, 2 c + 1 of tile t are tokens 8 c + 2 t, + 1: then a lane's scores are weights of
     // the tokens whose values it reads.
     const char* mine = keys + (lane / 8 * kSlices * 8 + lane / 4 % 2) * kSliceBytes + lane % 4 * 16;
     float score[kWarpTokens / 8][4] = {};
 #pragma unroll
-    for (int t = 0; t < kWarpTokens / 8; ++t) {
+    for (int s = 0; s < kSlices; ++s) {
+      const auto* row = &shared.query[s][lane / 4][lane % 4 * 8];
+      const uint4 query = *reinterpret_cast<const uint4*>(row);
 #pragma unroll
-      for (int s = 0; s < kSlices; ++s) {
+      for (int t = 0; t < kWarpTokens / 8; ++t) {
         const uint4 b = *reinterpret_cast<const uint4*>(mine + (s * 8 + 2 * t) * kSliceBytes);
-        tile::ptx::mma_m16n8k16(score[t], query[s].x, 0, query[s].y, 0, b.x, b.y);
-        tile::ptx::mma_m16n8k16(score[t], query[s].z, 0, query[s].w, 0, b.z, b.w);
+        tile::ptx::mma_m16n8k16(score[t], query.x, 0, query.y, 0, b.x, b.y);
+        tile::ptx::mma_m16n8k16(score[t], query.z, 0, query.w, 0, b.z, b.w);
       }
     }
     float now = most;
@@ -265,172 +279,109 @@ struct Attention {
       sum += x + y;
       weights[t] = tile::pack<bf16>(x, y);
     }
-    const char* values = keys + kHalfChunk;
+    // Here a lane has columns, of two heads.
+    const float left = __shfl_sync(0xffffffffu, rescale, lane % 4 * 8);
+    const float right = __shfl_sync(0xffffffffu, rescale, lane % 4 * 8 + 4);
+    uint32_t exists[4];  // what does not may be NaN
 #pragma unroll
-    for (int d = 0; d < kHeadDim / 8; ++d) {
-      out[d][0] *= rescale;
-      out[d][1] *= rescale;
-      uint4 b = *reinterpret_cast<const uint4*>(values + d * 512 + 16 * lane);
-      if (tokens < kWarpTokens) {  // what does not exist may be NaN
-        b.x = existing(b.x, 0, tokens);
-        b.y = existing(b.y, 2, tokens);
-        b.z = existing(b.z, 4, tokens);
-        b.w = existing(b.w, 6, tokens);
-      }
-      tile::ptx::mma_m16n8k16(out[d], weights[0], 0, weights[1], 0, b.x, b.y);
-      tile::ptx::mma_m16n8k16(out[d], weights[2], 0, weights[3], 0, b.z, b.w);
+    for (int i = 0; i < 4; ++i) exists[i] = existing(2 * i, tokens);
+    const char* values = keys + kHalfChunk + 16 * lane;
+#pragma unroll
+    for (int m = 0; m < kHeadDim / 16; ++m) {
+      const uint4 a = *reinterpret_cast<const uint4*>(values + m * 16 * kSliceBytes);
+      const uint4 b = *reinterpret_cast<const uint4*>(values + (m * 16 + 8) * kSliceBytes);
+      out[m][0] *= left;
+      out[m][1] *= right;
+      out[m][2] *= left;
+      out[m][3] *= right;
+      tile::ptx::mma_m16n8k16(out[m], a.x & exists[0], b.x & exists[0], a.y & exists[1],
+                              b.y & exists[1], weights[0], weights[1]);
+      tile::ptx::mma_m16n8k16(out[m], a.z & exists[2], b.z & exists[2], a.w & exists[3],
+                              b.w & exists[3], weights[2], weights[3]);
     }
   }
 
-  // Of the values of two of the lane's tokens, from its `first` on, those that exist.
-  __device__ __forceinline__ static uint32_t existing(uint32_t pair, int first, int tokens) {
+  // The bits of two of the lane's tokens, from its `first` on, that exist.
+  __device__ __forceinline__ static uint32_t existing(int first, int tokens) {
     const int left = tokens - first - static_cast<int>(threadIdx.x % 4 * 8);
-    return left >= 2 ? pair : left == 1 ? pair & 0xffff : 0;
+    return left >= 2 ? 0xffffffff : left == 1 ? 0xffff : 0;
   }
 
-  // The result of the unit from those of the warps and the new token, sent to whoever reads it. A
-  // warp for 64 values of a head.
-  __device__ __forceinline__ static void finish(const DecodeParams& p, Word* words, uint32_t tag,
-                                                const Unit& unit, const Storage& shared) {
+  // The results of the unit from those of up to kMost warps or splits: calls send(g, d, result),
+  // and send_log(g, log). value(i, g, d): the sum of weighted values of one. A thread has a head,
+  // and some of its values.
+  template <int kMost, class Value, class Send, class SendLog>
+  __device__ __forceinline__ static void merge(const DecodeParams& p, int count,
+                                               const Storage& shared, const Value& value,
+                                               const Send& send, const SendLog& send_log) {
+    const int g = threadIdx.x % kMaxGroup;
+    if (g >= p.heads / p.kv_heads) return;
+    float weight[kMost], most = -INFINITY, total = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kMost; ++k) {
+      weight[k] = k < count ? shared.log[g][k] : -INFINITY;
+      most = fmaxf(most, weight[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < kMost; ++k) {
+      weight[k] = tile::ptx::exp2_approx(weight[k] - most);
+      if (k < count) total += weight[k] * shared.sum[g][k];
+    }
+    const float factor = tile::ptx::reciprocal_approx(total);
+#pragma unroll 2
+    for (int d = threadIdx.x / kMaxGroup; d < kHeadDim; d += kConsumers / kMaxGroup) {
+      float x = 0.0f;
+#pragma unroll
+      for (int k = 0; k < kMost; ++k) {
+        if (k < count) x += weight[k] * value(k, g, d);
+      }
+      send(g, d, __float2bfloat16_rn(x * factor));
+    }
+    if (threadIdx.x < kMaxGroup) send_log(g, most + __log2f(total));
+  }
+  template <class Send, class SendLog>
+  __device__ __forceinline__ static void merge_warps(const DecodeParams& p, const Storage& shared,
+                                                     const Send& send, const SendLog& send_log) {
+    const auto value = [&](int k, int g, int d) { return shared.out[k][d][g]; };
+    merge<kWarps>(p, kWarps, shared, value, send, send_log);
+  }
+
+  // The same from those of all splits, once they are there: `partials` of the group, the next
+  // split's so much further on, and the logs. A warp for a split.
+  template <class Send>
+  __device__ __forceinline__ static void merge_splits(const DecodeParams& p, const bf16* partials,
+                                                      int64_t stride, const float* logs,
+                                                      int64_t log_stride, int count,
+                                                      Storage& shared, const Send& send) {
     const int warp = threadIdx.x / tile::kWarpSize, lane = threadIdx.x % tile::kWarpSize;
-    const int group = p.heads / p.kv_heads;
-    constexpr int kParts = kHeadDim / kPartDims, kResults = 2 * kWarps;  // at most
-    for (int task = warp; task < group * kParts; task += kWarps) {
-      const int g = task / kParts, part = task % kParts, d = part * kPartDims + 2 * lane;
-      float log = -INFINITY, sum = 0.0f;  // of the warps, and then of the new token
-      if (lane < kWarps) {
-        log = shared.most[lane][g];
-        sum = shared.sum[lane][g];
-      } else if (lane == kWarps && unit.last) {
-        log = shared.score[g];
-        sum = 1.0f;
-      }
-      float most = log;
-#pragma unroll
-      for (int i = kResults / 2; i > 0; i /= 2) {
-        most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, i, kResults));
-      }
-      most = __shfl_sync(0xffffffffu, most, 0);
-      const float weight = tile::ptx::exp2_approx(log - most);
-      const float total = __shfl_sync(0xffffffffu, tile::warp_sum(weight * sum, kResults), 0);
-      const float own = __shfl_sync(0xffffffffu, weight, kWarps);
-      float x = 0.0f, y = 0.0f;
-      if (unit.last) {
-        x = own * shared.raw[group + 1][d];
-        y = own * shared.raw[group + 1][d + 1];
-      }
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        const float of_warp = __shfl_sync(0xffffffffu, weight, w);
-        const float2 out = *reinterpret_cast<const float2*>(&shared.out[w][g][d]);
-        x += of_warp * out.x;
-        y += of_warp * out.y;
-      }
-      const float factor = tile::ptx::reciprocal_approx(total);
-      float values[kWordValues];
-#pragma unroll
-      for (int i = 0; i < kWordValues; ++i) {
-        const int from = min(kWordValues * lane + i, kPartDims - 1);
-        const float even = __shfl_sync(0xffffffffu, x, from / 2);
-        const float odd = __shfl_sync(0xffffffffu, y, from / 2);
-        values[i] = (from % 2 ? odd : even) * factor;
-      }
-      Word word = make_word(values, tag);
-      if (lane == kPartWords - 1) word.data[2] = __float_as_uint(most + log2f(total));
-      const int head = unit.kv_head * group + g;
-      Word* to =
-          words + ((int64_t{unit.sequence} * p.heads + head) * kMaxSplits + unit.split) * kWords;
-      if (lane < kPartWords) send(to + part * kPartWords + lane, word);
-    }
-  }
-
-  // The results of all heads of all sequences, once they are there, merged over splits.
-  template <int kBatch>
-  __device__ __forceinline__ static void collect(const DecodeParams& p, int batch,
-                                                 const Word* words, uint32_t tag,
-                                                 const Splits& splits, const int* lengths,
-                                                 const Vectors<kBatch>& x) {
-    constexpr int kAtOnce = 2;
-    const int all = p.heads * kWords;
-    for (int n = 0; n < batch; ++n) {
-      const int count = splits.of(lengths[n]);
-      const Word* start = words + int64_t{n} * p.heads * kMaxSplits * kWords;
-      const auto from = [&](int index, int split) {
-        return start + (index / kWords * kMaxSplits + split) * kWords + index % kWords;
-      };
-      const auto set = [&](int index, const float (&values)[kWordValues]) {
-        const int word = index % kPartWords,
-                  d = index / kPartWords * kPartDims + word * kWordValues;
-#pragma unroll
-        for (int v = 0; v < kWordValues; ++v) {
-          if (v == 0 || word < kPartWords - 1) x.at(n, d + v) = __float2bfloat16_rn(values[v]);
+    const int group = p.heads / p.kv_heads, words = group * kHeadDim / Word::kValues;
+#pragma unroll 1
+    for (int split = warp; split < count; split += kWarps) {
+      const auto* log = reinterpret_cast<const uint32_t*>(logs + split * log_stride + lane);
+#pragma unroll 1
+      for (int index = lane; index - lane < words; index += tile::kWarpSize) {
+        Word got = {};
+        uint32_t bits = 0;
+        bool ready;
+        do {
+          if (index < words) got = peek(partials + split * stride + index * Word::kValues);
+          if (lane < group) bits = tile::ptx::load_relaxed(log);
+          ready = has_values(got) && bits != kNoSum;
+        } while (!__all_sync(0xffffffffu, ready));
+        if (index < words) {
+          *reinterpret_cast<Word*>(&shared.partial[split][index * Word::kValues]) = got;
         }
-      };
-      for (int first = threadIdx.x; first < all; first += kAtOnce * kConsumers) {
-        if (count == 1) {
-          Word got[kAtOnce];
-#pragma unroll
-          for (int i = 0; i < kAtOnce; ++i) {
-            if (first + i * kConsumers < all) got[i] = peek(from(first + i * kConsumers, 0));
-          }
-#pragma unroll
-          for (int i = 0; i < kAtOnce; ++i) {
-            const int index = first + i * kConsumers;
-            if (index >= all) continue;
-            settle(got[i], from(index, 0), tag);
-            float values[kWordValues];
-#pragma unroll
-            for (int v = 0; v < kWordValues; ++v) values[v] = value_of(got[i], v);
-            set(index, values);
-          }
-        } else {
-          for (int index = first; index < min(all, first + kAtOnce * kConsumers);
-               index += kConsumers) {
-            float values[kWordValues];
-            merge(
-                values, [&](int split) { return from(index, split); },
-                kPartWords - 1 - index % kPartWords, count, tag);
-            set(index, values);
-          }
+        if (lane < group) {
+          shared.log[lane][split] = __uint_as_float(bits);
+          shared.sum[lane][split] = 1.0f;
         }
       }
     }
-  }
-
-  // A word's values, merged over splits by the logarithms that lie `log_ahead` words further on.
-  template <class From>
-  __device__ __forceinline__ static void merge(float (&values)[kWordValues], const From& from,
-                                               int log_ahead, int count, uint32_t tag) {
-    constexpr int kAtOnce = 2;
-    float most = -INFINITY, sum = 0.0f;
-#pragma unroll
-    for (int v = 0; v < kWordValues; ++v) values[v] = 0.0f;
-    for (int first = 0; first < count; first += kAtOnce) {
-      Word got[kAtOnce], logs[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (first + i >= count) break;
-        got[i] = peek(from(first + i));
-        logs[i] = peek(from(first + i) + log_ahead);
-      }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (first + i >= count) break;
-        settle(got[i], from(first + i), tag);
-        settle(logs[i], from(first + i) + log_ahead, tag);
-        const float log = __uint_as_float(logs[i].data[2]), now = fmaxf(most, log);
-        const float rescale = tile::ptx::exp2_approx(most - now);
-        const float weight = tile::ptx::exp2_approx(log - now);
-        most = now;
-        sum = sum * rescale + weight;
-#pragma unroll
-        for (int v = 0; v < kWordValues; ++v) {
-          values[v] = values[v] * rescale + weight * value_of(got[i], v);
-        }
-      }
-    }
-#pragma unroll
-    for (int v = 0; v < kWordValues; ++v) values[v] *= tile::ptx::reciprocal_approx(sum);
+    sync_consumers();
+    const auto value = [&](int k, int g, int d) {
+      return __bfloat162float(shared.partial[k][g * kHeadDim + d]);
+    };
+    merge<kMaxSplits>(p, count, shared, value, send, [](int, float) {});
   }
 };
 

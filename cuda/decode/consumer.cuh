@@ -9,24 +9,31 @@ namespace jaxkern::decode {
 // The shared memory of a block.
 template <int kHeadDim, int kBatch, int kStages>
 struct StepStorage {
-  Stream<kStages> stream;
+  Stream<kStages, chunk_bytes(kHeadDim)> stream;
   Sums<kBatch> sums;
   float residual[kBatch][kMaxRows];  // hidden state of the rows that the block has of out, down
-  float bias[kMaxRows];
-  float squares[kBatch][kWarps];
+  float rstd[kBatch];                // of the hidden state
   float2 rotation[kBatch][kHeadDim / 2];  // cosines and sines of the positions
   int lengths[kBatch], tokens[kBatch], status[kBatch];
   Splits splits;
+  Unit units[kMaxUnits];
+  int unit_count;
   uint32_t before[kHead], layers;  // of the steps before this one, see WorkspaceHeader
   // Vectors of the products, and between them what attention needs. As large as is asked for.
   alignas(128) char scratch[];
 };
+
+// What registers have room for: of qkv, and of out beside what attention needs.
+using HeldQkv = HeldWeights<3, 8>;
+template <int kHeadDim>
+using HeldOut = HeldWeights<2, kHeadDim == 64 ? 8 : 6>;
 
 template <int kHeadDim, int kBatch, int kStages>
 struct Consumer {
   using Attention = decode::Attention<kHeadDim>;
   using Storage = StepStorage<kHeadDim, kBatch, kStages>;
   using bf16 = tile::bf16;
+  static constexpr int kTeam = kWarps / kBatch;  // warps for each sequence, where each has its own
 
   const StepParams& p;
   Storage& shared;
@@ -37,14 +44,28 @@ struct Consumer {
     return *static_cast<WorkspaceHeader*>(p.model.workspace);
   }
   __device__ __forceinline__ int batch() const { return kBatch == 1 ? 1 : p.model.batch; }
-  __device__ __forceinline__ uint32_t tag(int layer) const {
-    return (shared.layers + layer + 1) & 0xffff;
+  __device__ __forceinline__ static int warp() { return threadIdx.x / tile::kWarpSize; }
+  __device__ __forceinline__ static int lane() { return threadIdx.x % tile::kWarpSize; }
+
+  // NOTE: a branch that depends on data takes 20 to 40 cycles here, a constant by a computed index
+  // 45, and all of it is time in which nobody multiplies. So phases are compile-time constants.
+  __device__ static constexpr bool gives_hidden(Phase phase) {
+    return phase == kOut || phase == kDown;
   }
-  // Of all blocks, when all have sent what they have of so many layers.
+
+  __device__ __forceinline__ bf16* results(Phase phase, int layer) const {
+    return p.results[phase].of(shared.layers + layer);
+  }
+  __device__ __forceinline__ float* squares(Phase phase, int layer) const {
+    return (phase == kOut ? p.out_squares : p.down_squares).of(shared.layers + layer);
+  }
+
+  // How many arrivals there are of a phase of so many layers.
   __device__ __forceinline__ uint32_t arrivals(Phase phase, int layers) const {
     const Rows& rows = p.rows[phase];
-    return layers *
-           (phase == kAttention ? gridDim.x : batch() * rows.blocks * rows.sending_warps());
+    const int senders =
+        gives_hidden(phase) ? 1 : min(kTeam, tile::ceil_div(rows.most_units(), tile::kWarpSize));
+    return layers * batch() * (phase == kAttention ? p.model.kv_heads : rows.blocks * senders);
   }
   // Until all have sent what they have of a phase.
   __device__ __forceinline__ void wait(Phase phase, int layer) {
@@ -54,308 +75,383 @@ struct Consumer {
     sync_consumers();
   }
 
-  // Calls use(n, row, count, word, prepared) with words `begin` to `end` of a product's results,
-  // of sequences from `first_n` on; some at once because each costs the same time. prepare(row,
-  // count) is called before the wait, and may set the count of what is not wanted to 0.
-  template <int kAtOnce, class Prepare, class Use>
-  __device__ __forceinline__ void receive(Phase from, int layer, int begin, int end, int first_n,
-                                          int end_n, const Prepare& prepare, const Use& use) {
-    const Rows& rows = p.rows[from];
-    int none = 0;
-#pragma unroll 1
-    for (int first = begin; first < end; first += kAtOnce * kConsumers) {
-      int row[kAtOnce], count[kAtOnce];
-      decltype(prepare(0, none)) prepared[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int index = first + i * kConsumers + threadIdx.x;
-        const int block = rows.block_of(index), at = (index - block * rows.words) * kWordValues;
-        row[i] = rows.first(block) + at;
-        count[i] = index < end ? min(kWordValues, rows.units(block) - at) : 0;
-        prepared[i] = prepare(row[i], count[i]);
-      }
-      if (first == begin) wait(from, layer);
-#pragma unroll 1
-      for (int n = first_n; n < end_n; ++n) {
-        const Word* words = p.words[from] + int64_t{n} * rows.all_words() + first + threadIdx.x;
-        Word got[kAtOnce];
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          if (count[i] > 0) got[i] = peek(words + i * kConsumers);
-        }
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          if (count[i] <= 0) continue;
-          settle(got[i], words + i * kConsumers, tag(layer));
-          use(n, row[i], count[i], got[i], prepared[i]);
-        }
-      }
-    }
-  }
+  // --- What others have sent ---------------------------------------------------------------------
 
-  struct Weights {
-    float data[kWordValues];
-  };
-
-  // Hidden units from `first` on, `count` of them, as vectors.
-  __device__ __forceinline__ void receive_units(int layer, int first, int count) {
-    struct Nothing {};
-    const Rows& rows = p.rows[kGateUp];
-    const int begin = rows.block_of_unit(first) * rows.words;
-    const int end = (rows.block_of_unit(first + count - 1) + 1) * rows.words;
-    receive<4>(
-        kGateUp, layer, begin, end, 0, batch(), [](int, int) { return Nothing{}; },
-        [&](int n, int row, int words, const Word& word, Nothing) {
+  // Results `first` to `first + count` of a phase, as vectors, and of the hidden state what
+  // normalises it. A thread has kWords words of each sequence at once.
+  template <Phase kFrom, int kWords>
+  __device__ __forceinline__ void receive(int layer, int first, int count) {
+    const bf16* from = results(kFrom, layer) + first;
+    const int64_t all = p.results[kFrom].size / batch();
+    const int words = count / Word::kValues;
+    if (first == 0) wait(kFrom, layer);
+    Word sums[2] = {};  // of the blocks, of one sequence a warp
+    const bool adds = gives_hidden(kFrom) && warp() < batch();
+    const float* of_blocks = squares(kFrom, layer) + warp() * p.squares_stride;
+    const auto get_sums = [&] {
 #pragma unroll
-          for (int i = 0; i < kWordValues; ++i) {
-            const int at = row - first + i;
-            if (i < words && (kBatch == 1 || (at >= 0 && at < count))) {
-              x.at(n, at) = __float2bfloat16_rn(value_of(word, i));
+      for (int i = 0; i < 2; ++i) {
+        const int index = lane() + i * tile::kWarpSize;
+        if (adds && index * 4 < p.squares_stride) sums[i] = peek(of_blocks + index * 4);
+      }
+    };
+    if (gives_hidden(kFrom)) get_sums();
+#pragma unroll 1
+    for (int start = 0; start < words; start += kWords * kConsumers) {
+      Word got[kWords][kBatch] = {};
+      bool ready;
+      do {
+        ready = true;
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) {
+          const int index = start + i * kConsumers + static_cast<int>(threadIdx.x);
+#pragma unroll
+          for (int n = 0; n < kBatch; ++n) {
+            if (index < words && n < batch()) {
+              got[i][n] = peek(from + n * all + index * Word::kValues);
             }
           }
-        });
+        }
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) {
+#pragma unroll
+          for (int n = 0; n < kBatch; ++n) ready &= has_values(got[i][n]);
+        }
+      } while (!__all_sync(0xffffffffu, ready));
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        const int index = start + i * kConsumers + static_cast<int>(threadIdx.x);
+#pragma unroll
+        for (int n = 0; n < kBatch; ++n) {
+          if (index < words && n < batch()) x.word(n, index) = got[i][n];
+        }
+      }
+    }
+    if (adds) {
+      while (!__all_sync(0xffffffffu, has_sums(sums[0]) && has_sums(sums[1]))) get_sums();
+      put_rstd(warp(), sum_of(sums[0]) + sum_of(sums[1]));
+    }
+  }
+  __device__ __forceinline__ static float sum_of(const Word& sums) {
+    return (__uint_as_float(sums.data[0]) + __uint_as_float(sums.data[1])) +
+           (__uint_as_float(sums.data[2]) + __uint_as_float(sums.data[3]));
+  }
+  // From the squares that each lane has of a sequence's hidden state.
+  __device__ __forceinline__ void put_rstd(int n, float squares) {
+    const float sum = tile::warp_sum(squares);
+    if (lane() == 0) {
+      shared.rstd[n] = rsqrtf(__fdividef(sum, p.model.width) + p.model.norm_epsilon);
+    }
   }
 
-  // The hidden state times the weights of a norm, whose other factor its squares are for.
-  __device__ __forceinline__ void receive_hidden(Phase from, int layer, const bf16* norm) {
-    float squares[kBatch] = {};
-    receive<3>(
-        from, layer, 0, p.rows[from].all_words(), 0, batch(),
-        [&](int row, int count) {
-          Weights weights;
-#pragma unroll
-          for (int i = 0; i < kWordValues; ++i) {
-            weights.data[i] = i < count ? __bfloat162float(norm[row + i]) : 0.0f;
-          }
-          return weights;
-        },
-        [&](int n, int row, int count, const Word& word, const Weights& weights) {
-#pragma unroll
-          for (int i = 0; i < kWordValues; ++i) {
-            if (i >= count) break;
-            const float value = value_of(word, i);
-            add_square(squares, n, value);
-            x.at(n, row + i) = __float2bfloat16_rn(value * weights.data[i]);
-          }
-        });
-    add_squares(squares);
-  }
-
-  // The first hidden state: rows of the embedding.
-  __device__ __forceinline__ void embed(const bf16* norm) {
-    const auto* embedding = static_cast<const bf16*>(p.model.embedding);
+  // The first hidden state: rows of the embedding, a warp for each sequence.
+  __device__ __forceinline__ void embed() {
+    const int n = warp();
+    if (n >= batch()) return;
+    const auto* row =
+        static_cast<const bf16*>(p.model.embedding) + int64_t{shared.tokens[n]} * p.model.width;
+    const auto* norm = static_cast<const bf16*>(p.model.norms);
+    float squares = 0.0f;
+#pragma unroll 4
+    for (int i = lane(); i < p.model.width / 2; i += tile::kWarpSize) {
+      const float2 value = tile::unpack<bf16>(reinterpret_cast<const uint32_t*>(row)[i]);
+      const float2 weight = tile::unpack<bf16>(reinterpret_cast<const uint32_t*>(norm)[i]);
+      squares += value.x * value.x + value.y * value.y;
+      x.at(n, 2 * i) = __float2bfloat16_rn(value.x * weight.x);
+      x.at(n, 2 * i + 1) = __float2bfloat16_rn(value.y * weight.y);
+    }
+    put_rstd(n, squares);
     const Rows& rows = p.rows[kOut];
     const int block = blockIdx.x;
-    float squares[kBatch] = {};
-#pragma unroll
-    for (int n = 0; n < kBatch; ++n) {
-      if (n >= batch()) break;
-      const bf16* row = embedding + int64_t{shared.tokens[n]} * p.model.width;
-      for (int i = threadIdx.x; i < p.model.width; i += kConsumers) {
-        const float value = __bfloat162float(row[i]);
-        squares[n] += value * value;
-        x.at(n, i) = __float2bfloat16_rn(value * __bfloat162float(norm[i]));
-      }
-      if (threadIdx.x < rows.units(block)) {
-        shared.residual[n][threadIdx.x] = __bfloat162float(row[rows.first(block) + threadIdx.x]);
-      }
+    for (int unit = lane(); unit < rows.units(block); unit += tile::kWarpSize) {
+      shared.residual[n][unit] = __bfloat162float(row[rows.first(block) + unit]);
     }
-    add_squares(squares);
-  }
-
-  __device__ __forceinline__ static void add_square(float (&squares)[kBatch], int n, float value) {
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {  // so that registers have them
-      if (i == n) squares[i] += value * value;
-    }
-  }
-
-  // Ready when the product is.
-  __device__ __forceinline__ void add_squares(const float (&squares)[kBatch]) {
-#pragma unroll
-    for (int n = 0; n < kBatch; ++n) {
-      const float sum = tile::warp_sum(squares[n]);
-      if (threadIdx.x % tile::kWarpSize == 0) {
-        shared.squares[n][threadIdx.x / tile::kWarpSize] = sum;
-      }
-    }
-  }
-  __device__ __forceinline__ float rstd(int n) const {
-    float sum = 0.0f;
-#pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) sum += shared.squares[n][warp];
-    return rsqrtf(__fdividef(sum, p.model.width) + p.model.norm_epsilon);
   }
 
   // The vectors that a phase multiplies, `count` columns from `first` on.
-  __device__ __forceinline__ void gather(Phase phase, int layer, int first, int count) {
-    const bf16* norm = static_cast<const bf16*>(p.model.norms) +
-                       int64_t{2 * layer + (phase == kGateUp)} * p.model.width;
-    if (phase == kOut) {
-      wait(kAttention, layer);
-      Attention::template collect<kBatch>(p.model, batch(), p.words[kAttention], tag(layer),
-                                          shared.splits, shared.lengths, x);
-    } else if (phase == kDown) {
-      receive_units(layer, first, count);
-    } else if (phase == kQkv && layer == 0) {
-      embed(norm);
-    } else {  // the head's layer is one after the last
-      receive_hidden(phase == kGateUp ? kOut : kDown, phase == kGateUp ? layer : layer - 1, norm);
+  template <Phase kPhase>
+  __device__ __forceinline__ void gather(int layer, int first, int count) {
+    constexpr int kHidden = kBatch > 1 || kHeadDim == 64 ? 1 : 2;
+    constexpr int kUnits = kBatch > 1 ? 1 : kHeadDim == 64 ? 4 : 5;
+    if constexpr (kPhase == kQkv) {
+      if (layer == 0) {
+        embed();
+      } else {
+        receive<kDown, kHidden>(layer - 1, first, count);
+      }
+    } else if constexpr (kPhase == kOut) {
+      receive<kAttention, kHidden>(layer, first, count);
+    } else if constexpr (kPhase == kGateUp) {
+      receive<kOut, kHidden>(layer, first, count);
+    } else if constexpr (kPhase == kDown) {
+      receive<kGateUp, kUnits>(layer, first, count);
+    } else {
+      receive<kDown, kHidden>(layer - 1, first, count);
     }
     sync_consumers();
   }
 
-  // The result of a unit of the block's.
-  __device__ __forceinline__ float result(Phase phase, int n, int unit, int units) {
-    const float sum = shared.sums.total(n, unit);
-    if (phase == kOut || phase == kDown) return shared.residual[n][unit] += sum;
-    const float factor = rstd(n);
-    if (phase == kQkv) return sum * factor + shared.bias[unit];
-    if (phase == kHead) return sum * factor;
-    const float gate = sum * factor, up = shared.sums.total(n, units + unit) * factor;
+  // --- What this block sends ---------------------------------------------------------------------
+
+  // Where a lane begins among the results of a block and goes on: those of a sequence are of a team
+  // of warps, or of its first, which then has the sum of their squares.
+  struct Place {
+    int n, unit, step;
+  };
+  __device__ __forceinline__ Place place(Phase phase) const {
+    const int n = warp() / kTeam, member = warp() % kTeam;
+    if (gives_hidden(phase)) return {member == 0 ? n : kBatch, lane(), tile::kWarpSize};
+    return {n, member * tile::kWarpSize + lane(), kTeam * tile::kWarpSize};
+  }
+
+  // What a result needs besides the sum: a bias, or the weight of the norm that follows.
+  template <Phase kPhase>
+  __device__ __forceinline__ bf16 constant(int layer, int block, int unit) const {
+    const Rows& rows = p.rows[kPhase];
+    const int row = max(rows.first(block) + min(unit, rows.units(block) - 1), 0);
+    if constexpr (kPhase == kQkv) {
+      const auto* bias = static_cast<const bf16*>(p.model.qkv_bias);
+      if (bias != nullptr) return bias[int64_t{layer} * rows.count() + row];
+    }
+    if constexpr (gives_hidden(kPhase)) {
+      const auto* norms = static_cast<const bf16*>(p.model.norms);
+      return norms[int64_t{2 * layer + (kPhase == kOut ? 1 : 2)} * p.model.width + row];
+    }
+    return __float2bfloat16_rn(0.0f);
+  }
+
+  // silu(gate) * up
+  __device__ __forceinline__ static float gated(float gate, float up) {
     return __fdividef(gate, 1.0f + __expf(-gate)) * up;
   }
 
-  // The product of attention's results, whose wait is the longest: meanwhile registers take the
-  // weights, and the ring has room for more.
-  __device__ __forceinline__ void out_held(int layer) {
-    const Rows& rows = p.rows[kOut];
-    const int block = blockIdx.x, units = rows.units(block);
-    const int slices = units > 0 ? rows.K / kSlice : 0;
-    HeldWeights held;
-    held.take(tile::settled(shared.stream), slot, units, slices);
-    gather(kOut, layer, 0, rows.K);
-    held.multiply(x, slices, shared.sums);
+  // `constant`: of the lane's first result, fetched before the sums were there.
+  template <Phase kPhase>
+  __device__ __forceinline__ void send_results(int layer, int block, bf16 constant) {
+    const Rows& rows = p.rows[kPhase];
+    const Place place = this->place(kPhase);
+    const int units = rows.units(block), n = place.n;
+    if (n >= batch()) return;
+    bf16* to = results(kPhase, layer) + n * static_cast<int64_t>(rows.count()) + rows.first(block);
+    float sum_of_squares = 0.0f;
+#pragma unroll 1
+    for (int unit = place.unit; unit < units; unit += place.step) {
+      float value = shared.sums.total(n, unit);
+      [[maybe_unused]] const float own = __bfloat162float(
+          unit == place.unit ? constant : this->constant<kPhase>(layer, block, unit));
+      if constexpr (gives_hidden(kPhase)) {
+        value += shared.residual[n][unit];
+        shared.residual[n][unit] = value;
+        value = __bfloat162float(__float2bfloat16_rn(value));
+        sum_of_squares += value * value;
+        value *= own;
+      } else if constexpr (kPhase == kQkv) {
+        value = value * shared.rstd[n] + own;
+      } else {
+        const float factor = shared.rstd[n];
+        value = gated(value * factor, shared.sums.total(n, units + unit) * factor);
+      }
+      send(to + unit, __float2bfloat16_rn(value));
+    }
+    if constexpr (gives_hidden(kPhase)) {
+      __syncwarp();
+      sum_of_squares = tile::warp_sum(sum_of_squares);
+      if (lane() == 0) {
+        send(squares(kPhase, layer) + n * p.squares_stride + block, sum_of_squares);
+      }
+    }
+    if (lane() == 0 && place.unit < rows.most_units()) arrive(header().counters[kPhase]);
+  }
+
+  // The places of this block's results of a phase that all have read.
+  template <Phase kPhase>
+  __device__ __forceinline__ void clear_results(int layer) const {
+    const Rows& rows = p.rows[kPhase];
+    const Place place = this->place(kPhase);
+    if (place.n >= batch()) return;
+    for (int block = blockIdx.x; block < rows.blocks; block += gridDim.x) {
+      bf16* at =
+          results(kPhase, layer) + place.n * static_cast<int64_t>(rows.count()) + rows.first(block);
+      for (int unit = place.unit; unit < rows.units(block); unit += place.step) clear(at + unit);
+      if (gives_hidden(kPhase) && lane() == 0) {
+        clear(squares(kPhase, layer) + place.n * p.squares_stride + block);
+      }
+    }
+  }
+
+  // All blocks send squares of the hidden state. So when those are there all have read what was
+  // sent before the phase that gave it, and the one before.
+  template <Phase kPhase>
+  __device__ __forceinline__ void clear_read(int layer) const {
+    if constexpr (kPhase == kQkv) {  // has received what down gave
+      clear_results<kOut>(layer - 1);
+      clear_results<kGateUp>(layer - 1);
+    }
+    if constexpr (kPhase == kGateUp) {  // what out gave
+      clear_results<kDown>(layer - 1);
+      clear_results<kQkv>(layer);
+      clear_attention(layer);
+    }
+  }
+
+  __device__ __forceinline__ void store_logits(int block) {
+    const Rows& rows = p.rows[kHead];
+    const int units = rows.units(block), unit = threadIdx.x;
+#pragma unroll 1
+    for (int n = 0; n < batch(); ++n) {
+      if (unit >= units) break;
+      p.model.logits[int64_t{n} * p.model.vocabulary + rows.first(block) + unit] =
+          shared.status[n] == kOk ? shared.sums.total(n, unit) * shared.rstd[n] : NAN;
+    }
+  }
+
+  // --- The phases --------------------------------------------------------------------------------
+
+  // With weights that registers hold.
+  template <Phase kPhase, class Held>
+  __device__ __forceinline__ void multiply_held(int layer, const Held& held) {
+    const Rows& rows = p.rows[kPhase];
+    const int block = blockIdx.x;
+    const bf16 constant = this->constant<kPhase>(layer, block, place(kPhase).unit);
+    gather<kPhase>(layer, 0, rows.K);
+    held.multiply(x, rows, block, shared.sums);
     sync_consumers();
-    send_results(kOut, rows, block, units, layer);
+    send_results<kPhase>(layer, block, constant);
+    clear_read<kPhase>(layer);
   }
 
   // Gathers vectors, multiplies the block's rows and hands on what they give.
-  __device__ __forceinline__ void multiply_rows(Phase phase, int layer) {
-    const Rows& rows = p.rows[phase];
+  template <Phase kPhase>
+  __device__ __forceinline__ void multiply_rows(int layer) {
+    const Rows& rows = p.rows[kPhase];
     const bool whole = rows.K <= p.part;
 #pragma unroll 1
     for (int block = blockIdx.x; block < rows.blocks; block += gridDim.x) {
-      const int units = rows.units(block);
-      if (phase == kQkv) load_bias(rows.first(block), units, layer);
+      bf16 constant = {};
+      if (kPhase != kHead) constant = this->constant<kPhase>(layer, block, place(kPhase).unit);
 #pragma unroll 1
       for (int first = 0; first < rows.K; first += p.part) {
         const int count = min(p.part, rows.K - first);
         if (first > 0) sync_consumers();  // vectors have been read
-        if (block == static_cast<int>(blockIdx.x) || !whole) gather(phase, layer, first, count);
-        multiply(tile::settled(shared.stream), slot, x, units * rows.unit_rows, count / kSlice,
-                 shared.sums, first > 0);
+        if (block == static_cast<int>(blockIdx.x) || !whole) gather<kPhase>(layer, first, count);
+        multiply(tile::settled(shared.stream), slot, x, rows, block, count / kSlice, shared.sums,
+                 first > 0);
       }
       sync_consumers();
-      if (phase == kHead) {
-        store_logits(rows.first(block), units);
+      if constexpr (kPhase == kHead) {
+        store_logits(block);
       } else {
-        send_results(phase, rows, block, units, layer);
+        send_results<kPhase>(layer, block, constant);
       }
       if (block + gridDim.x < rows.blocks) sync_consumers();  // sums have been read
     }
+    clear_read<kPhase>(layer);
   }
 
-  __device__ __forceinline__ void load_bias(int first, int units, int layer) {
-    const auto* bias = static_cast<const bf16*>(p.model.qkv_bias);
-    if (threadIdx.x < units) {
-      const int all = (p.model.heads + 2 * p.model.kv_heads) * kHeadDim;
-      shared.bias[threadIdx.x] =
-          bias == nullptr ? 0.0f
-                          : __bfloat162float(bias[int64_t{layer} * all + first + threadIdx.x]);
-    }
+  // Where the results of a unit of attention belong, or those of a split of it.
+  __device__ __forceinline__ int64_t attention_place(const Unit& unit) const {
+    const int group = p.model.heads / p.model.kv_heads;
+    return (int64_t{unit.sequence} * p.model.heads + unit.kv_head * group) * kHeadDim;
   }
-
-  __device__ __forceinline__ void send_results(Phase phase, const Rows& rows, int block, int units,
-                                               int layer) {
-    const int warp = threadIdx.x / tile::kWarpSize, lane = threadIdx.x % tile::kWarpSize;
-    const int sending = rows.sending_warps();
-#pragma unroll 1
-    for (int task = warp; task < batch() * sending; task += kWarps) {
-      const int n = kBatch == 1 ? 0 : task / sending, part = task - n * sending;
-      const int unit = part * kWarpRows + lane, index = part * kWarpWords + lane;
-      const float own = lane < kWarpRows && unit < units ? result(phase, n, unit, units) : 0.0f;
-      const Word word = gather_word(own, tag(layer));
-      if (lane < kWarpWords && index < rows.words) {
-        send(p.words[phase] + int64_t{n} * rows.all_words() + block * rows.words + index, word);
-      }
-      __syncwarp();
-      if (lane == 0) arrive(header().counters[phase]);
-    }
+  __device__ __forceinline__ bf16* partial(int layer, const Unit& unit, int split) const {
+    const int64_t all = int64_t{p.model.batch} * p.model.heads * kHeadDim;
+    return p.partials.of(shared.layers + layer) + split * all + attention_place(unit);
   }
-
-  __device__ __forceinline__ void store_logits(int first, int units) {
-#pragma unroll
-    for (int n = 0; n < kBatch; ++n) {
-      if (threadIdx.x < units && n < batch()) {
-        const float logit = result(kHead, n, threadIdx.x, units);
-        p.model.logits[int64_t{n} * p.model.vocabulary + first + threadIdx.x] =
-            shared.status[n] == kOk ? logit : NAN;
-      }
-    }
+  __device__ __forceinline__ float* log(int layer, const Unit& unit, int split) const {
+    const int64_t all = int64_t{p.model.batch} * p.model.heads;
+    return p.logs.of(shared.layers + layer) + split * all + attention_place(unit) / kHeadDim;
   }
-
-  struct Ends {
-    int first, last, cut;
-  };
 
   __device__ __forceinline__ void attention(int layer) {
-    auto& storage = *reinterpret_cast<typename Attention::Storage*>(shared.scratch);
+    auto& storage = tile::settled(*reinterpret_cast<typename Attention::Storage*>(shared.scratch));
     const float scale = tile::kLog2E * rsqrtf(kHeadDim);
-    for_each_unit(p.model, shared.splits, shared.lengths, [&](const Unit& unit) {
-      // The wait is also one for all to have read the storage.
-      receive<3>(
-          kQkv, layer, 0, p.rows[kQkv].all_words(), unit.sequence, unit.sequence + 1,
-          [&](int row, int& count) {
-            // Values up to `cut` belong to the head of the first one, others to the last one's.
-            const Ends ends = {Attention::place(p.model, unit, row),
-                               Attention::place(p.model, unit, row + count - 1) - count + 1,
-                               kHeadDim - row % kHeadDim};
-            if (ends.first < 0 && ends.last + count <= 0) count = 0;
-            return ends;
-          },
-          [&](int, int, int count, const Word& word, const Ends& ends) {
-#pragma unroll
-            for (int i = 0; i < kWordValues; ++i) {
-              const int to = (i < ends.cut ? ends.first : ends.last) + i;
-              const bool wanted = i < ends.cut ? ends.first >= 0 : ends.last + count > 0;
-              if (i < count && wanted) storage.raw[0][to] = value_of(word, i);
-            }
+#pragma unroll 1
+    for (int i = 0; i < shared.unit_count; ++i) {
+      const Unit& unit = shared.units[i];
+      if (unit.tokens == 0) continue;
+      if (i > 0) sync_consumers();  // the storage has been read
+      receive_heads(layer, unit, storage);
+      sync_consumers();
+      Attention::prepare(p.model, layer, unit, shared.rotation[unit.sequence], storage);
+      sync_consumers();
+      Attention::attend(p.model, shared.stream, slot, unit, scale, storage);
+      sync_consumers();
+      const bool split = unit.splits > 1;
+      bf16* to = results(kAttention, layer) + attention_place(unit);
+      bf16* own = split ? partial(layer, unit, unit.split) : to;
+      Attention::merge_warps(
+          p.model, storage, [&](int g, int d, bf16 value) { send(own + g * kHeadDim + d, value); },
+          [&](int g, float value) {
+            if (split) send(log(layer, unit, unit.split) + g, value);
           });
-      sync_consumers();
-      Attention::prepare(p.model, layer, shared.rotation[unit.sequence], storage);
-      sync_consumers();
-      if (unit.last) Attention::score(p.model, scale, storage);
-      Attention::attend(shared.stream, slot, unit, scale, storage);
-      sync_consumers();
-      Attention::finish(p.model, p.words[kAttention], tag(layer), unit, storage);
-      if (unit.last && shared.lengths[unit.sequence] < p.model.capacity) {
-        Attention::append(p.model, layer, unit, shared.lengths[unit.sequence], storage);
+      if (split && unit.split == 0) {
+        sync_consumers();  // the storage has been read
+        const int64_t heads = int64_t{p.model.batch} * p.model.heads;
+        Attention::merge_splits(
+            p.model, partial(layer, unit, 0), heads * kHeadDim, log(layer, unit, 0), heads,
+            unit.splits, storage,
+            [&](int g, int d, bf16 value) { send(to + g * kHeadDim + d, value); });
       }
-    });
-    sync_consumers();
-    if (threadIdx.x == 0) arrive(header().counters[kAttention]);
+      if (unit.split == 0 && threadIdx.x == 0) arrive(header().counters[kAttention]);
+    }
   }
 
-  // One loop over phases, so that what they share is in the instruction caches once.
-  __device__ __forceinline__ void run() {
-    const int layers = p.model.layers;
-    const Rows& rows = p.rows[kOut];
-    const bool hold = HeldWeights::fit(rows.each + (rows.extra > 0), rows.K / kSlice);
-#pragma unroll 1
-    for (int layer = 0; layer <= layers; ++layer) {
-#pragma unroll 1
-      for (int i = layer < layers ? kQkv : kHead; i <= (layer < layers ? kDown : kHead); ++i) {
-        const auto phase = static_cast<Phase>(i);
-        if (phase == kAttention) {
-          attention(layer);
-        } else if (phase == kOut && hold) {
-          out_held(layer);
-        } else {
-          multiply_rows(phase, layer);
-        }
+  // Query, key and value of a unit. These few blocks look for the values themselves.
+  __device__ __forceinline__ void receive_heads(int layer, const Unit& unit,
+                                                typename Attention::Storage& storage) {
+    const int count = Unit::values(p.model), index = threadIdx.x;
+    const bf16* from =
+        results(kQkv, layer) + (int64_t{unit.sequence} * p.model.kv_heads + unit.kv_head) * count;
+    static_assert((kMaxGroup + 2) * kHeadDim <= kConsumers * Word::kValues);
+    Word got = {};
+    do {
+      if (index * Word::kValues < count) got = peek(from + index * Word::kValues);
+    } while (!__all_sync(0xffffffffu, has_values(got)));
+    if (index * Word::kValues < count) reinterpret_cast<Word*>(storage.raw)[index] = got;
+  }
+
+  __device__ __forceinline__ void clear_attention(int layer) const {
+    const int count = p.model.heads / p.model.kv_heads * kHeadDim;
+    for (int i = 0; i < shared.unit_count; ++i) {
+      const Unit& unit = shared.units[i];
+      if (unit.tokens == 0) continue;
+      for (int d = threadIdx.x; d < count; d += kConsumers) {
+        if (unit.split == 0) clear(results(kAttention, layer) + attention_place(unit) + d);
+        if (unit.splits > 1) clear(partial(layer, unit, unit.split) + d);
+      }
+      if (unit.splits > 1 && threadIdx.x < count / kHeadDim) {
+        clear(log(layer, unit, unit.split) + threadIdx.x);
       }
     }
+  }
+
+  __device__ __forceinline__ void run() {
+    const int layers = p.model.layers;
+    const bool hold_qkv = HeldQkv::fit(p.rows[kQkv]);
+    const bool hold_out = HeldOut<kHeadDim>::fit(p.rows[kOut]);
+#pragma unroll 1
+    for (int layer = 0; layer < layers; ++layer) {
+      if (hold_qkv) {
+        HeldQkv held;
+        held.take(tile::settled(shared.stream), slot, p.rows[kQkv], blockIdx.x);
+        multiply_held<kQkv>(layer, held);
+      } else {
+        multiply_rows<kQkv>(layer);
+      }
+      // The wait for attention is the longest: the weights of out leave the ring before it.
+      if (hold_out) {
+        HeldOut<kHeadDim> held;
+        held.take(tile::settled(shared.stream), slot, p.rows[kOut], blockIdx.x);
+        attention(layer);
+        multiply_held<kOut>(layer, held);
+      } else {
+        attention(layer);
+        multiply_rows<kOut>(layer);
+      }
+      multiply_rows<kGateUp>(layer);
+      multiply_rows<kDown>(layer);
+    }
+    multiply_rows<kHead>(layers);
     // All blocks have sent what the head needs, so they have read these.
     if (blockIdx.x == 0 && threadIdx.x < batch()) {
       const int length = shared.lengths[threadIdx.x];

@@ -4,14 +4,13 @@
 
 #include <cstdint>
 
-#include "cuda/decode/rows.h"
-
 namespace jaxkern::decode {
 
 inline constexpr int kMaxBatch = 8;
 inline constexpr int kMaxGroup = 8;       // heads that share a kv head
-inline constexpr int kMaxSplits = 32;     // of the tokens of a sequence, in attention
-inline constexpr int kSplitTokens = 256;  // a split has a multiple of that
+inline constexpr int kMaxSplits = 16;     // of the tokens of a sequence, in attention
+inline constexpr int kSplitTokens = 256;  // a split has at least so many, if there are
+inline constexpr int kMaxUnits = 8;       // of attention, a multiprocessor
 
 // What became of a sequence: the first thing that did. Its logits are NaN from then on.
 enum Status { kOk, kTokenOutOfRange, kCacheFull };
@@ -25,18 +24,13 @@ struct Counter {
   uint32_t padding[31];
 };
 
-// The start of the workspace, which is zero before the first step and kept from step to step. What
-// blocks send each other follows.
+// The start of the workspace, all bits of which are set before the first step, and which is kept
+// from step to step. What blocks send each other follows, see exchange.cuh.
 struct WorkspaceHeader {
   Counter counters[kHead];
   uint32_t before[kHead];  // what the counters had when the last step had ended
-  uint32_t layers;         // of all steps so far
+  uint32_t layers;         // of all steps so far, from -1 on
   uint32_t padding[32 - kHead - 1];
-};
-
-// A word of what blocks send: seven bfloat16 and a tag, written and read at once.
-struct alignas(16) Word {
-  uint32_t data[4];
 };
 
 struct DecodeParams {
@@ -56,14 +50,6 @@ struct DecodeParams {
   void *keys, *values;           // the cache, bfloat16
   float* logits;                 // [B, V]
   void* workspace;
-};
-
-// What the kernel takes, from plan_step().
-struct StepParams {
-  DecodeParams model;
-  Rows rows[kPhases];  // of the product of a phase; attention has none
-  Word* words[kHead];  // the results of a phase
-  int part;            // columns of vectors that shared memory has room for
 };
 
 }  // namespace jaxkern::decode

@@ -6,6 +6,7 @@
 // which of the columns is which k does not matter to a sum.
 #pragma once
 
+#include "cuda/decode/exchange.cuh"
 #include "cuda/decode/stream.cuh"
 #include "cuda/tile/ptx/matrix.cuh"
 #include "cuda/tile/types.cuh"
@@ -26,6 +27,10 @@ struct Vectors {
   __device__ __forceinline__ bf16& at(int n, int k) const {
     return kBatch == 1 ? data[k] : data[(k / kSlice * kBatch + n) * kSlice + k % kSlice];
   }
+  // Values 8 index to 8 index + 7.
+  __device__ __forceinline__ Word& word(int n, int index) const {
+    return reinterpret_cast<Word&>(at(n, index * Word::kValues));
+  }
   // What the lane needs of a slice: column g of B, sequence g, if there is one.
   __device__ __forceinline__ uint4 operand(int slice) const {
     const int lane = threadIdx.x % tile::kWarpSize;
@@ -34,16 +39,22 @@ struct Vectors {
   }
 };
 
-// The warps' sums of a block of rows: [kWarps][kBatch][kMaxRows].
+// The warps' sums of a block of rows, which is of whole tiles here.
 template <int kBatch>
 struct Sums {
-  float data[kWarps][kBatch][kMaxRows];
+  static constexpr int kRows = tile::ceil_div(kMaxRows, 16) * 16;
+  float data[kWarps][kBatch][kRows];
 
   __device__ __forceinline__ float total(int n, int row) const {
-    float sum = data[0][n][row];
+    float sum[kWarps];
 #pragma unroll
-    for (int warp = 1; warp < kWarps; ++warp) sum += data[warp][n][row];
-    return sum;
+    for (int warp = 0; warp < kWarps; ++warp) sum[warp] = data[warp][n][row];
+#pragma unroll
+    for (int i = kWarps / 2; i > 0; i /= 2) {
+#pragma unroll
+      for (int warp = 0; warp < i; ++warp) sum[warp] += sum[warp + i];
+    }
+    return sum[0];
   }
 };
 
@@ -65,16 +76,16 @@ __device__ __forceinline__ void put(const float (&sum)[kParts][kTiles][4], Sums<
   }
 }
 
-template <int kTiles, int kBatch, int kStages>
-__device__ __forceinline__ void multiply_tiles(Stream<kStages>& stream, tile::Slot<kStages>& slot,
-                                               const Vectors<kBatch>& x, int rows, int slices,
+template <int kTiles, int kBatch, class Stream, class Slot>
+__device__ __forceinline__ void multiply_tiles(Stream& stream, Slot& slot, const Vectors<kBatch>& x,
+                                               int rows, int at_once, int slices,
                                                Sums<kBatch>& sums, bool more) {
   const int warp = threadIdx.x / tile::kWarpSize, lane = threadIdx.x % tile::kWarpSize;
   // Instructions that wait for none of each other. A block of few rows has few: after a dependency
   // it lies in the ring already, and its products are what others wait for.
   constexpr int kAtOnce = kTiles <= 2 ? 2 : 1;  // slices
   float sum[kAtOnce][kTiles][4] = {};
-  const int slice_bytes = rows * kSliceBytes, at_once = slices_of_chunk(rows);
+  const int slice_bytes = rows * kSliceBytes;
   bool ready = slot.is_full(stream.ring);
   for (int first = 0; first < slices; first += at_once, slot.advance()) {
     if (!ready) slot.wait_full(stream.ring);
@@ -120,98 +131,102 @@ __device__ __forceinline__ void multiply_tiles(Stream<kStages>& stream, tile::Sl
   put(sum, sums, more);
 }
 
-// Weights of a block of at most 16 rows, taken from the ring before the vectors are there:
-// registers hold them while others come in their place.
+// Weights of a block of up to kOctets times 8 rows, taken from the ring before the vectors are
+// there: registers hold them while others come in their place.
+template <int kOctets, int kSlices>  // slices of a warp
 struct HeldWeights {
-  static constexpr int kSlices = 8;  // of a warp
-  uint4 low[kSlices], high[kSlices];
+  static constexpr int kTiles = (kOctets + 1) / 2;
+  uint4 weights[kSlices][kOctets];
 
-  static __device__ __forceinline__ bool fit(int rows, int slices) {
-    return rows <= 16 && slices <= kSlices * kWarps;
+  static __device__ __forceinline__ bool fit(const Rows& rows) {
+    return rows.unit_rows == 1 && rows.most_units() <= 8 * kOctets &&
+           rows.K <= kSlices * kWarps * kSlice;
   }
 
-  template <int kStages>
-  __device__ __forceinline__ void take(Stream<kStages>& stream, tile::Slot<kStages>& slot, int rows,
-                                       int slices) {
-    const int warp = threadIdx.x / tile::kWarpSize, lane = threadIdx.x % tile::kWarpSize;
-    const int slice_bytes = rows * kSliceBytes, at_once = slices_of_chunk(rows);
-    int first = 0;  // slice of the chunk
-    const auto leave = [&] {
-      stream.ring.empty[slot.stage()].arrive_warp();
-      slot.advance();
-      first += at_once;
-    };
-    if (slices > 0) slot.wait_full(stream.ring);
+  // A warp takes slices that lie together, so it waits for two chunks at most, and leaves the
+  // others at once. That is so before they are there: the ring has room for all of them.
+  template <class Stream, class Slot>
+  __device__ __forceinline__ void take(Stream& stream, Slot& slot, const Rows& rows, int block) {
+    constexpr int kChunkSlices = Stream::kChunkBytes / (8 * kOctets * kSliceBytes);  // or more
+    static_assert(kChunkSlices >= kSlices && kSlices * kWarps <= kChunkSlices * Stream::kStages);
+    const int lane = threadIdx.x % tile::kWarpSize;
+    const int units = rows.units(block), slices = units > 0 ? rows.K / kSlice : 0;
+    const int bytes = units * kSliceBytes;
+    const auto [at_once, chunks, magic] = rows.chunks_of(block);
+    const int begin = first(), count = min(kSlices, slices - begin);
+    const int chunk = __umulhi(begin, magic);  // the warp's first
+    const int beyond = (chunk + 1) * at_once;  // the slice that the next one begins at
+    const bool both = count > 0 && begin + count > beyond;
+    const Slot one = {slot.count + chunk}, next = one.next();
+    if (count > 0) one.wait_full(stream.ring);
+    if (both) next.wait_full(stream.ring);
+    // Slice i of the warp.
+    const char* in_one =
+        stream.chunks[one.stage()] + (begin - beyond + at_once) * bytes + 16 * lane;
+    const char* in_next = stream.chunks[next.stage()] + (begin - beyond) * bytes + 16 * lane;
 #pragma unroll
     for (int i = 0; i < kSlices; ++i) {
-      const int slice = warp + i * kWarps;
-      low[i] = high[i] = {};  // or the compiler keeps what these were in the last layer
-      if (slice >= slices) continue;
-      while (slice >= first + at_once) {
-        leave();
-        slot.wait_full(stream.ring);
+      const char* from = (begin + i < beyond ? in_one : in_next) + i * bytes;
+#pragma unroll
+      for (int o = 0; o < kOctets; ++o) {
+        weights[i][o] = {};  // or the compiler keeps what this was in the last layer
+        if (i < count) weights[i][o] = *reinterpret_cast<const uint4*>(from + 8 * o * kSliceBytes);
       }
-      const char* from = stream.chunks[slot.stage()] + (slice - first) * slice_bytes + 16 * lane;
-      low[i] = *reinterpret_cast<const uint4*>(from);
-      high[i] = *reinterpret_cast<const uint4*>(from + 8 * kSliceBytes);
     }
-    while (first < slices) {
-      slot.wait_full(stream.ring);
-      leave();
+    __syncwarp();
+    if (lane < chunks) {
+      stream.ring.empty[Slot{slot.count + lane}.stage()].arrive();
     }
+    slot.count += chunks;
   }
 
   template <int kBatch>
-  __device__ __forceinline__ void multiply(const Vectors<kBatch>& x, int slices,
+  __device__ __forceinline__ void multiply(const Vectors<kBatch>& x, const Rows& rows, int block,
                                            Sums<kBatch>& sums) const {
-    const int warp = threadIdx.x / tile::kWarpSize;
-    float sum[2][1][4] = {};
+    const int slices = rows.units(block) > 0 ? rows.K / kSlice : 0;
+    float sum[2][kTiles][4] = {};
 #pragma unroll
     for (int i = 0; i < kSlices; ++i) {
-      const int slice = warp + i * kWarps;
-      if (slice >= slices) break;
-      const uint4 b = x.operand(slice);
-      tile::ptx::mma_m16n8k16(sum[0][0], low[i].x, high[i].x, low[i].y, high[i].y, b.x, b.y);
-      tile::ptx::mma_m16n8k16(sum[1][0], low[i].z, high[i].z, low[i].w, high[i].w, b.z, b.w);
+      const uint4 b = x.operand(min(first() + i, max(slices - 1, 0)));
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+        const uint4 low = weights[i][2 * t];
+        const uint4 high = 2 * t + 1 < kOctets ? weights[i][2 * t + 1] : uint4{};
+        tile::ptx::mma_m16n8k16(sum[0][t], low.x, high.x, low.y, high.y, b.x, b.y);
+        tile::ptx::mma_m16n8k16(sum[1][t], low.z, high.z, low.w, high.w, b.z, b.w);
+      }
     }
     put(sum, sums, false);
   }
+
+ private:
+  // The warp's first slice.
+  __device__ __forceinline__ static int first() { return threadIdx.x / tile::kWarpSize * kSlices; }
 };
 
 // Into sums, once the consumers have synchronised; `more`: to what is there.
-template <int kBatch, int kStages>
-__device__ __forceinline__ void multiply(Stream<kStages>& stream, tile::Slot<kStages>& slot,
-                                         const Vectors<kBatch>& x, int rows, int slices,
+template <int kBatch, class Stream, class Slot>
+__device__ __forceinline__ void multiply(Stream& stream, Slot& slot, const Vectors<kBatch>& x,
+                                         const Rows& rows, int block, int slices,
                                          Sums<kBatch>& sums, bool more) {
+  const int count = rows.units(block) * rows.unit_rows;
   const auto tiles = [&]<int kTiles>() {
-    multiply_tiles<kTiles, kBatch>(stream, slot, x, rows, slices, sums, more);
+    multiply_tiles<kTiles, kBatch>(stream, slot, x, count, rows.chunks_of(block).slices, slices,
+                                   sums, more);
   };
-  switch (tile::ceil_div(rows, 16)) {
-    case 0:
-      break;
-    case 1:
-      tiles.template operator()<1>();
-      break;
-    case 2:
-      tiles.template operator()<2>();
-      break;
-    case 3:
-      tiles.template operator()<3>();
-      break;
-    case 4:
-      tiles.template operator()<4>();
-      break;
-    case 5:
-      tiles.template operator()<5>();
-      break;
-    case 6:
-      tiles.template operator()<6>();
-      break;
-    case 7:
-      tiles.template operator()<7>();
-      break;
-    default:
-      tiles.template operator()<8>();
+  if (count == 0) return;
+  // Other numbers of tiles take the next one's code, and multiply what lies behind their rows.
+  constexpr bool kLarge = Stream::kChunkBytes > 128 * 2 * kSliceBytes;
+  if (count <= 16) {
+    tiles.template operator()<1>();
+  } else if (count <= 32) {
+    tiles.template operator()<2>();
+  } else if (count <= 64) {
+    tiles.template operator()<4>();
+  } else if (kLarge && count <= 112) {
+    tiles.template operator()<7>();
+  } else {
+    tiles.template operator()<kLarge ? 9 : 8>();
   }
 }
 

@@ -1,58 +1,64 @@
-// How the rows of a matrix are divided among the multiprocessors, and its values within a block of
-// rows: see docs/decode.md.
+// How the rows of a matrix are divided among the multiprocessors: see docs/decode.md.
 #pragma once
 
 #include <cstdint>
 
 namespace jaxkern::decode {
 
-inline constexpr int kSlice = 32;      // columns whose values lie together in a row
-inline constexpr int kMaxRows = 128;   // of a block
-inline constexpr int kWordValues = 7;  // bfloat16 that travel in one word, beside its tag
-inline constexpr int kWarpWords = 4;   // that a warp makes
-inline constexpr int kWarpRows = kWarpWords * kWordValues;  // values that it has for them
+inline constexpr int kSlice = 32;  // columns whose values lie together in a row
+inline constexpr int kSliceBytes = kSlice * 2;
+inline constexpr int kMaxRows = 136;  // of a block
+
+// Rows that a block of a model with such heads has at most: as many as the largest matrices of
+// common models have for each of 132 multiprocessors.
+constexpr int max_rows(int head_dim) { return head_dim == 64 ? 128 : kMaxRows; }
+// Bytes that are copied at once: two slices of so many rows. Shorter copies are slower.
+constexpr int chunk_bytes(int head_dim) { return 2 * max_rows(head_dim) * kSliceBytes; }
+
+// How a block of rows is cut into chunks: slices of one, chunks of all, and ceil(2^32 / slices).
+struct Chunks {
+  int slices, count;
+  uint32_t magic;
+};
 
 // N units, of one row or two (gate and up), of K columns, in blocks that are as even as can be.
 struct Rows {
   int unit_rows, K;
   int each, extra, blocks;  // units of a block; the first `extra` blocks have one more
-  int words;                // that carry a result of the largest block
-  uint32_t words_magic;     // ceil(2^32 / words)
+  Chunks chunks[2];         // of a block with `each` units, and of a larger one
 
 #ifdef __CUDACC__
   __device__ __forceinline__ int units(int block) const { return each + (block < extra); }
+  __device__ __forceinline__ int most_units() const { return each + (extra > 0); }
   __device__ __forceinline__ int first(int block) const {
     return block * each + (block < extra ? block : extra);
   }
-  __device__ __forceinline__ int count() const { return blocks * each + extra; }
-  __device__ __forceinline__ int all_words() const { return blocks * words; }
-  // The block of a unit.
-  __device__ __forceinline__ int block_of_unit(int unit) const {
-    const int end = extra * (each + 1);  // of the larger ones
-    return unit < end ? unit / (each + 1) : extra + (unit - end) / each;
+  __device__ __forceinline__ Chunks chunks_of(int block) const {
+    return block < extra ? chunks[1] : chunks[0];
   }
-  // The block that word `index` of all is of.
-  __device__ __forceinline__ int block_of(int index) const {
-    return words == 1 ? index : static_cast<int>(__umulhi(index, words_magic));
-  }
-  // Warps that send a block's words.
-  __device__ __forceinline__ int sending_warps() const {
-    return (words + kWarpWords - 1) / kWarpWords;
-  }
+  __host__ __device__
 #endif
+      int count() const {
+    return blocks * each + extra;
+  }
 };
 
-inline Rows make_rows(int units, int K, int unit_rows, int multiprocessors) {
+inline Rows make_rows(int units, int K, int unit_rows, int multiprocessors, int head_dim) {
   Rows rows = {};
   rows.unit_rows = unit_rows;
   rows.K = K;
-  const int most = kMaxRows / unit_rows;
+  const int most = max_rows(head_dim) / unit_rows;
   rows.blocks = multiprocessors;
   while ((units + rows.blocks - 1) / rows.blocks > most) rows.blocks += multiprocessors;
   rows.each = units / rows.blocks;
   rows.extra = units % rows.blocks;
-  rows.words = (rows.each + (rows.extra > 0) + kWordValues - 1) / kWordValues;
-  rows.words_magic = static_cast<uint32_t>(((uint64_t{1} << 32) + rows.words - 1) / rows.words);
+  for (int larger = 0; larger < 2; ++larger) {
+    const int block_rows = (rows.each + larger) * unit_rows;
+    if (block_rows == 0) continue;
+    const int slices = chunk_bytes(head_dim) / (block_rows * kSliceBytes);
+    const auto magic = static_cast<uint32_t>(((uint64_t{1} << 32) + slices - 1) / slices);
+    rows.chunks[larger] = {slices, (K / kSlice + slices - 1) / slices, magic};
+  }
   return rows;
 }
 

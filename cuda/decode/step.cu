@@ -8,13 +8,15 @@ namespace jaxkern::decode {
 template <int kHeadDim>
 cudaError_t launch_decode_step_of(const DecodeParams& params, cudaStream_t stream) {
   if (params.batch == 1) {
-    constexpr int kStages = kHeadDim == 64 ? 12 : 11;
+    constexpr int kStages = kHeadDim == 64 ? 12 : 10;
     return launch_decode_step_sm90<DecodeStep<kHeadDim, 1, kStages>>(params, stream);
   }
   if (params.batch <= 4) {
-    return launch_decode_step_sm90<DecodeStep<kHeadDim, 4, 9>>(params, stream);
+    constexpr int kStages = kHeadDim == 64 ? 8 : 7;
+    return launch_decode_step_sm90<DecodeStep<kHeadDim, 4, kStages>>(params, stream);
   }
-  return launch_decode_step_sm90<DecodeStep<kHeadDim, kMaxBatch, 7>>(params, stream);
+  constexpr int kStages = kHeadDim == 64 ? 7 : 6;
+  return launch_decode_step_sm90<DecodeStep<kHeadDim, kMaxBatch, kStages>>(params, stream);
 }
 
 template cudaError_t launch_decode_step_of<JAXKERN_HEAD_DIM>(const DecodeParams&, cudaStream_t);

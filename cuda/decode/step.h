@@ -6,32 +6,34 @@
 
 namespace jaxkern::decode {
 
-// What the kernel takes. `workspace_bytes`: that its words end there in the workspace.
+// What the kernel takes. `workspace_bytes`: how many bytes it needs of the workspace.
 inline StepParams plan_step(const DecodeParams& model, int64_t* workspace_bytes = nullptr) {
   StepParams p = {};
   p.model = model;
   const int heads = model.heads * model.head_dim;
   const auto rows = [&](int units, int K, int unit_rows = 1) {
-    return make_rows(units, K, unit_rows, model.multiprocessors);
+    return make_rows(units, K, unit_rows, model.multiprocessors, model.head_dim);
   };
   p.rows[kQkv] = rows(heads + 2 * model.kv_heads * model.head_dim, model.width);
   p.rows[kOut] = rows(model.width, heads);
   p.rows[kGateUp] = rows(model.hidden, model.width, 2);
   p.rows[kDown] = rows(model.width, model.hidden);
   p.rows[kHead] = rows(model.vocabulary, model.width);
-  // Vectors of one sequence are there whole, hidden units of several by parts.
-  const int most = model.width > heads ? model.width : heads;
-  p.part = model.batch == 1 && model.hidden > most ? model.hidden : most;
 
   int64_t bytes = sizeof(WorkspaceHeader);
+  const auto reserve = [&]<class T>(Places<T>& places, int64_t size) {
+    places = {reinterpret_cast<T*>(static_cast<char*>(model.workspace) + bytes), size};
+    bytes += 2 * size * static_cast<int64_t>(sizeof(T));
+  };
+  const int64_t batch = model.batch, splits = batch * kMaxSplits;
+  p.squares_stride = (p.rows[kOut].blocks + 3) / 4 * 4;
   for (int phase = 0; phase < kHead; ++phase) {
-    const Rows& of = p.rows[phase];
-    const int64_t words = phase == kAttention
-                              ? int64_t{model.heads} * kMaxSplits * head_words(model.head_dim)
-                              : int64_t{of.blocks} * of.words;
-    p.words[phase] = reinterpret_cast<Word*>(static_cast<char*>(model.workspace) + bytes);
-    bytes += words * model.batch * static_cast<int64_t>(sizeof(Word));
+    reserve(p.results[phase], batch * (phase == kAttention ? heads : p.rows[phase].count()));
   }
+  reserve(p.partials, splits * heads);
+  reserve(p.out_squares, batch * p.squares_stride);
+  reserve(p.down_squares, batch * p.squares_stride);
+  reserve(p.logs, splits * model.heads);
   if (workspace_bytes != nullptr) *workspace_bytes = bytes;
   return p;
 }
@@ -39,6 +41,7 @@ inline StepParams plan_step(const DecodeParams& model, int64_t* workspace_bytes 
 template <class Step>
 cudaError_t launch_decode_step_sm90(const DecodeParams& params, cudaStream_t stream) {
   StepParams p = plan_step(params);
+  p.part = Step::columns(params);
   const int shared_bytes = Step::shared_bytes(p);
   const auto kernel = decode_step_sm90_kernel<Step>;
   if (cudaError_t error = allow_shared_bytes(kernel, shared_bytes)) return error;

@@ -30,11 +30,22 @@ template <int kHeadDim_, int kBatch_, int kStages_>
 struct DecodeStep {
   static constexpr int kHeadDim = kHeadDim_, kBatch = kBatch_, kStages = kStages_;
   static constexpr int kThreads = kConsumers + tile::kWarpgroupSize;
-  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   static_assert(kProducerRegisters + 2 * kConsumerRegisters <=
                 3 * tile::launch_registers(kThreads));
   using Attention = decode::Attention<kHeadDim>;
   using Storage = StepStorage<kHeadDim, kBatch, kStages>;
+
+  // Columns of vectors that are in shared memory at once: whole, or for the hidden units of several
+  // sequences in as few parts as there is room for.
+  static int columns(const DecodeParams& p) {
+    const int room = (tile::kMaxSharedBytes - static_cast<int>(sizeof(Storage))) /
+                     (kBatch * static_cast<int>(sizeof(tile::bf16)));
+    const int least = p.width > p.heads * p.head_dim ? p.width : p.heads * p.head_dim;
+    const int parts = (p.hidden + room - 1) / room;
+    const int part = (p.hidden + parts * kSlice - 1) / (parts * kSlice) * kSlice;
+    return part > least ? part : least;
+  }
 
   static int shared_bytes(const StepParams& p) {
     const int vectors = kBatch * p.part * static_cast<int>(sizeof(tile::bf16));
@@ -43,7 +54,7 @@ struct DecodeStep {
   }
 
   __device__ __forceinline__ static void produce(const StepParams& p, Storage& shared) {
-    Producer<kStages> producer(shared.stream);
+    Producer producer(shared.stream);
     const auto load = [&](Phase phase, int layer) {
       const Rows& rows = p.rows[phase];
       const auto* matrix = static_cast<const char*>(p.model.weights[phase]);
@@ -52,16 +63,24 @@ struct DecodeStep {
         const int count = rows.units(block) * rows.unit_rows;
         for (int first = 0; first < rows.K; first += p.part) {
           producer.load(matrix + (row * rows.K + int64_t{count} * first) * 2, count,
-                        min(p.part, rows.K - first) / kSlice);
+                        min(p.part, rows.K - first) / kSlice, rows.chunks_of(block).slices);
         }
+      }
+    };
+    const auto attend = [&](int layer) {
+      for (int i = 0; i < shared.unit_count; ++i) {
+        Attention::load(p.model, producer, layer, shared.units[i]);
       }
     };
     for (int layer = 0; layer < p.model.layers; ++layer) {
       for (int phase = kQkv; phase <= kDown; ++phase) {
-        if (phase == kAttention) {
-          for_each_unit(p.model, shared.splits, shared.lengths,
-                        [&](const Unit& unit) { Attention::load(p.model, producer, layer, unit); });
-        } else {
+        if (phase == kAttention && HeldOut<kHeadDim>::fit(p.rows[kOut])) {
+          load(kOut, layer);  // registers take it before attention
+          attend(layer);
+        } else if (phase == kAttention) {
+          attend(layer);
+          load(kOut, layer);
+        } else if (phase != kOut) {
           load(static_cast<Phase>(phase), layer);
         }
       }
@@ -103,6 +122,16 @@ __global__ void __launch_bounds__(Step::kThreads, 1)
     const int n = i / (Step::kHeadDim / 2), pair = i % (Step::kHeadDim / 2);
     if (n >= p.model.batch) break;
     shared.rotation[n][pair] = unit_vector(shared.lengths[n] * p.model.frequencies[pair]);
+  }
+  __syncthreads();
+  const int units = p.model.batch * p.model.kv_heads * shared.splits.count;
+  const int index = blockIdx.x + threadIdx.x * gridDim.x;
+  if (threadIdx.x < kMaxUnits && index < units) {
+    shared.units[threadIdx.x].init(p.model, shared.splits, shared.lengths, index);
+  }
+  if (threadIdx.x == 0) {
+    shared.unit_count =
+        max(0, tile::ceil_div(units - static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x)));
   }
   __syncthreads();
   if (tile::warpgroup_index() < kConsumers / tile::kWarpgroupSize) {

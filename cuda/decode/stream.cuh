@@ -12,32 +12,28 @@
 
 namespace jaxkern::decode {
 
-inline constexpr int kChunkBytes = 16 << 10;    // shorter copies are slower
-inline constexpr int kUnderWay = 3;             // chunks
-inline constexpr int kSliceBytes = kSlice * 2;  // of one row
+inline constexpr int kUnderWay = 3;  // chunks
 
-// Slices of a block of so many rows that one chunk holds.
-__device__ __forceinline__ int slices_of_chunk(int rows) {
-  return kChunkBytes / (rows * kSliceBytes);
-}
-
-template <int kStages>
+template <int kStages_, int kChunkBytes_>
 struct Stream {
+  static constexpr int kStages = kStages_, kChunkBytes = kChunkBytes_;
   alignas(128) char chunks[kStages][kChunkBytes];
-  char beyond[16 * kSliceBytes];  // read, and not used, where a chunk's last tile is not full
+  char beyond[64 * kSliceBytes];  // read, and not used, where a chunk's last tiles are not full
   tile::Ring<kStages> ring;
 };
 
-template <int kStages>
+template <class Stream>
 class Producer {
+  using Slot = tile::Slot<Stream::kStages>;
+
  public:
-  __device__ __forceinline__ explicit Producer(Stream<kStages>& stream)
+  __device__ __forceinline__ explicit Producer(Stream& stream)
       : stream_(stream), policy_(tile::ptx::evict_first_policy()) {}
 
   // The next stage, once it is free, for copies of `bytes` in all.
   __device__ __forceinline__ void begin(int bytes) {
     if (slot_.count >= kUnderWay) {
-      tile::Slot<kStages>{slot_.count - kUnderWay}.wait_full(stream_.ring);
+      Slot{slot_.count - kUnderWay}.wait_full(stream_.ring);
     }
     slot_.wait_empty(stream_.ring);
     stream_.ring.full[slot_.stage()].arrive_expect(bytes);
@@ -48,10 +44,9 @@ class Producer {
   }
   __device__ __forceinline__ void end() { slot_.advance(); }
 
-  // Slices of a block of rows, one after the other.
-  __device__ __forceinline__ void load(const char* from, int rows, int slices) {
+  // Slices of a block of rows, one after the other, of which a chunk holds so many.
+  __device__ __forceinline__ void load(const char* from, int rows, int slices, int at_once) {
     if (rows == 0) return;
-    const int at_once = slices_of_chunk(rows);
     for (int k = 0; k < slices; k += at_once) {
       const int bytes = min(at_once, slices - k) * rows * kSliceBytes;
       begin(bytes);
@@ -61,8 +56,8 @@ class Producer {
   }
 
  private:
-  Stream<kStages>& stream_;
-  tile::Slot<kStages> slot_;
+  Stream& stream_;
+  Slot slot_;
   uint64_t policy_;
 };
 

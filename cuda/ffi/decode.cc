@@ -1,4 +1,5 @@
 #include "cuda/decode/launch.h"
+#include "cuda/decode/rows.h"
 #include "cuda/ffi/common.h"
 
 namespace jaxkern {
@@ -77,6 +78,12 @@ ffi::Error decode_step(cudaStream_t stream, ffi::AnyBuffer tokens, ffi::AnyBuffe
   checks.that(D % decode::kSlice == 0 && F % decode::kSlice == 0, "down",
               "is " + std::to_string(D) + " by " + std::to_string(F),
               "multiples of " + std::to_string(decode::kSlice));
+  const int64_t rows = int64_t{decode::max_rows(static_cast<int>(H))} * multiprocessors;
+  checks.that(D <= rows, "down", "has " + std::to_string(D) + " rows",
+              "at most " + std::to_string(rows));
+  const int64_t units = int64_t{decode::kMaxUnits} * multiprocessors;
+  checks.that(B * K <= units, "keys", "have " + std::to_string(B * K) + " heads of all sequences",
+              "at most " + std::to_string(units));
   // Written in place.
   checks.that(new_lengths->untyped_data() == lengths.untyped_data() &&
                   new_status->untyped_data() == status.untyped_data() &&

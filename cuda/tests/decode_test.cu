@@ -191,6 +191,22 @@ void pack(std::vector<bf16>& to, const Floats& matrix, const Rows& rows, int uni
   }
 }
 
+// Rows of all heads of query, then of key, then of value, by the heads that belong together.
+Floats grouped(const Shape& s, const Floats& rows) {
+  const int group = s.heads / s.kv_heads;
+  const size_t head = rows.size() / (s.heads + 2 * s.kv_heads);
+  Floats y;
+  const auto append = [&](int i) {
+    y.insert(y.end(), rows.begin() + i * head, rows.begin() + (i + 1) * head);
+  };
+  for (int k = 0; k < s.kv_heads; ++k) {
+    for (int g = 0; g < group; ++g) append(k * group + g);
+    append(s.heads + k);
+    append(s.heads + s.kv_heads + k);
+  }
+  return y;
+}
+
 struct Packed {
   std::vector<bf16> qkv, out, gate_up, down, head, embedding;
   std::vector<bf16> norms, bias, qk_norms;
@@ -200,13 +216,14 @@ struct Packed {
       for (float value : x) to.push_back(__float2bfloat16_rn(value));
     };
     for (const Layer& layer : m.layers) {
-      pack(qkv, layer.qkv, rows[decode::kQkv], (m.s.heads + 2 * m.s.kv_heads) * m.s.head_dim);
+      pack(qkv, grouped(m.s, layer.qkv), rows[decode::kQkv],
+           (m.s.heads + 2 * m.s.kv_heads) * m.s.head_dim);
       pack(out, layer.out, rows[decode::kOut], m.s.width);
       pack(gate_up, layer.gate_up, rows[decode::kGateUp], m.s.hidden);
       pack(down, layer.down, rows[decode::kDown], m.s.width);
       append(norms, layer.attention_norm);
       append(norms, layer.mlp_norm);
-      append(bias, layer.bias);
+      append(bias, grouped(m.s, layer.bias));
       append(qk_norms, layer.q_norm);
       append(qk_norms, layer.k_norm);
     }
@@ -281,7 +298,7 @@ void test_model(const std::string& what, const Shape& s, const std::vector<int>&
   p.frequencies = frequencies.data(), p.lengths = device_lengths.data();
   p.status = status.data();
   p.keys = keys.data(), p.values = values.data();
-  const test::Array<char> workspace(std::vector<char>(workspace_bytes, 0));
+  const test::Array<char> workspace(std::vector<char>(workspace_bytes, -1));
   p.workspace = workspace.data();
   for (int step = 0; step < steps; ++step) {
     std::vector<int> tokens;
@@ -318,7 +335,7 @@ void test_model(const std::string& what, const Shape& s, const std::vector<int>&
 int main() {
   using namespace jaxkern;
   using Step64 = decode::DecodeStep<64, 1, 12>;
-  using Step128 = decode::DecodeStep<128, 1, 11>;
+  using Step128 = decode::DecodeStep<128, 1, 10>;
   const Shape llama = {2, 512, 1000, 8, 2, 64, 1536, 1024, false, false};
   const Shape qwen = {2, 768, 1000, 6, 1, 128, 1120, 512, true, false};
   const Shape small = {3, 64, 100, 2, 1, 64, 96, 64, true, true};  // blocks without rows
@@ -329,11 +346,16 @@ int main() {
   test_model<Step64>("long rows", {1, 4096, 500, 64, 8, 64, 512, 64, false, false}, {3}, 2);
   test_model<Step64>("small", small, {5}, 4);
   test_model<Step128>("qwen", qwen, {300}, 2);
+  test_model<Step128>("blocks of 136 rows", {1, 256, 500, 2, 1, 128, 8960, 64, true, false}, {9},
+                      2);
   test_model<Step128>("qwen3", {2, 512, 1000, 8, 2, 128, 1120, 512, false, true}, {31}, 3);
-  test_model<decode::DecodeStep<64, 4, 9>>("two sequences", llama, {17, 400}, 2);
-  test_model<decode::DecodeStep<64, 4, 9>>("four small sequences", small, {0, 7, 31, 8}, 2);
+  test_model<decode::DecodeStep<64, 4, 8>>("two sequences", llama, {17, 400}, 2);
+  test_model<decode::DecodeStep<64, 4, 8>>("four small sequences", small, {0, 7, 31, 8}, 2);
   test_model<decode::DecodeStep<64, 8, 7>>("eight sequences", llama,
                                            {0, 1, 31, 32, 255, 256, 257, 900}, 2);
-  test_model<decode::DecodeStep<128, 8, 7>>("five sequences", qwen, {3, 500, 64, 0, 255}, 2);
+  test_model<decode::DecodeStep<64, 8, 7>>("hidden units in parts",
+                                           {1, 512, 500, 8, 8, 64, 8192, 64, false, false},
+                                           {1, 2, 3, 4, 5, 6, 7}, 2);
+  test_model<decode::DecodeStep<128, 8, 6>>("five sequences", qwen, {3, 500, 64, 0, 255}, 2);
   return test::finish();
 }

@@ -70,7 +70,7 @@ class KVCache:
             jnp.zeros(values, jnp.bfloat16),
             lengths=jnp.zeros(batch, jnp.int32),
             status=jnp.zeros(batch, jnp.int32),
-            workspace=jnp.zeros(_workspace_size(config, batch), jnp.int32),
+            workspace=jnp.full(_workspace_size(config, batch), -1, jnp.int32),
             config=config,
         )
 
@@ -164,18 +164,15 @@ def check_head_dim(config: Any) -> None:
 def _workspace_size(config, batch):
     """int32 enough for what the kernel's blocks send each other, on up to 256 multiprocessors.
 
-    Words of 16 bytes, seven values each, in blocks of rows that have a word more than they need at
-    most; and of attention 32 parts of each head, ten words for 64 values. A header is before them.
+    After a header two places for each bfloat16 value: the results of the phases of a layer, and
+    those of attention once more for each of 16 splits. And two for each float32: of two phases a
+    sum of each block, and of attention a logarithm for each split and head.
     """
-    rows = (
-        (config.heads + 2 * config.kv_heads) * config.head_dim,
-        config.width,
-        config.hidden,
-        config.width,
-    )
-    words = sum(n // 7 + 2 * (256 + n // 64) for n in rows)
-    words += config.heads * 32 * 10 * -(-config.head_dim // 64)
-    return 4 * batch * words + 256
+    heads = config.heads * config.head_dim
+    outputs = heads + 2 * config.kv_heads * config.head_dim
+    values = outputs + heads + 2 * config.width + config.hidden + 16 * heads
+    sums = 2 * (256 + config.width // 64) + 16 * config.heads
+    return 192 + batch * (values + 2 * sums)
 
 
 # --- Layouts --------------------------------------------------------------------------------------

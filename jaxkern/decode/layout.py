@@ -4,15 +4,19 @@ import jax
 import jax.numpy as jnp
 
 ROW = 32  # values of a row that lie together
-_LARGEST_BLOCK = 128  # rows
 
 
-def number_of_blocks(rows: int, multiprocessors: int, rows_of_unit: int = 1) -> int:
-    """How many blocks a matrix of so many rows has: as few as leave none more than 128 rows.
+def largest_block(head_dim: int) -> int:
+    """How many rows a block of a model with such heads has at most."""
+    return 128 if head_dim == 64 else 136
+
+
+def number_of_blocks(rows: int, multiprocessors: int, head_dim: int, rows_of_unit: int = 1) -> int:
+    """How many blocks a matrix of so many rows has: as few as leave none more than `largest_block`.
 
     A multiple of multiprocessors. The rows_of_unit rows of a unit are in the same block.
     """
-    needed = -(-(rows // rows_of_unit) // (_LARGEST_BLOCK // rows_of_unit))
+    needed = -(-(rows // rows_of_unit) // (largest_block(head_dim) // rows_of_unit))
     return -(-needed // multiprocessors) * multiprocessors
 
 

@@ -1,5 +1,6 @@
 """What the decode step needs of a model, in arrays for all layers."""
 
+import functools
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ def stacked_arrays(model: Any) -> dict[str, jax.Array | None]:
       "embedding" [V, D], "norms" [2 L + 1, D], "qkv" [L, (N + 2 K) H, D], "qkv_bias"
       [L, (N + 2 K) H] or None, "qk_norms" [L, 2, H] or None, "out" [L, D, N H], "gate_up"
       [L, 2 F, D], "down" [L, D, F] and "head" [V, D], which is the embedding where head is None.
+      Rows of "qkv" and its bias are by kv head: those of its heads of query, its key, its value.
 
     Raises:
       ValueError: other shapes, or another number of blocks.
@@ -48,14 +50,14 @@ def stacked_arrays(model: Any) -> dict[str, jax.Array | None]:
     ]
     bias = qk_norms = None
     if config.qkv_bias:
-        bias = _stacked(of_blocks((outputs,), "qkv.bias"))
+        bias = _by_kv_head(_stacked(of_blocks((outputs,), "qkv.bias")), config)
     if config.qk_norm:
         qk_norms = _stacked(of_blocks((head_dim,), "query_norm.scale", "key_norm.scale"))
         qk_norms = qk_norms.reshape(config.layers, 2, head_dim)
     return {
         "embedding": embedding,
         "norms": _stacked(norms),
-        "qkv": _stacked_rows(of_blocks((width, outputs), "qkv.kernel")),
+        "qkv": _by_kv_head(_stacked_rows(of_blocks((width, outputs), "qkv.kernel")), config),
         "qkv_bias": bias,
         "qk_norms": qk_norms,
         "out": _stacked_rows(of_blocks((config.heads * head_dim, width), "out.kernel")),
@@ -77,6 +79,16 @@ def _read(module, path, shape, prefix="model"):
 
 
 # Compiled, so that no array exists in a form in between.
+
+
+@functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
+def _by_kv_head(rows, config):
+    """[L, (N + 2 K) H, ...] of all heads of query, then of key, then of value, by kv head."""
+    heads = rows.reshape(config.layers, -1, config.head_dim, *rows.shape[2:])
+    query, key, value = jnp.split(heads, [config.heads, config.heads + config.kv_heads], 1)
+    lead = config.layers, config.kv_heads
+    groups = [x.reshape(*lead, -1, *x.shape[2:]) for x in (query, key, value)]
+    return jnp.concatenate(groups, 2).reshape(rows.shape)
 
 
 @jax.jit

@@ -75,15 +75,16 @@ class PackedWeights:
     Attributes:
       embedding: bfloat16 [V, D].
       norms: bfloat16 [2 L + 1, D]: before a layer's attention, before its MLP, ..., the last one.
-      qkv: of L matrices [(N + 2 K) H, D]: rows of all heads of query, then of key, then of value.
+      qkv: of L matrices [(N + 2 K) H, D]: for each kv head, rows of its heads of query, of its key
+        and of its value.
       out: of L matrices [D, N H].
       gate_up: of L matrices [2 F, D], the rows of gate first.
       down: of L matrices [D, F].
       head: of a matrix [V, D].
-      qkv_bias: bfloat16 [L, (N + 2 K) H], or None.
+      qkv_bias: bfloat16 [L, (N + 2 K) H], in the order of qkv's rows, or None.
       qk_norms: bfloat16 [L, 2, H], of query and key, or None.
       frequencies: float32 [H / 2], see `jaxkern.reference.rotary`.
-      kept: Rows of qkv, out, gate_up and down, bfloat16 and in order, for `prefill`, or None.
+      kept: Rows of qkv, out, gate_up and down, bfloat16, for `prefill`, or None.
       config: the model's, like jaxkern.models.Config.
       weights: "bf16" or "fp8".
       multiprocessors: of the GPU that this is packed for.
@@ -165,7 +166,7 @@ def pack_weights(
 
     def pack(name, rows_of_unit=1):
         rows, columns = arrays[name].shape[-2:]
-        blocks = number_of_blocks(rows, multiprocessors, rows_of_unit)
+        blocks = number_of_blocks(rows, multiprocessors, config.head_dim, rows_of_unit)
         packed = _pack(arrays[name], weights == "fp8", blocks, rows_of_unit)
         return PackedMatrix(*packed, rows, columns, blocks, rows_of_unit)
 

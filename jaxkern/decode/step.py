@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from jaxkern import _checks, _dispatch, _ffi
 from jaxkern.decode.cache import KVCache, Status, pack_keys, pack_values, status_of
+from jaxkern.decode.layout import largest_block
 from jaxkern.decode.pack import PackedWeights
 from jaxkern.ops.attention import dot_product_attention
 from jaxkern.reference import decode as reference
@@ -37,9 +38,9 @@ def decode_step(
       packed: from `pack_weights`.
       cache: of as many sequences, and of the same model.
       tokens: int32 [B].
-      implementation: "xla", plain jax.numpy, which None is too; "cuda", the kernel: for up to 8
-        sequences, heads of 64 or 128 elements, of which up to 8 share one of key and value, and
-        bfloat16 weights; or a sequence of names, of which the first runs that can.
+      implementation: "cuda", the kernel: for up to 8 sequences, heads of 64 or 128 elements, of
+        which up to 8 share one of key and value, and bfloat16 weights; "xla", plain jax.numpy; a
+        sequence of names, of which the first runs that can; or None, which is ("cuda", "xla").
 
     Returns:
       Logits, float32 [B, V], and the cache.
@@ -51,8 +52,7 @@ def decode_step(
     """
     tokens = _checks.int32("tokens", tokens, (cache.batch,))
     _check_cache(packed, cache)
-    names = "xla" if implementation is None else implementation
-    choice = _dispatch.choose(_OP, names, _unsupported(packed, cache))
+    choice = _dispatch.choose(_OP, implementation, _unsupported(packed, cache))
     return _decode_step(packed, cache, tokens, choice)
 
 
@@ -109,6 +109,12 @@ def _unsupported(packed, cache):
         return f"{config.heads} heads share {config.kv_heads} kv_heads, supported are 8 for each"
     if cache.batch > 8:
         return f"there are {cache.batch} sequences, supported are up to 8"
+    count, multiprocessors = cache.batch * config.kv_heads, packed.multiprocessors
+    if count > 8 * multiprocessors:
+        return f"there are {count} kv_heads of all sequences, supported are {8 * multiprocessors}"
+    rows = largest_block(config.head_dim) * multiprocessors
+    if config.width > rows:
+        return f"width is {config.width}, supported is up to {rows}"
     return None
 
 

@@ -67,7 +67,7 @@ def embed(embedding, tokens):
 
 
 def qkv(config, h, weights):
-    """The projections of query, key and value, one after the other, [..., (N + 2 K) H]."""
+    """For each kv head, the projections of its query, key and value, [..., (N + 2 K) H]."""
     product = _of_normalized(config, h, weights["norms"][0], weights["qkv"])
     if weights["qkv_bias"] is not None:
         product += weights["qkv_bias"].astype(jnp.float32)
@@ -76,8 +76,9 @@ def qkv(config, h, weights):
 
 def heads(config, x, positions, weights, frequencies):
     """Query [..., N, H], key and value [..., K, H] of what `qkv` gave; normalised and rotated."""
-    x = x.reshape(*x.shape[:-1], config.heads + 2 * config.kv_heads, config.head_dim)
-    query, key, value = jnp.split(x, [config.heads, config.heads + config.kv_heads], axis=-2)
+    x = x.reshape(*x.shape[:-1], config.kv_heads, -1, config.head_dim)
+    query, key, value = x[..., :-2, :], x[..., -2, :], x[..., -1, :]
+    query = query.reshape(*x.shape[:-3], config.heads, config.head_dim)
     query, key = query.astype(jnp.float32), key.astype(jnp.float32)
     if weights["qk_norms"] is not None:
         query, key = (

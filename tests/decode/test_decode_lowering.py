@@ -14,9 +14,6 @@ from jaxkern.decode import KVCache, decode_step, generate, pack_weights
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
-IMPLEMENTATION = ("cuda", "xla")
-step = functools.partial(decode_step, implementation=IMPLEMENTATION)
-
 LLAMA = dataclasses.replace(CONFIGS["llama"], head_dim=64)
 
 
@@ -33,7 +30,7 @@ def arguments(config, batch, **options):
 def test_call():
     """Operands and results have the shapes of docs/decode.md."""
     c = LLAMA
-    line = custom_call_lines(step, *arguments(c, 2))["decode_step"]
+    line = custom_call_lines(decode_step, *arguments(c, 2))["decode_step"]
     operands, results = types(line)
     n, d, layers = (c.heads + 2 * c.kv_heads) * 64, c.width, c.layers
     keys = f"{layers}x2x{c.kv_heads}x8x2x8x32xbf16"
@@ -62,7 +59,7 @@ def test_call():
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
 def test_what_models_have_besides(name):
     config = dataclasses.replace(CONFIGS[name], head_dim=128)
-    operands, _ = types(custom_call_lines(step, *arguments(config, 1))["decode_step"])
+    operands, _ = types(custom_call_lines(decode_step, *arguments(config, 1))["decode_step"])
     n = (config.heads + 2 * config.kv_heads) * 128
     assert operands[-2] == (f"{config.layers}x{n}xbf16" if config.qkv_bias else "0xbf16")
     assert operands[-1] == (f"{config.layers}x2x128xbf16" if config.qk_norm else "0xbf16")
@@ -71,7 +68,7 @@ def test_what_models_have_besides(name):
 def test_generate():
     """A step of the loop is one call."""
     prompt = jnp.zeros((1, 5), jnp.int32)
-    run = functools.partial(generate, max_new_tokens=8, implementation=IMPLEMENTATION)
+    run = functools.partial(generate, max_new_tokens=8)
     calls = custom_calls(run, packed(LLAMA), prompt)
     assert calls["decode_step"] == 1
 
@@ -83,7 +80,9 @@ def test_named():
 
 
 def test_default():
-    assert custom_calls(decode_step, *arguments(LLAMA, 1)) == {}
+    """The kernel on GPUs, the reference elsewhere."""
+    assert custom_calls(decode_step, *arguments(LLAMA, 1)) == {"decode_step": 1}
+    assert "custom_call" not in jax.jit(decode_step).lower(*arguments(LLAMA, 1)).as_text()
 
 
 @pytest.mark.parametrize(
@@ -93,10 +92,12 @@ def test_default():
         ({}, 9, "bf16", "there are 9 sequences, supported are up to 8"),
         ({}, 1, "fp8", "weights are 'fp8', supported is 'bf16'"),
         ({"heads": 9, "kv_heads": 1}, 1, "bf16", "9 heads share 1 kv_heads"),
+        ({"heads": 16, "kv_heads": 16}, 2, "bf16", "there are 32 kv_heads of all sequences"),
+        ({"width": 416}, 1, "bf16", "width is 416, supported is up to 384"),
     ],
 )
 def test_what_the_kernel_does_not_take(changes, batch, weights, reason):
     given = arguments(dataclasses.replace(LLAMA, **changes), batch, weights=weights)
     with pytest.raises(NotImplementedError, match=f"'cuda': {reason}"):
         jax.eval_shape(functools.partial(decode_step, implementation="cuda"), *given)
-    assert custom_calls(step, *given) == {}
+    assert custom_calls(decode_step, *given) == {}

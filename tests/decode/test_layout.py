@@ -28,12 +28,13 @@ def packed(w, blocks):
 
 @pytest.mark.parametrize("rows_of_unit", [1, 2])
 @pytest.mark.parametrize("multiprocessors", [1, 8, 132])
-@pytest.mark.parametrize("units", [1, 5, 64, 128, 129, 1024, 1025, 8448, 8449, 128256])
-def test_number_of_blocks(units, multiprocessors, rows_of_unit):
+@pytest.mark.parametrize("units", [1, 5, 64, 128, 129, 136, 1025, 8448, 8449, 8960, 128256])
+@pytest.mark.parametrize(("head_dim", "largest"), [(64, 128), (128, 136)])
+def test_number_of_blocks(units, multiprocessors, rows_of_unit, head_dim, largest):
     rows = units * rows_of_unit
-    got = layout.number_of_blocks(rows, multiprocessors, rows_of_unit)
+    got = layout.number_of_blocks(rows, multiprocessors, head_dim, rows_of_unit)
     wanted = multiprocessors
-    while -(-units // wanted) * rows_of_unit > 128:
+    while -(-units // wanted) * rows_of_unit > largest:
         wanted += multiprocessors
     assert got == wanted
 

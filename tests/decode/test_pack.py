@@ -20,11 +20,22 @@ def packed(name, *args, **options):
     return pack_weights(model_of(config, random_arrays(config)), *args, **options)
 
 
+def by_kv_head(config, rows):
+    """Rows [L, (N + 2 K) H, ...], those of a kv head's query, key and value next to each other."""
+    n, k, group = config.heads, config.kv_heads, config.heads // config.kv_heads
+    order = [[*range(i * group, (i + 1) * group), n + i, n + k + i] for i in range(k)]
+    heads = np.asarray(rows).reshape(config.layers, n + 2 * k, config.head_dim, *rows.shape[2:])
+    return heads[:, np.ravel(order)].reshape(rows.shape)
+
+
 @pytest.mark.parametrize("name", list(CONFIGS))
 @pytest.mark.parametrize("multiprocessors", [1, 7, 132])
 def test_matrices(name, multiprocessors):
     """Each is the model's, in the blocks that docs/decode.md asks for."""
     config, arrays = CONFIGS[name], random_arrays(CONFIGS[name])
+    arrays = {**arrays, "qkv": by_kv_head(config, arrays["qkv"])}
+    if config.qkv_bias:
+        arrays["qkv_bias"] = by_kv_head(config, arrays["qkv_bias"])
     got = packed(name, multiprocessors=multiprocessors)
     for key in MATRICES:
         matrix, rows = getattr(got, key), arrays[key]
@@ -33,7 +44,8 @@ def test_matrices(name, multiprocessors):
         assert (matrix.rows, matrix.columns) == rows.shape[-2:]
         unit = 2 if key == "gate_up" else 1
         assert matrix.rows_of_unit == unit
-        assert matrix.blocks == layout.number_of_blocks(rows.shape[-2], multiprocessors, unit)
+        wanted = layout.number_of_blocks(rows.shape[-2], multiprocessors, config.head_dim, unit)
+        assert matrix.blocks == wanted
         values, scale = matrix.unpack()
         np.testing.assert_array_equal(values, rows)
         assert scale is None
@@ -72,7 +84,8 @@ def test_pytree():
 
 def test_fp8():
     """The FP8 rows of the model's, packed like them."""
-    arrays = random_arrays(CONFIGS["llama"])
+    config, arrays = CONFIGS["llama"], random_arrays(CONFIGS["llama"])
+    arrays = {**arrays, "qkv": by_kv_head(config, arrays["qkv"])}
     got = packed("llama", "fp8")
     for key in MATRICES:
         matrix = getattr(got, key)

@@ -213,8 +213,8 @@ def test_phases():
     np.testing.assert_allclose(phases["down"][1], h, atol=1e-5)
     head = reference.head(config, phases["down"][-1], weights.norms[-1], weights.head.unpack())
     np.testing.assert_allclose(logits, head, atol=1e-5)
-    value = phases["qkv"][0, :, -config.kv_heads * config.head_dim :]
-    np.testing.assert_array_equal(new.read(0)[1][:, 9].reshape(BATCH, -1), value)
+    heads = phases["qkv"][0].reshape(BATCH, config.kv_heads, -1, config.head_dim)
+    np.testing.assert_array_equal(new.read(0)[1][:, 9], heads[:, :, -1])
 
 
 def test_donation():

@@ -25,7 +25,14 @@ __device__ __forceinline__ void add_relaxed(uint32_t* word, uint32_t value) {
   asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" : : "l"(word), "r"(value) : "memory");
 }
 
-// 16 bytes at once, which a reader has either all or none of.
+__device__ __forceinline__ void store_relaxed(uint32_t* word, uint32_t value) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" : : "l"(word), "r"(value) : "memory");
+}
+__device__ __forceinline__ void store_relaxed(uint16_t* half, uint16_t value) {
+  asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" : : "l"(half), "h"(value) : "memory");
+}
+
+// 16 bytes at once.
 __device__ __forceinline__ void load_relaxed_128(const void* from, uint32_t (&x)[4]) {
   asm volatile(
       "{\n.reg .b128 x;\n.reg .b64 low, high;\n"
@@ -36,15 +43,4 @@ __device__ __forceinline__ void load_relaxed_128(const void* from, uint32_t (&x)
       : "l"(from)
       : "memory");
 }
-__device__ __forceinline__ void store_relaxed_128(void* to, const uint32_t (&x)[4]) {
-  asm volatile(
-      "{\n.reg .b128 x;\n.reg .b64 low, high;\n"
-      "mov.b64 low, {%1, %2};\nmov.b64 high, {%3, %4};\n"
-      "mov.b128 x, {low, high};\n"
-      "st.relaxed.gpu.global.b128 [%0], x;\n}"
-      :
-      : "l"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
-      : "memory");
-}
-
 }  // namespace jaxkern::tile::ptx
