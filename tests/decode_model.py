@@ -153,3 +153,15 @@ def model_of(config, arrays):
         norm=norm(arrays["norms"][-1]),
         head=None if config.tied_embeddings else linear(arrays["head"]),
     )
+
+
+def by_kv_head(config, rows, *, inverse=False):
+    """Rows [L, (N + 2 K) H, ...], those of a kv head's query, key and value next to each other.
+
+    inverse: from that order to all of query, then of key, then of value.
+    """
+    n, k, group = config.heads, config.kv_heads, config.heads // config.kv_heads
+    order = [[*range(i * group, (i + 1) * group), n + i, n + k + i] for i in range(k)]
+    order = np.argsort(np.ravel(order)) if inverse else np.ravel(order)
+    heads = np.asarray(rows).reshape(config.layers, n + 2 * k, config.head_dim, *rows.shape[2:])
+    return heads[:, order].reshape(rows.shape)

@@ -76,7 +76,8 @@ def qkv(config, h, weights):
 
 def heads(config, x, positions, weights, frequencies):
     """Query [..., N, H], key and value [..., K, H] of what `qkv` gave; normalised and rotated."""
-    x = x.reshape(*x.shape[:-1], config.kv_heads, -1, config.head_dim)
+    group = config.heads // config.kv_heads
+    x = x.reshape(*x.shape[:-1], config.kv_heads, group + 2, config.head_dim)
     query, key, value = x[..., :-2, :], x[..., -2, :], x[..., -1, :]
     query = query.reshape(*x.shape[:-3], config.heads, config.head_dim)
     query, key = query.astype(jnp.float32), key.astype(jnp.float32)

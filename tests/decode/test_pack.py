@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from decode_model import CONFIGS, frequencies, model_of, random_arrays
+from decode_model import CONFIGS, by_kv_head, frequencies, model_of, random_arrays
 
 from jaxkern.decode import layout, pack, pack_weights
 from jaxkern.testing import random_normal
@@ -18,14 +18,6 @@ MATRICES = ("qkv", "out", "gate_up", "down", "head")
 def packed(name, *args, **options):
     config = CONFIGS[name]
     return pack_weights(model_of(config, random_arrays(config)), *args, **options)
-
-
-def by_kv_head(config, rows):
-    """Rows [L, (N + 2 K) H, ...], those of a kv head's query, key and value next to each other."""
-    n, k, group = config.heads, config.kv_heads, config.heads // config.kv_heads
-    order = [[*range(i * group, (i + 1) * group), n + i, n + k + i] for i in range(k)]
-    heads = np.asarray(rows).reshape(config.layers, n + 2 * k, config.head_dim, *rows.shape[2:])
-    return heads[:, np.ravel(order)].reshape(rows.shape)
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decode_model import CONFIGS, forward, model_of, random_arrays
+from decode_model import CONFIGS, by_kv_head, forward, model_of, random_arrays
 
 from jaxkern.decode import KVCache, Status, decode_step, pack_weights, prefill
 from jaxkern.reference import decode as reference
@@ -113,6 +113,7 @@ def test_fp8_weights(name):
     for key in ("qkv", "out", "gate_up", "down", "head"):
         rows = getattr(weights, key).unpack()
         dequantised[key] = rows.values.astype(jnp.float32) * rows.scale[..., None]
+    dequantised["qkv"] = by_kv_head(config, dequantised["qkv"], inverse=True)
     exact = run_forward(config, dequantised, tokens, "float32")
     assert relative_error(logits, exact) < BF16_LIMIT
 
