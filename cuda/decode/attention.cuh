@@ -1,5 +1,5 @@
 // Attention of one new token: over the keys and values that the cache has, which come through the
-// stream, and its own, which come with the query in words and take their place among them.
+// stream, and its own, which come with the query and take their place among them.
 //
 // A unit of work is one kv head of one sequence and one split of its tokens. Each warp takes 32
 // tokens at a time: scores of all heads that share the kv head, heads as rows of mma.m16n8k16, then
@@ -71,6 +71,7 @@ struct Attention {
   static constexpr int kSlices = kHeadDim / kSlice;
   static constexpr int kHalfChunk = 8 << 10;  // keys; then values
   static constexpr int kChunkTokens = kHalfChunk / (2 * kHeadDim);
+
   struct Storage {
     alignas(16) bf16 query[kSlices][kMaxGroup][kSlice];
     bf16 key[kHeadDim];                             // the new one
@@ -183,8 +184,9 @@ struct Attention {
     float out[kHeadDim / 16][4] = {};
     constexpr int kChunkParts = kChunkTokens / kWarpTokens;
     const Slot start = slot;
-    // A warp waits for chunks with tokens of its own, and leaves with them those before, which have
-    // come, too. That may be none that the ring needs for the next ones.
+    // A warp waits for chunks with tokens of its own only, and leaves those before with them. Where
+    // its own is further on than the ring is long, it has to leave some before, or that never
+    // comes.
     const auto leave_to = [&](Slot end) {
       __syncwarp();
       const Slot left = {slot.count + lane};

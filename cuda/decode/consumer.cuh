@@ -1,32 +1,10 @@
 // The warps that multiply: what they gather before a phase, and what they hand on after it.
 #pragma once
 
-#include "cuda/decode/attention.cuh"
+#include "cuda/decode/storage.cuh"
 #include "cuda/tile/smem.cuh"
 
 namespace jaxkern::decode {
-
-// The shared memory of a block.
-template <int kHeadDim, int kBatch, int kStages>
-struct StepStorage {
-  Stream<kStages, chunk_bytes(kHeadDim)> stream;
-  Sums<kBatch> sums;
-  float residual[kBatch][kMaxRows];  // hidden state of the rows that the block has of out, down
-  float rstd[kBatch];                // of the hidden state
-  float2 rotation[kBatch][kHeadDim / 2];  // cosines and sines of the positions
-  int lengths[kBatch], tokens[kBatch], status[kBatch];
-  Splits splits;
-  Unit units[kMaxUnits];
-  int unit_count;
-  uint32_t before[kHead], layers;  // of the steps before this one, see WorkspaceHeader
-  // Vectors of the products, and between them what attention needs. As large as is asked for.
-  alignas(128) char scratch[];
-};
-
-// What registers have room for: of qkv, and of out beside what attention needs.
-using HeldQkv = HeldWeights<3, 8>;
-template <int kHeadDim>
-using HeldOut = HeldWeights<2, kHeadDim == 64 ? 8 : 6>;
 
 template <int kHeadDim, int kBatch, int kStages>
 struct Consumer {
@@ -85,12 +63,13 @@ struct Consumer {
     const int64_t all = p.results[kFrom].size / batch();
     const int words = count / Word::kValues;
     if (first == 0) wait(kFrom, layer);
-    Word sums[2] = {};  // of the blocks, of one sequence a warp
+    constexpr int kSumWords = kMaxMultiprocessors / (4 * tile::kWarpSize);
+    Word sums[kSumWords] = {};  // of the blocks, of one sequence a warp
     const bool adds = gives_hidden(kFrom) && warp() < batch();
     const float* of_blocks = squares(kFrom, layer) + warp() * p.squares_stride;
     const auto get_sums = [&] {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      for (int i = 0; i < kSumWords; ++i) {
         const int index = lane() + i * tile::kWarpSize;
         if (adds && index * 4 < p.squares_stride) sums[i] = peek(of_blocks + index * 4);
       }

@@ -11,6 +11,7 @@ inline constexpr int kMaxGroup = 8;       // heads that share a kv head
 inline constexpr int kMaxSplits = 16;     // of the tokens of a sequence, in attention
 inline constexpr int kSplitTokens = 256;  // a split has at least so many, if there are
 inline constexpr int kMaxUnits = 8;       // of attention, a multiprocessor
+inline constexpr int kMaxMultiprocessors = 256;
 
 // What became of a sequence: the first thing that did. Its logits are NaN from then on.
 enum Status { kOk, kTokenOutOfRange, kCacheFull };

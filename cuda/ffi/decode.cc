@@ -27,8 +27,9 @@ ffi::Error decode_step(cudaStream_t stream, ffi::AnyBuffer tokens, ffi::AnyBuffe
                                      std::pair("out", &out), std::pair("down", &down)}) {
     checks.that(buffer->element_count() > 0, name, "is empty", "values");
   }
-  checks.that(multiprocessors > 0, "multiprocessors", "is " + std::to_string(multiprocessors),
-              "a positive number");
+  checks.that(multiprocessors > 0 && multiprocessors <= decode::kMaxMultiprocessors,
+              "multiprocessors", "is " + std::to_string(multiprocessors),
+              "1 to " + std::to_string(decode::kMaxMultiprocessors));
   if (checks.failed()) return checks.error();
   const auto dims = keys.dimensions();  // [L, B, K, T / 8, H / 32, 8, 32]
   const int64_t L = dims[0], B = dims[1], K = dims[2], T = 8 * dims[3], H = 32 * dims[4];

@@ -18,6 +18,10 @@ from jaxkern.reference import decode as reference
 
 _OP = "decode_step"
 
+# What the kernel takes, as in cuda/decode/params.h: sequences, heads that share a kv head, and
+# units of attention that a multiprocessor has.
+_MAX_BATCH, _MAX_GROUP, _MAX_UNITS = 8, 8, 8
+
 
 def decode_step(
     packed: PackedWeights,
@@ -105,13 +109,14 @@ def _unsupported(packed, cache):
         return f"weights are {packed.weights!r}, supported is 'bf16'"
     if config.head_dim not in (64, 128):
         return f"head_dim is {config.head_dim}, supported are 64 and 128"
-    if config.heads > 8 * config.kv_heads:
-        return f"{config.heads} heads share {config.kv_heads} kv_heads, supported are 8 for each"
-    if cache.batch > 8:
-        return f"there are {cache.batch} sequences, supported are up to 8"
+    if config.heads > _MAX_GROUP * config.kv_heads:
+        shared = f"{config.heads} heads share {config.kv_heads} kv_heads"
+        return f"{shared}, supported are {_MAX_GROUP} for each"
+    if cache.batch > _MAX_BATCH:
+        return f"there are {cache.batch} sequences, supported are up to {_MAX_BATCH}"
     count, multiprocessors = cache.batch * config.kv_heads, packed.multiprocessors
-    if count > 8 * multiprocessors:
-        return f"there are {count} kv_heads of all sequences, supported are {8 * multiprocessors}"
+    if count > (most := _MAX_UNITS * multiprocessors):
+        return f"there are {count} kv_heads of all sequences, supported are {most}"
     rows = largest_block(config.head_dim) * multiprocessors
     if config.width > rows:
         return f"width is {config.width}, supported is up to {rows}"

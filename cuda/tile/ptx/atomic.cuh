@@ -43,4 +43,5 @@ __device__ __forceinline__ void load_relaxed_128(const void* from, uint32_t (&x)
       : "l"(from)
       : "memory");
 }
+
 }  // namespace jaxkern::tile::ptx

@@ -1,0 +1,30 @@
+// Where a block keeps what it has: shared memory, and weights in registers.
+#pragma once
+
+#include "cuda/decode/attention.cuh"
+
+namespace jaxkern::decode {
+
+// The shared memory of a block.
+template <int kHeadDim, int kBatch, int kStages>
+struct StepStorage {
+  Stream<kStages, chunk_bytes(kHeadDim)> stream;
+  Sums<kBatch> sums;
+  float residual[kBatch][kMaxRows];  // hidden state of the rows that the block has of out, down
+  float rstd[kBatch];                // of the hidden state
+  float2 rotation[kBatch][kHeadDim / 2];  // cosines and sines of the positions
+  int lengths[kBatch], tokens[kBatch], status[kBatch];
+  Splits splits;
+  Unit units[kMaxUnits];
+  int unit_count;
+  uint32_t before[kHead], layers;  // of the steps before this one, see WorkspaceHeader
+  // Vectors of the products, and between them what attention needs. As large as is asked for.
+  alignas(128) char scratch[];
+};
+
+// What registers have room for: of qkv, and of out beside what attention needs.
+using HeldQkv = HeldWeights<3, 8>;
+template <int kHeadDim>
+using HeldOut = HeldWeights<2, kHeadDim == 64 ? 8 : 6>;
+
+}  // namespace jaxkern::decode
