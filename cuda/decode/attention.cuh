@@ -18,29 +18,20 @@ inline constexpr int kWarpTokens = 32;
 
 // How the tokens of all sequences, with the new ones, are divided: into splits of so many.
 struct Splits {
-  int tokens, count;  // splits of the longest sequence
-  int units;          // of all sequences, and kv heads
+  int tokens, count;  // of a split, and splits of the longest sequence
 
-  __device__ __forceinline__ void init(const DecodeParams& p, const int* lengths) {
+  __device__ __forceinline__ void init(const DecodeParams& p, int longest) {
     constexpr int kStep = 64;  // of their lengths
-    int longest = 0;
-    for (int n = 0; n < p.batch; ++n) longest = max(longest, total(p, lengths[n]));
     const int heads = p.batch * p.kv_heads;
-    const int most = max(1, min(kMaxSplits, static_cast<int>(gridDim.x) / heads));
+    const int most = max(1, min(kMaxSplits, p.multiprocessors / heads));
     tokens = max(kSplitTokens, tile::ceil_div(longest, kStep * most) * kStep);
     count = of(longest);
-    units = 0;
-    for (int n = 0; n < p.batch; ++n) units += of(total(p, lengths[n])) * p.kv_heads;
-  }
-  // Tokens of a sequence, with the new one if the cache has room for it.
-  __device__ __forceinline__ static int total(const DecodeParams& p, int length) {
-    return min(length + 1, p.capacity);
   }
   // Splits of so many.
   __device__ __forceinline__ int of(int total) const { return tile::ceil_div(total, tokens); }
 };
 
-// What a multiprocessor does of attention: the same in every layer.
+// What a multiprocessor does of attention: the same in every layer of a step.
 // NOTE: taking turns, all would find the code for it out of their caches, which costs more than
 // their share of keys and values does (H200).
 struct Unit {
@@ -48,20 +39,47 @@ struct Unit {
   int first, tokens;  // none where a shorter sequence has not got the split
   int own;            // the new token, from the first on; negative if this has not got it
 
-  __device__ __forceinline__ void init(const DecodeParams& p, const Splits& all, const int* lengths,
-                                       int index) {
+  // `length_of`(sequence): of what the cache has.
+  template <class LengthOf>
+  __device__ __forceinline__ void init(const DecodeParams& p, const Splits& all,
+                                       const LengthOf& length_of, int index) {
     split = index % all.count;
     kv_head = index / all.count % p.kv_heads;
     sequence = index / all.count / p.kv_heads;
-    const int length = lengths[sequence], total = Splits::total(p, length);
+    const int length = length_of(sequence), total = total_of(p, length);
     splits = all.of(total);
     first = split * all.tokens;
     tokens = max(0, min(all.tokens, total - first));
     own = split == splits - 1 && length < total ? length - first : -1;
   }
+  // Tokens of a sequence, with the new one if the cache has room for it.
+  __device__ __forceinline__ static int total_of(const DecodeParams& p, int length) {
+    return min(length + 1, p.capacity);
+  }
   // Of the query, the key and the value that belong to a kv head.
   __device__ __forceinline__ static int values(const DecodeParams& p) {
     return (p.heads / p.kv_heads + 2) * p.head_dim;
+  }
+};
+
+// The units of this multiprocessor.
+struct Units {
+  Unit data[kMaxUnits];
+  int count;
+
+  // By kMaxUnits threads or more.
+  template <class LengthOf>
+  __device__ __forceinline__ void init(const DecodeParams& p, const LengthOf& length_of) {
+    if (threadIdx.x >= kMaxUnits) return;
+    int longest = 0;
+    for (int n = 0; n < p.batch; ++n) longest = max(longest, Unit::total_of(p, length_of(n)));
+    Splits splits;
+    splits.init(p, longest);
+    const int all = p.batch * p.kv_heads * splits.count;
+    const int index = blockIdx.x + threadIdx.x * p.multiprocessors;
+    if (index < all) data[threadIdx.x].init(p, splits, length_of, index);
+    const int left = all - static_cast<int>(blockIdx.x);
+    if (threadIdx.x == 0) count = max(0, tile::ceil_div(left, p.multiprocessors));
   }
 };
 

@@ -6,17 +6,26 @@
 
 namespace jaxkern::decode {
 
+// Cosine and sine of an angle of up to 2^17, within 2^-20.
+__device__ __forceinline__ float2 unit_vector(float angle) {
+  constexpr float kTurn = 6.28318548f, kTurnRest = -1.74845553e-7f;  // 2 pi
+  const float turns = rintf(angle * (1.0f / kTurn));
+  angle = fmaf(-turns, kTurnRest, fmaf(-turns, kTurn, angle));
+  return make_float2(__cosf(angle), __sinf(angle));
+}
+
 template <int kHeadDim, int kBatch, int kStages>
 struct Consumer {
   using Attention = decode::Attention<kHeadDim>;
   using Storage = StepStorage<kHeadDim, kBatch, kStages>;
   using bf16 = tile::bf16;
-  static constexpr int kTeam = kWarps / kBatch;  // warps for each sequence, where each has its own
+  using Team = decode::Team<kBatch>;
 
   const StepParams& p;
   Storage& shared;
   const Vectors<kBatch> x;
-  tile::Slot<kStages> slot;
+  Draw<kBatch> draw;
+  tile::Slot<kStages> slot = {};
 
   __device__ __forceinline__ WorkspaceHeader& header() const {
     return *static_cast<WorkspaceHeader*>(p.model.workspace);
@@ -42,7 +51,7 @@ struct Consumer {
   __device__ __forceinline__ uint32_t arrivals(Phase phase, int layers) const {
     const Rows& rows = p.rows[phase];
     const int senders =
-        gives_hidden(phase) ? 1 : min(kTeam, tile::ceil_div(rows.most_units(), tile::kWarpSize));
+        gives_hidden(phase) ? 1 : min(Team::kSize, tile::ceil_div(rows.most_units(), tile::kWarpSize));
     return layers * batch() * (phase == kAttention ? p.model.kv_heads : rows.blocks * senders);
   }
   // Until all have sent what they have of a phase.
@@ -123,27 +132,51 @@ struct Consumer {
     }
   }
 
-  // The first hidden state: rows of the embedding, a warp for each sequence.
+  // The first hidden state: rows of the embedding.
   __device__ __forceinline__ void embed() {
-    const int n = warp();
-    if (n >= batch()) return;
-    const auto* row =
-        static_cast<const bf16*>(p.model.embedding) + int64_t{shared.tokens[n]} * p.model.width;
-    const auto* norm = static_cast<const bf16*>(p.model.norms);
-    float squares = 0.0f;
-#pragma unroll 4
-    for (int i = lane(); i < p.model.width / 2; i += tile::kWarpSize) {
-      const float2 value = tile::unpack<bf16>(reinterpret_cast<const uint32_t*>(row)[i]);
-      const float2 weight = tile::unpack<bf16>(reinterpret_cast<const uint32_t*>(norm)[i]);
-      squares += value.x * value.x + value.y * value.y;
-      x.at(n, 2 * i) = __float2bfloat16_rn(value.x * weight.x);
-      x.at(n, 2 * i + 1) = __float2bfloat16_rn(value.y * weight.y);
+    const int n = Team::sequence();
+    if (n < batch()) {
+      const int token = min(max(shared.draw.tokens[n], 0), p.model.vocabulary - 1);
+      const auto* row =
+          static_cast<const bf16*>(p.model.embedding) + int64_t{token} * p.model.width;
+      const auto* norm = static_cast<const bf16*>(p.model.norms);
+      constexpr int kWords = kBatch == 1 ? 2 : 8;  // at once
+      float squares = 0.0f;
+#pragma unroll 1
+      for (int start = Team::lane(); start < p.model.width / Word::kValues;
+           start += kWords * Team::kLanes) {
+        Word values[kWords], weights[kWords];
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) {
+          const int index = min(start + i * Team::kLanes, p.model.width / Word::kValues - 1);
+          values[i] = reinterpret_cast<const Word*>(row)[index];
+          weights[i] = reinterpret_cast<const Word*>(norm)[index];
+        }
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) {
+          const int index = start + i * Team::kLanes;
+          if (index >= p.model.width / Word::kValues) continue;
+#pragma unroll
+          for (uint32_t& pair : values[i].data) {
+            const float2 value = tile::unpack<bf16>(pair);
+            const float2 weight = tile::unpack<bf16>(weights[i].data[&pair - values[i].data]);
+            squares += value.x * value.x + value.y * value.y;
+            pair = tile::pack<bf16>(value.x * weight.x, value.y * weight.y);
+          }
+          x.word(n, index) = values[i];
+        }
+      }
+      const Rows& rows = p.rows[kOut];
+      const int block = blockIdx.x;
+      for (int unit = Team::lane(); unit < rows.units(block); unit += Team::kLanes) {
+        shared.residual[n][unit] = __bfloat162float(row[rows.first(block) + unit]);
+      }
+      squares = tile::warp_sum(squares);
+      if (lane() == 0) shared.squares[warp()] = squares;
     }
-    put_rstd(n, squares);
-    const Rows& rows = p.rows[kOut];
-    const int block = blockIdx.x;
-    for (int unit = lane(); unit < rows.units(block); unit += tile::kWarpSize) {
-      shared.residual[n][unit] = __bfloat162float(row[rows.first(block) + unit]);
+    sync_consumers();
+    if (n < batch() && Team::leads()) {
+      put_rstd(n, lane() < Team::kSize ? shared.squares[warp() + lane()] : 0.0f);
     }
   }
 
@@ -178,9 +211,9 @@ struct Consumer {
     int n, unit, step;
   };
   __device__ __forceinline__ Place place(Phase phase) const {
-    const int n = warp() / kTeam, member = warp() % kTeam;
-    if (gives_hidden(phase)) return {member == 0 ? n : kBatch, lane(), tile::kWarpSize};
-    return {n, member * tile::kWarpSize + lane(), kTeam * tile::kWarpSize};
+    const int n = Team::sequence();
+    if (gives_hidden(phase)) return {Team::leads() ? n : kBatch, lane(), tile::kWarpSize};
+    return {n, Team::lane(), Team::kLanes};
   }
 
   // What a result needs besides the sum: a bias, or the weight of the norm that follows.
@@ -275,12 +308,15 @@ struct Consumer {
 
   __device__ __forceinline__ void store_logits(int block) {
     const Rows& rows = p.rows[kHead];
-    const int units = rows.units(block), unit = threadIdx.x;
+    const int n = Team::sequence();
+    if (n >= batch()) return;
 #pragma unroll 1
-    for (int n = 0; n < batch(); ++n) {
-      if (unit >= units) break;
-      p.model.logits[int64_t{n} * p.model.vocabulary + rows.first(block) + unit] =
+    for (int unit = Team::lane(); unit < rows.units(block); unit += Team::kLanes) {
+      const int token = rows.first(block) + unit;
+      const float logit =
           shared.status[n] == kOk ? shared.sums.total(n, unit) * shared.rstd[n] : NAN;
+      p.model.logits[int64_t{n} * p.model.vocabulary + token] = logit;
+      draw.add(token, logit);
     }
   }
 
@@ -319,6 +355,9 @@ struct Consumer {
       sync_consumers();
       if constexpr (kPhase == kHead) {
         store_logits(block);
+        // The new keys and values are there for whoever knows of this block's next arrival. It
+        // costs nothing here.
+        if (threadIdx.x == 0 && block == static_cast<int>(blockIdx.x)) __threadfence();
       } else {
         send_results<kPhase>(layer, block, constant);
       }
@@ -345,8 +384,8 @@ struct Consumer {
     auto& storage = tile::settled(*reinterpret_cast<typename Attention::Storage*>(shared.scratch));
     const float scale = tile::kLog2E * rsqrtf(kHeadDim);
 #pragma unroll 1
-    for (int i = 0; i < shared.unit_count; ++i) {
-      const Unit& unit = shared.units[i];
+    for (int i = 0; i < shared.units.count; ++i) {
+      const Unit& unit = shared.units.data[i];
       if (unit.tokens == 0) continue;
       if (i > 0) sync_consumers();  // the storage has been read
       receive_heads(layer, unit, storage);
@@ -391,8 +430,8 @@ struct Consumer {
 
   __device__ __forceinline__ void clear_attention(int layer) const {
     const int count = p.model.heads / p.model.kv_heads * kHeadDim;
-    for (int i = 0; i < shared.unit_count; ++i) {
-      const Unit& unit = shared.units[i];
+    for (int i = 0; i < shared.units.count; ++i) {
+      const Unit& unit = shared.units.data[i];
       if (unit.tokens == 0) continue;
       for (int d = threadIdx.x; d < count; d += kConsumers) {
         if (unit.split == 0) clear(results(kAttention, layer) + attention_place(unit) + d);
@@ -404,8 +443,54 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ void run() {
-    const int layers = p.model.layers;
+  // --- Steps -------------------------------------------------------------------------------------
+
+  // Of what the cache has before a step.
+  __device__ __forceinline__ int length(int n, int step) const {
+    return min(shared.lengths[n] + step, p.model.capacity);
+  }
+
+  // What there is before the first step.
+  __device__ __forceinline__ void begin() {
+    const int n = threadIdx.x;
+    if (n < batch()) {
+      const int token = p.model.tokens[n], before = p.model.status[n];
+      const bool known = token >= 0 && token < p.model.vocabulary;
+      shared.status[n] = before == kOk && !known ? kTokenOutOfRange : before;
+      shared.lengths[n] = p.model.lengths[n];
+      shared.draw.tokens[n] = token;
+      shared.draw.done[n] = p.model.sampling.steps > 0 && p.model.sampling.done[n] != 0;
+    }
+    if (n < kHead) shared.before[n] = header().before[n];
+    if (n == 0) {
+      shared.ended = false;
+      shared.layers = header().layers;
+      shared.draw.exchanges = header().exchanges;
+      shared.draw.rounds = header().rounds;
+      // Nobody has arrived in this launch yet, because that takes values of this block.
+      shared.draw.exchange_arrivals = header().counters[kHead].count;
+      shared.draw.round_arrivals = header().round_counter.count;
+    }
+    sync_consumers();
+  }
+
+  // What follows from the lengths before a step.
+  __device__ __forceinline__ void plan(int step) {
+    shared.units.init(p.model, [&](int n) { return length(n, step); });
+    constexpr int kPairs = kHeadDim / 2;
+    for (int i = threadIdx.x; i < batch() * kPairs; i += kConsumers) {
+      const int n = i / kPairs, pair = i % kPairs;
+      shared.rotation[n][pair] = unit_vector(length(n, step) * p.model.frequencies[pair]);
+    }
+  }
+
+  // Logits.
+  __device__ __forceinline__ void step(int step) {
+    const int layers = p.model.layers, n = threadIdx.x;
+    if (n == 0) shared.turn.arrive();
+    if (n < batch() && shared.status[n] == kOk && length(n, step) == p.model.capacity) {
+      shared.status[n] = kCacheFull;
+    }
     const bool hold_qkv = HeldQkv::fit(p.rows[kQkv]);
     const bool hold_out = HeldOut<kHeadDim>::fit(p.rows[kOut]);
 #pragma unroll 1
@@ -430,17 +515,44 @@ struct Consumer {
       multiply_rows<kGateUp>(layer);
       multiply_rows<kDown>(layer);
     }
+    draw.begin();
     multiply_rows<kHead>(layers);
-    // All blocks have sent what the head needs, so they have read these.
-    if (blockIdx.x == 0 && threadIdx.x < batch()) {
-      const int length = shared.lengths[threadIdx.x];
-      p.model.lengths[threadIdx.x] = length + (length < p.model.capacity);
-      p.model.status[threadIdx.x] = shared.status[threadIdx.x];
+    if (n < kHead) shared.before[n] += arrivals(static_cast<Phase>(n), layers);
+    if (n == 0) shared.layers += layers;
+  }
+
+  __device__ __forceinline__ void run() {
+    const int steps = p.model.sampling.steps;
+    begin();
+    int count = 0;
+#pragma unroll 1
+    while (true) {
+      plan(count);  // while others' ranks are on their way
+      sync_consumers();
+      if (count > 0 && !draw.finish(count - 1)) break;
+      step(count);
+      ++count;
+      if (steps == 0) break;
+      draw.start();
     }
-    if (blockIdx.x == 0 && threadIdx.x < kHead) {
-      const auto phase = static_cast<Phase>(threadIdx.x);
-      header().before[phase] = shared.before[phase] + arrivals(phase, p.model.layers);
-      if (threadIdx.x == 0) header().layers = shared.layers + p.model.layers;
+    const int n = threadIdx.x;
+    if (n == 0 && count < steps) {
+      shared.ended = true;
+      shared.turn.arrive();
+    }
+    // All blocks have sent what the head needs, so they have read these.
+    if (blockIdx.x == 0) {
+      if (n < batch()) {
+        p.model.lengths[n] = length(n, count);
+        p.model.status[n] = shared.status[n];
+        if (steps > 0) p.model.sampling.done[n] = shared.draw.done[n];
+      }
+      if (n < kHead) header().before[n] = shared.before[n];
+      if (n == 0) {
+        header().layers = shared.layers;
+        header().exchanges = shared.draw.exchanges;
+        header().rounds = shared.draw.rounds;
+      }
     }
   }
 };

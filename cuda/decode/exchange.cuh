@@ -1,5 +1,7 @@
 // What blocks send each other: bfloat16 values, and float32 sums, that tell whether they are there.
 //
+// And ranks, by which they draw tokens.
+//
 // Until a value comes, its place holds a NaN that no arithmetic gives. So whoever reads all values
 // has them, and no fence orders anything; counters only tell when it is worth to look. Who sent a
 // value clears its place when all have read it. There are two places, for layers in turn, so that
@@ -16,6 +18,7 @@ namespace jaxkern::decode {
 
 inline constexpr uint16_t kNothing = 0xffff;  // arithmetic gives 0x7fff
 inline constexpr uint32_t kNoSum = 0xffffffff;
+inline constexpr uint64_t kNoRank = ~uint64_t{0};  // NaN has the lowest ranks
 
 __device__ __forceinline__ void send(tile::bf16* to, tile::bf16 value) {
   tile::ptx::store_relaxed(reinterpret_cast<uint16_t*>(to), __bfloat16_as_ushort(value));
@@ -23,11 +26,18 @@ __device__ __forceinline__ void send(tile::bf16* to, tile::bf16 value) {
 __device__ __forceinline__ void send(float* to, float value) {
   tile::ptx::store_relaxed(reinterpret_cast<uint32_t*>(to), __float_as_uint(value));
 }
+__device__ __forceinline__ void send(uint64_t* to, uint64_t rank) {
+  tile::ptx::store_relaxed(to, rank);
+}
 __device__ __forceinline__ void clear(tile::bf16* place) {
   tile::ptx::store_relaxed(reinterpret_cast<uint16_t*>(place), kNothing);
 }
 __device__ __forceinline__ void clear(float* place) {
   tile::ptx::store_relaxed(reinterpret_cast<uint32_t*>(place), kNoSum);
+}
+
+__device__ __forceinline__ void clear(uint64_t* place) {
+  tile::ptx::store_relaxed(place, kNoRank);
 }
 
 // Eight values or four sums.
@@ -61,9 +71,15 @@ __device__ __forceinline__ void arrive(Counter& counter) {
   tile::ptx::add_relaxed(&counter.count, 1);
 }
 
-// Until the counter has come to `target`, around which it may wrap.
+// Until the counter has come to `target`, around which it may wrap. kAcquire: what was before the
+// fences of those who arrived is there then.
+template <bool kAcquire = false>
 __device__ __forceinline__ void wait_for(Counter& counter, uint32_t target) {
-  while (static_cast<int>(tile::ptx::load_relaxed(&counter.count) - target) < 0) {
+  const auto count = [&] {
+    return kAcquire ? tile::ptx::load_acquire(&counter.count)
+                    : tile::ptx::load_relaxed(&counter.count);
+  };
+  while (static_cast<int>(count() - target) < 0) {
   }
 }
 

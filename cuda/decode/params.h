@@ -12,6 +12,8 @@ inline constexpr int kMaxSplits = 16;     // of the tokens of a sequence, in att
 inline constexpr int kSplitTokens = 256;  // a split has at least so many, if there are
 inline constexpr int kMaxUnits = 8;       // of attention, a multiprocessor
 inline constexpr int kMaxMultiprocessors = 256;
+inline constexpr int kBins = 256;                 // of sampling's histograms
+inline constexpr int kMaxVocabulary = 1 << 20;    // that they have bits for
 
 // What became of a sequence: the first thing that did. Its logits are NaN from then on.
 enum Status { kOk, kTokenOutOfRange, kCacheFull };
@@ -19,7 +21,8 @@ enum Status { kOk, kTokenOutOfRange, kCacheFull };
 // The phases of a layer, and the head.
 enum Phase { kQkv, kAttention, kOut, kGateUp, kDown, kHead, kPhases };
 
-// Arrivals of those who have sent what they have of a phase, in a cache line of its own.
+// Arrivals of those who have sent what they have of a phase, in a cache line of its own. The head
+// sends the ranks that sampling exchanges.
 struct Counter {
   uint32_t count;
   uint32_t padding[31];
@@ -28,10 +31,25 @@ struct Counter {
 // The start of the workspace, all bits of which are set before the first step, and which is kept
 // from step to step. What blocks send each other follows, see exchange.cuh.
 struct WorkspaceHeader {
-  Counter counters[kHead];
-  uint32_t before[kHead];  // what the counters had when the last step had ended
-  uint32_t layers;         // of all steps so far, from -1 on
-  uint32_t padding[32 - kHead - 1];
+  Counter counters[kPhases];
+  Counter round_counter;     // arrivals of sampling's rounds of histograms
+  uint32_t before[kPhases];  // what the counters had when the last step had ended
+  uint32_t layers;           // of all steps so far, from -1 on, and exchanges and rounds of sampling
+  uint32_t exchanges, rounds;
+  uint32_t padding[32 - kPhases - 3];
+};
+
+// How tokens are drawn from logits, and for how many steps.
+struct Sampling {
+  int steps;                // at most; 0 is one step, after which no token is drawn
+  int* drawn;               // [B, steps]
+  int* done;                // [B], whether a sequence has ended: its token repeats from then on
+  const int* stop_tokens;   // [stop_count], that end a sequence; when all have ended steps do
+  int stop_count;
+  const uint32_t* seeds;    // [steps, B, 2], keys of threefry, or null: the largest logit
+  const float* parameters;  // temperature, and top_p where it filters
+  int top_k;                // 0: all
+  bool top_p;               // whether it filters
 };
 
 struct DecodeParams {
@@ -46,11 +64,12 @@ struct DecodeParams {
   const void* qk_norms;          // [L, 2, H] bfloat16 or null
   const float* frequencies;      // [H / 2], radians a token
   const int* tokens;             // [B]
-  int* lengths;                  // [B], of what the cache has; one more after, where there was room
+  int* lengths;                  // [B], of what the cache has; more after, where there was room
   int* status;                   // [B], of Status
   void *keys, *values;           // the cache, bfloat16
-  float* logits;                 // [B, V]
+  float* logits;                 // [B, V], of the last step
   void* workspace;
+  Sampling sampling;
 };
 
 }  // namespace jaxkern::decode

@@ -26,6 +26,8 @@ struct StepParams {
   Places<tile::bf16> partials;              // [kMaxSplits, B, N H] of attention
   Places<float> logs;                       // [kMaxSplits, B, N] of the sums of their weights
   Places<float> out_squares, down_squares;  // [B, blocks'] of the hidden state, sums of blocks
+  Places<uint64_t> ranks;                   // [B, blocks'], for exchanges of sampling in turn
+  uint64_t* histograms;                     // [4, B, kBins], for its rounds in turn
   int squares_stride;                       // blocks', a multiple of 4
   int part;                                 // columns of vectors that shared memory has room for
 };

@@ -18,6 +18,18 @@ inline constexpr int kConsumers = kWarps * tile::kWarpSize;
 
 __device__ __forceinline__ void sync_consumers() { tile::ptx::named_barrier_sync(1, kConsumers); }
 
+// The warps that hand on what there is of a sequence, where each has its own.
+template <int kBatch>
+struct Team {
+  static constexpr int kSize = kWarps / kBatch;
+  static constexpr int kLanes = kSize * tile::kWarpSize;
+  // The sequence and the lane of this thread.
+  __device__ __forceinline__ static int sequence() { return threadIdx.x / kLanes; }
+  __device__ __forceinline__ static int lane() { return threadIdx.x % kLanes; }
+  // Whether this is the first warp.
+  __device__ __forceinline__ static bool leads() { return lane() < tile::kWarpSize; }
+};
+
 // Vectors of bfloat16, [slices][kBatch][32].
 template <int kBatch>
 struct Vectors {

@@ -30,6 +30,10 @@ inline StepParams plan_step(const DecodeParams& model, int64_t* workspace_bytes 
   for (int phase = 0; phase < kHead; ++phase) {
     reserve(p.results[phase], batch * (phase == kAttention ? heads : p.rows[phase].count()));
   }
+  reserve(p.ranks, batch * p.squares_stride);
+  Places<uint64_t> histograms;
+  reserve(histograms, 2 * batch * kBins);
+  p.histograms = histograms.data;
   reserve(p.partials, splits * heads);
   reserve(p.out_squares, batch * p.squares_stride);
   reserve(p.down_squares, batch * p.squares_stride);

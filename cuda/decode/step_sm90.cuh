@@ -1,5 +1,5 @@
-// One token of every sequence by the whole model, in one persistent cooperative launch: a block on
-// each multiprocessor, which owns rows of every matrix.
+// Tokens of every sequence by the whole model, in one persistent cooperative launch: a block on each
+// multiprocessor, which owns rows of every matrix.
 //
 //   producer    one thread streams the block's rows of all matrices, and keys and values, through a
 //               ring. It waits for room only, never for a dependency.
@@ -11,20 +11,14 @@
 //   out        heads                     -> hidden state, which its rows' owner keeps in float32
 //   gate_up    normalised hidden state   -> hidden units
 //   down       hidden units              -> hidden state
-// Then the head's rows give logits. docs/decode.md draws the schedule.
+// Then the head's rows give logits, and those the next tokens. docs/decode.md draws the schedule.
 #pragma once
+
+#include <algorithm>
 
 #include "cuda/decode/consumer.cuh"
 
 namespace jaxkern::decode {
-
-// Cosine and sine of an angle of up to 2^17, within 2^-20.
-__device__ __forceinline__ float2 unit_vector(float angle) {
-  constexpr float kTurn = 6.28318548f, kTurnRest = -1.74845553e-7f;  // 2 pi
-  const float turns = rintf(angle * (1.0f / kTurn));
-  angle = fmaf(-turns, kTurnRest, fmaf(-turns, kTurn, angle));
-  return make_float2(__cosf(angle), __sinf(angle));
-}
 
 template <int kHeadDim_, int kBatch_, int kStages_>
 struct DecodeStep {
@@ -50,7 +44,8 @@ struct DecodeStep {
   static int shared_bytes(const StepParams& p) {
     const int vectors = kBatch * p.part * static_cast<int>(sizeof(tile::bf16));
     const int attention = static_cast<int>(sizeof(typename Attention::Storage));
-    return static_cast<int>(sizeof(Storage)) + (vectors > attention ? vectors : attention);
+    const int histograms = kBatch * kBins * static_cast<int>(sizeof(uint64_t));
+    return static_cast<int>(sizeof(Storage)) + std::max({vectors, attention, histograms});
   }
 
   __device__ __forceinline__ static void produce(const StepParams& p, Storage& shared) {
@@ -68,29 +63,41 @@ struct DecodeStep {
       }
     };
     const auto attend = [&](int layer) {
-      for (int i = 0; i < shared.unit_count; ++i) {
-        Attention::load(p.model, producer, layer, shared.units[i]);
+      for (int i = 0; i < shared.units.count; ++i) {
+        Attention::load(p.model, producer, layer, shared.units.data[i]);
       }
     };
-    for (int layer = 0; layer < p.model.layers; ++layer) {
-      for (int phase = kQkv; phase <= kDown; ++phase) {
-        if (phase == kAttention && HeldOut<kHeadDim>::fit(p.rows[kOut])) {
-          load(kOut, layer);  // registers take it before attention
-          attend(layer);
-        } else if (phase == kAttention) {
-          attend(layer);
-          load(kOut, layer);
-        } else if (phase != kOut) {
-          load(static_cast<Phase>(phase), layer);
-        }
+    // Whether there is the step: then keys and values of those before it are in the cache.
+    const auto begins = [&](int step) {
+      shared.turn.wait(step % 2);
+      tile::ptx::fence_async();
+      if (shared.ended) producer.drain();
+      return !shared.ended;
+    };
+    const bool out_first = HeldOut<kHeadDim>::fit(p.rows[kOut]);  // registers take it before attention
+    // What comes before keys and values comes before the turn, if the ring has room for all of it.
+    const auto chunks = [&](Phase phase) { return p.rows[phase].chunks_of(blockIdx.x).count; };
+    const bool ahead = chunks(kQkv) + (out_first ? chunks(kOut) : 0) <= kStages;
+    const int steps = max(p.model.sampling.steps, 1);
+    for (int step = 0; step < steps; ++step) {
+      if (!ahead && !begins(step)) return;
+      for (int layer = 0; layer < p.model.layers; ++layer) {
+        load(kQkv, layer);
+        if (out_first) load(kOut, layer);
+        if (ahead && layer == 0 && !begins(step)) return;
+        attend(layer);
+        if (!out_first) load(kOut, layer);
+        load(kGateUp, layer);
+        load(kDown, layer);
       }
+      load(kHead, 0);
     }
-    load(kHead, 0);
   }
 
   __device__ __forceinline__ static void consume(const StepParams& p, Storage& shared) {
     const Vectors<kBatch> x = {reinterpret_cast<tile::bf16*>(shared.scratch)};
-    Consumer<kHeadDim, kBatch, kStages>{p, shared, x, {}}.run();
+    Draw<kBatch> draw(p, shared.draw, reinterpret_cast<uint64_t*>(shared.scratch));
+    Consumer<kHeadDim, kBatch, kStages>{p, shared, x, draw}.run();
   }
 };
 
@@ -100,38 +107,8 @@ __global__ void __launch_bounds__(Step::kThreads, 1)
   auto& shared = tile::settled(tile::shared_storage<typename Step::Storage>());
   if (threadIdx.x == 0) {
     shared.stream.ring.init(1, kWarps);
+    shared.turn.init(1);
     tile::ptx::fence_mbarrier_init();
-  }
-  if (threadIdx.x < min(Step::kBatch, p.model.batch)) {
-    const int token = p.model.tokens[threadIdx.x], length = p.model.lengths[threadIdx.x];
-    const bool known = token >= 0 && token < p.model.vocabulary;
-    const int before = p.model.status[threadIdx.x];
-    shared.status[threadIdx.x] = before != kOk                ? before
-                                 : !known                     ? kTokenOutOfRange
-                                 : length >= p.model.capacity ? kCacheFull
-                                                              : kOk;
-    shared.lengths[threadIdx.x] = min(length, p.model.capacity);
-    shared.tokens[threadIdx.x] = min(max(token, 0), p.model.vocabulary - 1);
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) shared.splits.init(p.model, shared.lengths);
-  const auto& header = *static_cast<const WorkspaceHeader*>(p.model.workspace);
-  if (threadIdx.x < kHead) shared.before[threadIdx.x] = header.before[threadIdx.x];
-  if (threadIdx.x == kHead) shared.layers = header.layers;
-  for (int i = threadIdx.x; i < Step::kBatch * Step::kHeadDim / 2; i += Step::kThreads) {
-    const int n = i / (Step::kHeadDim / 2), pair = i % (Step::kHeadDim / 2);
-    if (n >= p.model.batch) break;
-    shared.rotation[n][pair] = unit_vector(shared.lengths[n] * p.model.frequencies[pair]);
-  }
-  __syncthreads();
-  const int units = p.model.batch * p.model.kv_heads * shared.splits.count;
-  const int index = blockIdx.x + threadIdx.x * gridDim.x;
-  if (threadIdx.x < kMaxUnits && index < units) {
-    shared.units[threadIdx.x].init(p.model, shared.splits, shared.lengths, index);
-  }
-  if (threadIdx.x == 0) {
-    shared.unit_count =
-        max(0, tile::ceil_div(units - static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x)));
   }
   __syncthreads();
   if (tile::warpgroup_index() < kConsumers / tile::kWarpgroupSize) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/decode/attention.cuh"
+#include "cuda/decode/draw.cuh"
 
 namespace jaxkern::decode {
 
@@ -12,12 +13,15 @@ struct StepStorage {
   Sums<kBatch> sums;
   float residual[kBatch][kMaxRows];  // hidden state of the rows that the block has of out, down
   float rstd[kBatch];                // of the hidden state
+  float squares[kWarps];             // of the first one, sums of warps
   float2 rotation[kBatch][kHeadDim / 2];  // cosines and sines of the positions
-  int lengths[kBatch], tokens[kBatch], status[kBatch];
-  Splits splits;
-  Unit units[kMaxUnits];
-  int unit_count;
+  int lengths[kBatch], status[kBatch];    // lengths before the first step
+  Units units;
+  DrawStorage<kBatch> draw;
   uint32_t before[kHead], layers;  // of the steps before this one, see WorkspaceHeader
+  // From consumers to the producer, once a step: keys and values of the step before are there.
+  tile::Barrier turn;
+  bool ended;  // or there is no step
   // Vectors of the products, and between them what attention needs. As large as is asked for.
   alignas(128) char scratch[];
 };

@@ -44,6 +44,13 @@ class Producer {
   }
   __device__ __forceinline__ void end() { slot_.advance(); }
 
+  // Until nothing is under way.
+  __device__ __forceinline__ void drain() const {
+    for (int i = min(slot_.count, kUnderWay); i > 0; --i) {
+      Slot{slot_.count - i}.wait_full(stream_.ring);
+    }
+  }
+
   // Slices of a block of rows, one after the other, of which a chunk holds so many.
   __device__ __forceinline__ void load(const char* from, int rows, int slices, int at_once) {
     if (rows == 0) return;

@@ -256,6 +256,59 @@ void fill_cache(const Shape& s, const std::vector<Sequence>& sequences, std::vec
   }
 }
 
+// Several tokens in one launch: each has the largest logit, or nearly. When all sequences but one
+// have ended from the start and that one does steps end.
+template <class Step>
+void test_draws(const std::string& what, DecodeParams p, std::vector<Sequence>& sequences) {
+  constexpr int kSteps = 4;
+  const int B = p.batch, V = p.vocabulary;
+  const test::Array<int> tokens(std::vector<int>(B, 1)), done(std::vector<int>(B, 0)),
+      drawn(std::vector<int>(B * kSteps, -1));
+  const test::Array<float> logits(size_t(B) * V);
+  p.tokens = tokens.data(), p.logits = logits.data();
+  p.sampling.steps = kSteps, p.sampling.drawn = drawn.data(), p.sampling.done = done.data();
+  test::check(decode::launch_decode_step_sm90<Step>(p, nullptr), what);
+  test::synchronize(what);
+  const std::vector<int> got = drawn.host();
+  Floats short_of, last;
+  for (int n = 0; n < B; ++n) {
+    for (int i = 0; i < kSteps; ++i) {
+      last = sequences[n].step(i == 0 ? 1 : got[n * kSteps + i - 1]);
+      const int token = got[n * kSteps + i];
+      const bool known = token >= 0 && token < V;
+      short_of.push_back(*std::max_element(last.begin(), last.end()) - (known ? last[token] : NAN));
+    }
+  }
+  test::compare(what + ", drawn", short_of, Floats(short_of.size(), 0.0f), 1, 0.1f);
+  test::compare(what + ", done", done.host(), std::vector<int>(B, 0), 1);
+
+  // The first token of the last sequence ends it.
+  std::vector<int> ended(B, 1);
+  ended[B - 1] = 0;
+  const test::Array<int> most(ended), once(std::vector<int>(B * kSteps, -1));
+  std::vector<int> next, repeated;
+  for (int n = 0; n < B; ++n) next.push_back(got[n * kSteps + kSteps - 1]);
+  const test::Array<int> start(next);
+  p.tokens = start.data(), p.sampling.done = most.data(), p.sampling.drawn = once.data();
+  std::vector<int> all(V);
+  std::iota(all.begin(), all.end(), 0);
+  const test::Array<int> stops(all);  // any token does
+  p.sampling.stop_tokens = stops.data(), p.sampling.stop_count = V;
+  test::check(decode::launch_decode_step_sm90<Step>(p, nullptr), what);
+  test::synchronize(what);
+  for (int n = 0; n < B; ++n) {
+    last = sequences[n].step(next[n]);
+    const int token = n < B - 1 ? next[n] : once.host()[n * kSteps];
+    repeated.insert(repeated.end(), kSteps, token);
+  }
+  const int token = repeated.back();
+  test::compare(what + ", repeated", once.host(), repeated, 1);
+  test::compare(what + ", ended", most.host(), std::vector<int>(B, 1), 1);
+  const bool known = token >= 0 && token < V;
+  const Floats most_short = {*std::max_element(last.begin(), last.end()) - (known ? last[token] : NAN)};
+  test::compare(what + ", the last", most_short, Floats{0.0f}, 1, 0.1f);
+}
+
 template <class Step>
 void test_model(const std::string& what, const Shape& s, const std::vector<int>& lengths,
                 int steps) {
@@ -316,6 +369,7 @@ void test_model(const std::string& what, const Shape& s, const std::vector<int>&
     test::synchronize(at);
     test::compare(at, logits.host(), wanted, s.vocabulary, 0.05f);
   }
+  test_draws<Step>(what, p, sequences);
   std::vector<int> after;
   for (const Sequence& sequence : sequences) after.push_back(sequence.length());
   test::compare(what + ", lengths", device_lengths.host(), after, 1);
