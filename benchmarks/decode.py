@@ -6,8 +6,8 @@
     python benchmarks/decode.py --case 'decode llama-3.2-1b fp8 b2 ctx1024'
 
 `decode` is a step, one token for each of b sequences: of 32 steps in one compiled function, each
-fed with the tokens of the one before, the last of which makes ctx tokens. GB/s are of the weights
-that a step reads. `generate` is a call from p tokens of a prompt to n new ones, waited for; with n1
+fed with the tokens of the one before, the last of which makes ctx tokens. For jaxkern they are one
+call of decode_steps. GB/s are of the weights that a step reads. `generate` is a call from p tokens of a prompt to n new ones, waited for; with n1
 it is the time to the first token.
 
 Weights are random. `jaxkern` is what runs where no implementation is named; `jaxkern cuda` is
@@ -187,15 +187,10 @@ def decode_once(packed, cache, tokens, start, implementation):
 
 @functools.partial(jax.jit, static_argnums=4, donate_argnums=1)
 def decode_greedily(packed, cache, tokens, start, implementation):
-    """Tokens [STEPS, B] that follow tokens at position start, and the cache."""
-
-    def step(carry, _):
-        cache, tokens = carry
-        logits, cache = decode.decode_step(packed, cache, tokens, implementation=implementation)
-        tokens = jnp.argmax(logits, -1).astype(jnp.int32)
-        return (cache, tokens), tokens
-
-    (cache, _), tokens = jax.lax.scan(step, (with_lengths(cache, start), tokens), length=STEPS)
+    """Tokens [B, STEPS] that follow tokens at position start, and the cache."""
+    cache = with_lengths(cache, start)
+    run = functools.partial(decode.decode_steps, implementation=implementation)
+    tokens, _, cache = run(packed, cache, tokens, STEPS)
     return tokens, cache
 
 

@@ -7,22 +7,26 @@ namespace {
 
 constexpr auto F32 = ffi::DataType::F32;
 constexpr auto S32 = ffi::DataType::S32;
+constexpr auto U32 = ffi::DataType::U32;
 constexpr auto BF16 = ffi::DataType::BF16;
 
 ffi::Error decode_step(cudaStream_t stream, ffi::AnyBuffer tokens, ffi::AnyBuffer lengths,
                        ffi::AnyBuffer status, ffi::AnyBuffer keys, ffi::AnyBuffer values,
-                       ffi::AnyBuffer workspace, ffi::AnyBuffer embedding, ffi::AnyBuffer norms,
+                       ffi::AnyBuffer workspace, ffi::AnyBuffer done, ffi::AnyBuffer embedding, ffi::AnyBuffer norms,
                        ffi::AnyBuffer qkv, ffi::AnyBuffer out, ffi::AnyBuffer gate_up,
                        ffi::AnyBuffer down, ffi::AnyBuffer head, ffi::AnyBuffer frequencies,
-                       ffi::AnyBuffer qkv_bias, ffi::AnyBuffer qk_norms,
-                       ffi::Result<ffi::AnyBuffer> logits, ffi::Result<ffi::AnyBuffer> new_lengths,
+                       ffi::AnyBuffer qkv_bias, ffi::AnyBuffer qk_norms, ffi::AnyBuffer stop_tokens,
+                       ffi::AnyBuffer seeds, ffi::AnyBuffer sampling,
+                       ffi::Result<ffi::AnyBuffer> drawn, ffi::Result<ffi::AnyBuffer> logits, ffi::Result<ffi::AnyBuffer> new_lengths,
                        ffi::Result<ffi::AnyBuffer> new_status, ffi::Result<ffi::AnyBuffer> new_keys,
                        ffi::Result<ffi::AnyBuffer> new_values,
-                       ffi::Result<ffi::AnyBuffer> new_workspace, float epsilon,
-                       int32_t multiprocessors) {
+                       ffi::Result<ffi::AnyBuffer> new_workspace,
+                       ffi::Result<ffi::AnyBuffer> new_done, float epsilon, int32_t multiprocessors,
+                       int32_t top_k, bool top_p) {
   Checks checks("decode_step");
   checks.rank("keys", keys, 7).rank("embedding", embedding, 2).rank("out", out, 2);
   checks.rank("down", down, 2).rank("workspace", workspace, 1);
+  checks.rank("drawn", *drawn, 2).rank("stop_tokens", stop_tokens, 1);
   for (const auto& [name, buffer] : {std::pair("keys", &keys), std::pair("embedding", &embedding),
                                      std::pair("out", &out), std::pair("down", &down)}) {
     checks.that(buffer->element_count() > 0, name, "is empty", "values");
@@ -36,12 +40,16 @@ ffi::Error decode_step(cudaStream_t stream, ffi::AnyBuffer tokens, ffi::AnyBuffe
   const int64_t V = embedding.dimensions()[0], D = embedding.dimensions()[1];
   const int64_t N = out.dimensions()[1] / (D * H), F = down.dimensions()[1] / D;
   const int64_t all = (N + 2 * K) * H;
+  const int64_t steps = drawn->dimensions()[1];
+  const bool draws = steps > 0, noisy = seeds.element_count() > 0;
   const bool has_bias = qkv_bias.element_count() > 0, has_norms = qk_norms.element_count() > 0;
   checks.shape("keys", keys, {L, B, K, T / 8, H / 32, 8, 32})
       .shape("values", values, {L, B, K, T / 32, H, 32})
       .shape("tokens", tokens, {B})
       .shape("lengths", lengths, {B})
       .shape("status", status, {B})
+      .shape("done", done, {B})
+      .shape("drawn", *drawn, {B, steps})
       .shape("norms", norms, {2 * L + 1, D})
       .shape("qkv", qkv, {L, all * D})
       .shape("out", out, {L, D * N * H})
@@ -54,9 +62,19 @@ ffi::Error decode_step(cudaStream_t stream, ffi::AnyBuffer tokens, ffi::AnyBuffe
       .dtype("frequencies", frequencies, {F32});
   if (has_bias) checks.shape("qkv_bias", qkv_bias, {L, all});
   if (has_norms) checks.shape("qk_norms", qk_norms, {L, 2, H});
+  if (noisy) {
+    checks.shape("seeds", seeds, {steps, B, 2}).shape("sampling", sampling, {2});
+    checks.dtype("sampling", sampling, {F32}).dtype("seeds", seeds, {U32});
+    checks.that(V < decode::kMaxVocabulary, "head", "has " + std::to_string(V) + " rows",
+                "fewer than " + std::to_string(decode::kMaxVocabulary));
+    checks.that(top_k >= 0, "top_k", "is " + std::to_string(top_k), "0 or above");
+  }
   checks.dtype("tokens", tokens, {S32})
       .dtype("lengths", lengths, {S32})
       .dtype("status", status, {S32})
+      .dtype("done", done, {S32})
+      .dtype("drawn", *drawn, {S32})
+      .dtype("stop_tokens", stop_tokens, {S32})
       .dtype("workspace", workspace, {S32})
       .dtype("keys", keys, {BF16})
       .dtype("values", values, {BF16})
@@ -88,6 +106,7 @@ ffi::Error decode_step(cudaStream_t stream, ffi::AnyBuffer tokens, ffi::AnyBuffe
   // Written in place.
   checks.that(new_lengths->untyped_data() == lengths.untyped_data() &&
                   new_status->untyped_data() == status.untyped_data() &&
+                  new_done->untyped_data() == done.untyped_data() &&
                   new_keys->untyped_data() == keys.untyped_data() &&
                   new_values->untyped_data() == values.untyped_data() &&
                   new_workspace->untyped_data() == workspace.untyped_data(),
@@ -122,6 +141,18 @@ ffi::Error decode_step(cudaStream_t stream, ffi::AnyBuffer tokens, ffi::AnyBuffe
   params.values = values.untyped_data();
   params.logits = logits->typed_data<float>();
   params.workspace = workspace.untyped_data();
+  if (draws) {
+    decode::Sampling& how = params.sampling;
+    how.steps = static_cast<int>(steps);
+    how.drawn = drawn->typed_data<int32_t>();
+    how.done = done.typed_data<int32_t>();
+    how.stop_tokens = stop_tokens.typed_data<int32_t>();
+    how.stop_count = static_cast<int>(stop_tokens.element_count());
+    how.seeds = noisy ? seeds.typed_data<uint32_t>() : nullptr;
+    how.parameters = noisy ? sampling.typed_data<float>() : nullptr;
+    how.top_k = top_k;
+    how.top_p = top_p;
+  }
   const int64_t bytes = decode::decode_workspace_bytes(params);
   const auto has = static_cast<int64_t>(workspace.size_bytes());
   checks.that(has >= bytes, "workspace", "has " + std::to_string(has) + " bytes",
@@ -141,6 +172,7 @@ JAXKERN_DEFINE_HANDLER(DecodeStep, decode_step,
                            .Arg<ffi::AnyBuffer>()  // keys
                            .Arg<ffi::AnyBuffer>()  // values
                            .Arg<ffi::AnyBuffer>()  // workspace
+                           .Arg<ffi::AnyBuffer>()  // done
                            .Arg<ffi::AnyBuffer>()  // embedding
                            .Arg<ffi::AnyBuffer>()  // norms
                            .Arg<ffi::AnyBuffer>()  // qkv
@@ -151,13 +183,20 @@ JAXKERN_DEFINE_HANDLER(DecodeStep, decode_step,
                            .Arg<ffi::AnyBuffer>()  // frequencies
                            .Arg<ffi::AnyBuffer>()  // qkv_bias
                            .Arg<ffi::AnyBuffer>()  // qk_norms
+                           .Arg<ffi::AnyBuffer>()  // stop_tokens
+                           .Arg<ffi::AnyBuffer>()  // seeds
+                           .Arg<ffi::AnyBuffer>()  // sampling
+                           .Ret<ffi::AnyBuffer>()  // drawn
                            .Ret<ffi::AnyBuffer>()  // logits
                            .Ret<ffi::AnyBuffer>()  // lengths
                            .Ret<ffi::AnyBuffer>()  // status
                            .Ret<ffi::AnyBuffer>()  // keys
                            .Ret<ffi::AnyBuffer>()  // values
                            .Ret<ffi::AnyBuffer>()  // workspace
+                           .Ret<ffi::AnyBuffer>()  // done
                            .Attr<float>("epsilon")
-                           .Attr<int32_t>("multiprocessors"));
+                           .Attr<int32_t>("multiprocessors")
+                           .Attr<int32_t>("top_k")
+                           .Attr<bool>("top_p"));
 
 }  // namespace jaxkern

@@ -7,5 +7,7 @@ from jaxkern.decode.generation import generate as generate
 from jaxkern.decode.pack import PackedWeights as PackedWeights
 from jaxkern.decode.pack import pack_weights as pack_weights
 from jaxkern.decode.sampling import sample as sample
+from jaxkern.decode.step import DecodedTokens as DecodedTokens
 from jaxkern.decode.step import decode_step as decode_step
+from jaxkern.decode.step import decode_steps as decode_steps
 from jaxkern.decode.step import prefill as prefill

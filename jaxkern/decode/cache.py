@@ -165,14 +165,16 @@ def _workspace_size(config, batch):
     """int32 enough for what the kernel's blocks send each other, on up to 256 multiprocessors.
 
     After a header two places for each bfloat16 value: the results of the phases of a layer, and
-    those of attention once more for each of 16 splits. And two for each float32: of two phases a
-    sum of each block, and of attention a logarithm for each split and head.
+    those of attention once more for each of 16 splits. Two for each float32: of two phases a sum of
+    each block, and of attention a logarithm for each split and head. Two for each block's rank, and
+    four histograms of 256 bins, of 8 bytes each.
     """
     heads = config.heads * config.head_dim
     outputs = heads + 2 * config.kv_heads * config.head_dim
     values = outputs + heads + 2 * config.width + config.hidden + 16 * heads
     sums = 2 * (256 + config.width // 64) + 16 * config.heads
-    return 192 + batch * (values + 2 * sums)
+    ranks = 256 + 2 * 256
+    return 256 + batch * (values + 2 * sums + 4 * ranks)
 
 
 # --- Layouts --------------------------------------------------------------------------------------

@@ -1,8 +1,6 @@
 """generate: tokens that continue prompts."""
 
-import dataclasses
 import functools
-import math
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
@@ -14,10 +12,11 @@ from jax.typing import ArrayLike
 from jaxkern import _checks, _dispatch
 from jaxkern.decode.cache import KVCache
 from jaxkern.decode.pack import PackedWeights
-from jaxkern.decode.sampling import greedy, sample
-from jaxkern.decode.step import decode_step, prefill
+from jaxkern.decode.sampling import Sampling, stop_tokens_of
+from jaxkern.decode.step import draw_steps, prefill, steps_choice
 
-_CHUNK = 16  # tokens between two looks at whether all sequences have ended
+_CHUNK = 16  # tokens of a call of the callback
+_LAUNCH = 64  # steps of a launch of the kernel, which leaves the GPU to nobody else meanwhile
 
 
 class GeneratedTokens(NamedTuple):
@@ -49,9 +48,9 @@ def generate(
 ) -> GeneratedTokens:
     """Tokens that continue each of B prompts.
 
-    With stop tokens or a callback the tokens come in chunks of up to 16, after each of which the
-    host waits for it: to end early, and to call back. Else, and under a transformation such as
-    jax.jit, everything is computed at once. That changes no token.
+    With a callback the tokens come in chunks of up to 16, after each of which the host waits for
+    it. Else everything is one computation. That changes no token. When all sequences have ended no
+    further step is computed.
 
     Args:
       packed: from `pack_weights`.
@@ -85,16 +84,14 @@ def generate(
         )
     if lengths is not None:
         lengths = jnp.clip(_checks.int32("lengths", lengths, (batch,)), 1, t)
-    how = _sampling(temperature, top_k, top_p, key)
-    stops = _stop_tokens(packed.config, stop_tokens)
+    how = Sampling.create(temperature, top_k, top_p, key)
+    stops = stop_tokens_of(packed.config, stop_tokens)
     implementation = _dispatch.as_static(implementation)
 
     state = _start(packed, prompt, lengths, t - 1 + max_new_tokens, implementation)
-    traced = isinstance(state.token, jax.core.Tracer)
-    if traced and callback is not None:
+    if isinstance(state.token, jax.core.Tracer) and callback is not None:
         raise ValueError("callback is given under a transformation such as jax.jit, wanted None")
-    chunked = not traced and (callback is not None or stops.size > 0)
-    chunk = _CHUNK if chunked else max_new_tokens
+    chunk = max_new_tokens if callback is None else _CHUNK
     chunks = []
     for first in range(0, max_new_tokens, chunk):
         n = min(chunk, max_new_tokens - first)
@@ -102,71 +99,19 @@ def generate(
         chunks.append(tokens)
         if callback is not None:
             callback(np.asarray(tokens))
-        if chunked and state.done.all():
+        if callback is not None and state.done.all():
             rest = max_new_tokens - first - n
             chunks.append(jnp.broadcast_to(state.token[:, None], (batch, rest)))
             break
-    return GeneratedTokens(jnp.concatenate(chunks, axis=1), state.lengths, state.cache.status)
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["temperature", "top_p", "key"],
-    meta_fields=["top_k", "greedy"],
-)
-@dataclasses.dataclass(frozen=True)
-class _Sampling:
-    temperature: jax.Array
-    top_p: jax.Array | None
-    key: jax.Array | None
-    top_k: int | None
-    greedy: bool
-
-    def __call__(self, logits, i):
-        """The tokens after i others."""
-        if self.greedy:
-            return greedy(logits)
-        key = jax.random.fold_in(self.key, i)
-        options = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-        return sample(logits, key, **options)
-
-
-def _sampling(temperature, top_k, top_p, key):
-    if not _is_number(temperature) or not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature!r}, wanted a Python number, 0 or above")
-    if top_k is not None:
-        top_k = _checks.positive_int("top_k", top_k)
-    if top_p is not None:
-        if not _is_number(top_p) or not 0 < top_p <= 1:
-            raise ValueError(f"top_p is {top_p!r}, wanted a Python number above 0, 1 at most")
-        top_p = jnp.float32(top_p)
-    if temperature and key is None:
-        raise ValueError(f"key is None, wanted one of jax.random for temperature {temperature}")
-    greedily = temperature < _checks.FLOAT32.tiny  # nothing to divide float32 numbers by
-    return _Sampling(jnp.float32(temperature), top_p, key, top_k, greedily)
-
-
-def _is_number(x):
-    return isinstance(x, int | float | np.integer | np.floating) and not isinstance(x, bool)
-
-
-def _stop_tokens(config, stop_tokens):
-    if not isinstance(stop_tokens, Collection):
-        raise ValueError(f"stop_tokens is {stop_tokens!r}, wanted a collection of integers")
-    for token in stop_tokens:
-        if not isinstance(token, int | np.integer) or not 0 <= token < config.vocabulary:
-            raise ValueError(
-                f"stop_tokens has {token!r}, wanted integers from 0 to {config.vocabulary - 1}"
-            )
-    return jnp.array(list(stop_tokens), jnp.int32)
+    tokens = jnp.concatenate(chunks, axis=1)
+    return GeneratedTokens(tokens, _lengths(tokens, stops), state.cache.status)
 
 
 class _State(NamedTuple):
     cache: KVCache
     token: jax.Array  # int32 [B], the last one, which the cache has not
     done: jax.Array  # bool [B]
-    lengths: jax.Array  # int32 [B], of what has been generated
-    i: jax.Array  # int32, how many steps there were
+    i: jax.Array  # int32, how many have been drawn
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
@@ -179,20 +124,47 @@ def _start(packed, prompt, lengths, max_length, implementation):
         cache = prefill(packed, cache, prompt[:, :-1], before, implementation=implementation)
     last = jnp.full(batch, t - 1) if before is None else before
     token = jnp.take_along_axis(prompt, last[:, None], axis=1)[:, 0]
-    zeros = jnp.zeros(batch, jnp.int32)
-    return _State(cache, token, zeros.astype(bool), zeros, jnp.int32(0))
+    return _State(cache, token, jnp.zeros(batch, bool), jnp.int32(0))
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5), donate_argnums=1)
 def _steps(packed, state, how, stops, n, implementation):
-    """The state after n more steps, and their tokens [B, n]."""
+    """The state after n more tokens, and those [B, n]."""
+    choice = steps_choice(packed, state.cache, how, implementation)
+    full, rest = divmod(n, _LAUNCH)
 
-    def step(state, _):
-        logits, cache = decode_step(packed, state.cache, state.token, implementation=implementation)
-        token = jnp.where(state.done, state.token, how(logits, state.i))
-        done = state.done | jnp.isin(token, stops)
-        lengths = state.lengths + ~state.done
-        return _State(cache, token, done, lengths, state.i + 1), token
+    def launch(state, n):
+        drawn, done, cache = draw_steps(
+            packed, state.cache, state.token, state.done, how, stops, state.i, n, choice
+        )
+        return _State(cache, drawn[:, -1], done, state.i + n), drawn
 
-    state, tokens = jax.lax.scan(step, state, length=n)
-    return state, tokens.T
+    def body(carry):
+        state, tokens, count = carry
+        state, drawn = launch(state, _LAUNCH)
+        return state, tokens.at[:, count].set(drawn), count + 1
+
+    batch = len(state.token)
+    tokens = jnp.zeros((batch, full, _LAUNCH), jnp.int32)
+    if full:
+        carry = state, tokens, jnp.int32(0)
+        if not stops.size:  # a number of launches that is known needs no look at it in between
+            carry = jax.lax.fori_loop(0, full, lambda _, carry: body(carry), carry)
+        else:
+            carry = jax.lax.while_loop(lambda x: (x[2] < full) & ~x[0].done.all(), body, carry)
+        state, tokens, count = carry
+        left = jnp.arange(full)[:, None] >= count
+        tokens = jnp.where(left, state.token[:, None, None], tokens)
+        state = state._replace(i=state.i + (full - count) * _LAUNCH)
+    tokens = tokens.reshape(batch, full * _LAUNCH)
+    if rest:
+        state, last = launch(state, rest)
+        tokens = jnp.concatenate([tokens, last], axis=1)
+    return state, tokens
+
+
+@jax.jit
+def _lengths(tokens, stops):
+    """Up to the first stop token, with it, int32 [B]."""
+    ended = jnp.cumsum(jnp.isin(tokens, stops), axis=1)
+    return (ended[:, :-1] == 0).sum(1, dtype=jnp.int32) + 1

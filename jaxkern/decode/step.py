@@ -1,8 +1,9 @@
-"""decode_step and prefill: a model's forward pass for one token, and for many."""
+"""decode_step, decode_steps and prefill: a model's forward pass for one token, and for many."""
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxkern import _checks, _dispatch, _ffi
 from jaxkern.decode.cache import KVCache, Status, pack_keys, pack_values, status_of
 from jaxkern.decode.layout import largest_block
 from jaxkern.decode.pack import PackedWeights
+from jaxkern.decode.sampling import Sampling, stop_tokens_of
 from jaxkern.ops.attention import dot_product_attention
 from jaxkern.reference import decode as reference
 
@@ -21,6 +23,8 @@ _OP = "decode_step"
 # What the kernel takes, as in cuda/decode/params.h: sequences, heads that share a kv head, and
 # units of attention that a multiprocessor has.
 _MAX_BATCH, _MAX_GROUP, _MAX_UNITS = 8, 8, 8
+# And fewer tokens than this, where it draws with noise.
+_MAX_VOCABULARY = 1 << 20
 
 
 def decode_step(
@@ -58,6 +62,71 @@ def decode_step(
     _check_cache(packed, cache)
     choice = _dispatch.choose(_OP, implementation, _unsupported(packed, cache))
     return _decode_step(packed, cache, tokens, choice)
+
+
+class DecodedTokens(NamedTuple):
+    """What `decode_steps` returns.
+
+    tokens: int32 [B, num_steps]. After a stop token there are more of it.
+    done: bool [B], whether a sequence has ended.
+    cache: with the first token of each sequence, and with those drawn but for the last one.
+    """
+
+    tokens: jax.Array
+    done: jax.Array
+    cache: KVCache
+
+
+def decode_steps(
+    packed: PackedWeights,
+    cache: KVCache,
+    tokens: ArrayLike,
+    num_steps: int,
+    *,
+    done: ArrayLike | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    key: jax.Array | None = None,
+    first: ArrayLike = 0,
+    stop_tokens: Collection[int] = (),
+    implementation: str | Sequence[str] | None = None,
+) -> DecodedTokens:
+    """Up to num_steps tokens that follow, each decoded and drawn: one launch of the kernel.
+
+    A sequence that has ended goes on with its last token, in the cache too. When all have, steps
+    end: after one at least. Status and donation are as in `decode_step`; a sequence that is not OK
+    draws token 0.
+
+    Args:
+      packed: from `pack_weights`.
+      cache: of as many sequences, and of the same model.
+      tokens: int32 [B].
+      num_steps: how many. A launch leaves the GPU to nobody else while it lasts.
+      done: bool [B], which sequences have ended before. None is none of them.
+      temperature, top_k, top_p, key: as in `generate`.
+      first: how many tokens were drawn before: the i-th is drawn with
+        jax.random.fold_in(key, first + i).
+      stop_tokens: a sequence ends with the first of these.
+      implementation: as in `decode_step`. The kernel takes vocabularies below 2^20 where the
+        temperature is not 0.
+
+    Raises:
+      ValueError: arguments that do not fit together or are out of range, or an unknown
+        implementation.
+      NotImplementedError: implementation "cuda", which cannot.
+      ExceptionGroup: no implementation of a sequence can.
+    """
+    tokens = _checks.int32("tokens", tokens, (cache.batch,))
+    _check_cache(packed, cache)
+    num_steps = _checks.positive_int("num_steps", num_steps)
+    done = jnp.zeros(cache.batch, bool) if done is None else jnp.asarray(done)
+    if (done.shape, done.dtype) != ((cache.batch,), bool):
+        raise ValueError(f"done is {done.dtype}{list(done.shape)}, wanted bool[{cache.batch}]")
+    how = Sampling.create(temperature, top_k, top_p, key)
+    stops = stop_tokens_of(packed.config, stop_tokens)
+    choice = steps_choice(packed, cache, how, implementation)
+    return draw_steps(packed, cache, tokens, done, how, stops, first, num_steps, choice)
 
 
 def prefill(
@@ -123,6 +192,62 @@ def _unsupported(packed, cache):
     return None
 
 
+def steps_choice(
+    packed: PackedWeights,
+    cache: KVCache,
+    how: Sampling,
+    implementation: str | Sequence[str] | None,
+) -> _dispatch.Choice:
+    """What `draw_steps` shall do. Raises what `decode_steps` does."""
+    reason = _unsupported(packed, cache)
+    vocabulary = packed.config.vocabulary
+    if reason is None and not how.greedy and vocabulary >= _MAX_VOCABULARY:
+        reason = f"vocabulary is {vocabulary}, supported is below {_MAX_VOCABULARY} to draw from"
+    return _dispatch.choose("decode_steps", implementation, reason)
+
+
+@functools.partial(jax.jit, static_argnums=(7, 8))
+def draw_steps(
+    packed: PackedWeights,
+    cache: KVCache,
+    tokens: jax.Array,
+    done: jax.Array,
+    how: Sampling,
+    stop_tokens: jax.Array,
+    first: ArrayLike,
+    n: int,
+    choice: _dispatch.Choice,
+) -> DecodedTokens:
+    """decode_steps, without its checks."""
+    arguments = packed, cache, tokens, done, how, stop_tokens, first
+    run, otherwise = (functools.partial(f, n=n) for f in (_draw_kernel, _draw_reference))
+    if not choice.kernel:
+        return otherwise(*arguments)
+    if not choice.fallback:
+        return run(*arguments)
+    return jax.lax.platform_dependent(*arguments, cuda=run, default=otherwise)
+
+
+def _draw_reference(packed, cache, tokens, done, how, stop_tokens, first, n):
+    results = reference.decode_steps(packed, cache, tokens, done, how, stop_tokens, first, n)
+    return DecodedTokens(*results)
+
+
+def _draw_kernel(packed, cache, tokens, done, how, stop_tokens, first, n):
+    if how.greedy:
+        seeds, parameters = jnp.zeros(0, jnp.uint32), jnp.zeros(0, jnp.float32)
+    else:
+        seeds = how.seeds(first, n, cache.batch)
+        top_p = jnp.float32(1) if how.top_p is None else how.top_p
+        parameters = jnp.stack([how.temperature, top_p])
+    done = done.astype(jnp.int32)
+    filters = how.top_k or 0, how.top_p is not None
+    drawn, _, done, cache = _call(
+        packed, cache, tokens, done, n, stop_tokens, seeds, parameters, *filters
+    )
+    return DecodedTokens(drawn, done.astype(bool), cache)
+
+
 @functools.partial(jax.jit, static_argnums=3)
 def _decode_step(packed, cache, tokens, choice):
     if not choice.kernel:
@@ -135,11 +260,31 @@ def _decode_step(packed, cache, tokens, choice):
 
 
 def _kernel(packed, cache, tokens):
-    config = packed.config
+    _, logits, _, cache = _call(packed, cache, tokens, jnp.zeros(cache.batch, jnp.int32))
+    return logits, cache
+
+
+def _call(
+    packed,
+    cache,
+    tokens,
+    done,
+    n=0,
+    stop_tokens=None,
+    seeds=None,
+    parameters=None,
+    top_k=0,
+    top_p=False,
+):
+    """Tokens drawn in n steps, the last logits, done and the cache. n = 0: one step, no token."""
+    config, batch = packed.config, cache.batch
     none = jnp.zeros(0, jnp.bfloat16)
-    state = cache.lengths, cache.status, cache.keys, cache.values, cache.workspace
-    results = [((cache.batch, config.vocabulary), np.dtype(np.float32))]
-    logits, *state = _ffi.call(
+    state = cache.lengths, cache.status, cache.keys, cache.values, cache.workspace, done
+    results = [
+        ((batch, n), np.dtype(np.int32)),
+        ((batch, config.vocabulary), np.dtype(np.float32)),
+    ]
+    drawn, logits, *state, done = _ffi.call(
         "jaxkern.decode_step",
         results + [(x.shape, x.dtype) for x in state],
         tokens,
@@ -150,12 +295,18 @@ def _kernel(packed, cache, tokens):
         packed.frequencies,
         none if packed.qkv_bias is None else packed.qkv_bias,
         none if packed.qk_norms is None else packed.qk_norms,
-        aliases={i: i for i in range(1, 6)},
+        jnp.zeros(0, jnp.int32) if stop_tokens is None else stop_tokens,
+        jnp.zeros(0, jnp.uint32) if seeds is None else seeds,
+        jnp.zeros(0, jnp.float32) if parameters is None else parameters,
+        aliases={i: i + 1 for i in range(1, 7)},
         epsilon=np.float32(config.norm_epsilon),
         multiprocessors=np.int32(packed.multiprocessors),
+        top_k=np.int32(min(top_k, config.vocabulary)),
+        top_p=np.bool_(top_p),
     )
     names = ("lengths", "status", "keys", "values", "workspace")
-    return logits, dataclasses.replace(cache, **dict(zip(names, state, strict=True)))
+    cache = dataclasses.replace(cache, **dict(zip(names, state, strict=True)))
+    return drawn, logits, done, cache
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))

@@ -57,6 +57,38 @@ def decode_step(packed, cache, tokens, *, debug=False):
     return (logits, cache, {"embed": embedded, **phases}) if debug else (logits, cache)
 
 
+def decode_steps(packed, cache, tokens, done, draw, stop_tokens, first, n):
+    """jaxkern.decode.decode_steps, without its checks.
+
+    Args:
+      packed: PackedWeights.
+      cache: KVCache.
+      tokens: int32 [B].
+      done: bool [B].
+      draw: from logits and the number of tokens before to tokens.
+      stop_tokens: int32 [S].
+      first: how many tokens were drawn before.
+      n: how many shall be.
+    """
+
+    def step(state):
+        i, cache, tokens, done, drawn = state
+        logits, cache = decode_step(packed, cache, tokens)
+        tokens = jnp.where(done, tokens, draw(logits, first + i))
+        done |= jnp.isin(tokens, stop_tokens)
+        return i + 1, cache, tokens, done, drawn.at[:, i].set(tokens)
+
+    def goes_on(state):
+        i, _, _, done, _ = state
+        return (i < n) & ~done.all()
+
+    drawn = jnp.zeros((len(tokens), n), jnp.int32)
+    state = step((jnp.int32(0), cache, tokens, done, drawn))
+    i, cache, tokens, done, drawn = jax.lax.while_loop(goes_on, step, state)
+    drawn = jnp.where(jnp.arange(n) < i, drawn, tokens[:, None])
+    return drawn, done, cache
+
+
 # --- Phases ---------------------------------------------------------------------------------------
 # `weights` are those of one layer, of PackedWeights.scan_layers. [...] is B, or B, T.
 

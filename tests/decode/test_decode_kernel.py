@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from decode_model import CONFIGS, model_of, random_arrays
 
-from jaxkern.decode import KVCache, Status, decode_step, generate, pack_weights
+from jaxkern.decode import KVCache, Status, decode_step, decode_steps, generate, pack_weights
 from jaxkern.models import Config
 from jaxkern.testing import relative_error
 
@@ -106,6 +106,98 @@ def test_status():
     assert jnp.isnan(got[:, :2]).all() and jnp.isfinite(got[:, 2]).all()
     assert relative_error(got[:, 2], wanted[:, 2]) < LIMIT
     np.testing.assert_array_equal(after.keys[:, 1], cache.keys[:, 1])
+
+
+MODES = [
+    {},
+    {"temperature": 0.7},
+    {"temperature": 1.0, "top_k": 1},
+    {"temperature": 1.3, "top_k": 20},
+    {"temperature": 0.9, "top_p": 0.5},
+    {"temperature": 1.0, "top_k": 50, "top_p": 0.8},
+    {"temperature": 1.0, "top_p": 1e-6},
+    {"temperature": 1.0, "top_k": 10**6, "top_p": 1.0},
+    {"temperature": 1e-37},
+]
+
+
+@pytest.mark.parametrize("options", MODES)
+@pytest.mark.parametrize(("name", "batch"), [("wide", 1), ("qwen2", 3), ("1.5b", 8)])
+def test_steps(name, batch, options):
+    """Draws are the oracle's, of which logits nearly the same may once give another token."""
+    seen = drawn = 0
+    for seed in range(4):
+        cache = random_cache(name, tuple(range(20, 20 + batch)))
+        tokens = tokens_of(name, seed + 1, batch)[-1]
+        got, wanted = (
+            decode_steps(
+                packed(name),
+                cache,
+                tokens,
+                6,
+                key=jax.random.key(seed),
+                first=seed,
+                **options,
+                implementation=implementation,
+            )
+            for implementation in ("cuda", "xla")
+        )
+        assert got.cache.lengths.tolist() == wanted.cache.lengths.tolist()
+        for row, oracle in zip(np.asarray(got.tokens), np.asarray(wanted.tokens), strict=True):
+            same = int(np.cumprod(row == oracle).sum())
+            seen += same
+            drawn += min(same + 1, 6)  # after another token all may be others
+    assert seen / drawn > 0.9
+
+
+def test_draws_of_the_same_logits():
+    """Where logits have no error, as those of a head of zeros, draws are exactly the oracle's."""
+    config = CASES["wide"]
+    weights = dataclasses.replace(
+        packed("wide"), head=jax.tree.map(jnp.zeros_like, packed("wide").head)
+    )
+    for options in MODES:
+        cache = random_cache("wide", (3, 9, 1))
+        run = functools.partial(
+            decode_steps, weights, cache, jnp.zeros(3, jnp.int32), 8, key=jax.random.key(5)
+        )
+        got, wanted = (run(implementation=i, **options).tokens for i in ("cuda", "xla"))
+        assert (np.asarray(got) < config.vocabulary).all()
+        np.testing.assert_array_equal(got, wanted, err_msg=str(options))
+
+
+def test_steps_end():
+    """Early, where all have ended; the rest of the tokens are repeated, and caches as long."""
+    run = functools.partial(decode_steps, packed("wide"), temperature=1.0, key=jax.random.key(2))
+    tokens = jnp.array([1, 2], jnp.int32)
+    free = run(random_cache("wide", (8, 30)), tokens, 20, implementation="cuda").tokens
+    stops = [int(free[0, 5]), int(free[1, 2])]
+    ends = [int(jnp.isin(row, jnp.array(stops)).argmax()) for row in free]
+    got = run(random_cache("wide", (8, 30)), tokens, 20, stop_tokens=stops, implementation="cuda")
+    for row, drawn, end in zip(free, got.tokens, ends, strict=True):
+        np.testing.assert_array_equal(drawn[: end + 1], row[: end + 1])
+        assert (drawn[end:] == row[end]).all()
+    count = max(ends) + 1
+    assert got.done.all() and count < 20
+    assert got.cache.lengths.tolist() == [8 + count, 30 + count]
+    # The workspace is fit for another launch.
+    again = run(got.cache, tokens, 3, implementation="cuda")
+    wanted = run(got.cache, tokens, 3, implementation="xla")
+    assert (again.tokens == wanted.tokens).mean() > 0.8
+
+
+def test_steps_fill_the_cache():
+    """A sequence that becomes full draws token 0, and nothing else is written."""
+    cache = jax.tree.map(jnp.nan_to_num, random_cache("llama", (20, 55)))
+    room = cache.max_length - 55
+    tokens = jnp.array([1, 2], jnp.int32)
+    got, wanted = (
+        decode_steps(packed("llama"), cache, tokens, room + 4, implementation=implementation)
+        for implementation in ("cuda", "xla")
+    )
+    assert got.cache.status.tolist() == wanted.cache.status.tolist() == [0, Status.CACHE_FULL]
+    assert got.cache.lengths.tolist() == [20 + room + 4, cache.max_length]
+    assert (got.tokens[1, room:] == 0).all() and (wanted.tokens[1, room:] == 0).all()
 
 
 def test_generate():

@@ -10,7 +10,7 @@ import pytest
 from decode_model import CONFIGS, model_of, random_arrays
 from lowering import attributes, cuda_text, custom_call_lines, custom_calls, types
 
-from jaxkern.decode import KVCache, decode_step, generate, pack_weights
+from jaxkern.decode import KVCache, decode_step, decode_steps, generate, pack_weights
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -37,9 +37,10 @@ def test_call():
     values = f"{layers}x2x{c.kv_heads}x2x64x32xbf16"
     cached = ["2xi32", "2xi32", keys, values]
     assert operands[:5] == ["2xi32", *cached]
-    assert results[:5] == [f"2x{c.vocabulary}xf32", *cached]
-    assert operands[5] == results[5] and operands[5].endswith("xi32")
-    assert operands[6:] == [
+    assert results[:6] == ["2x0xi32", f"2x{c.vocabulary}xf32", *cached]
+    assert operands[5] == results[6] and operands[5].endswith("xi32")
+    assert operands[6] == results[7] == "2xi32"
+    assert operands[7:] == [
         f"{c.vocabulary}x{d}xbf16",
         f"{2 * layers + 1}x{d}xbf16",
         f"{layers}x{n * d}xbf16",
@@ -48,12 +49,42 @@ def test_call():
         f"{layers}x{d * c.hidden}xbf16",
         f"{c.vocabulary * d}xbf16",
         "32xf32",
-        "0xbf16",
-        "0xbf16",
+        *["0xbf16"] * 2,
+        "0xi32",
+        "0xui32",
+        "0xf32",
     ]
     assert attributes(line)["multiprocessors"] == "3 : i32"
     aliases = re.findall(r"output_tuple_indices = \[(\d)\], operand_index = (\d)", line)
-    assert aliases == [(str(i), str(i)) for i in range(1, 6)]
+    assert aliases == [(str(i + 1), str(i)) for i in range(1, 7)]
+
+
+@pytest.mark.parametrize(
+    ("options", "noise", "top_k", "top_p"),
+    [
+        ({}, ["0xui32", "0xf32"], 0, "false"),
+        ({"top_k": 5, "top_p": 0.5}, ["0xui32", "0xf32"], 0, "false"),  # greedy all the same
+        ({"temperature": 0.5}, ["7x2x2xui32", "2xf32"], 0, "false"),
+        ({"temperature": 0.5, "top_k": 5}, ["7x2x2xui32", "2xf32"], 5, "false"),
+        ({"temperature": 0.5, "top_k": 10**9}, ["7x2x2xui32", "2xf32"], LLAMA.vocabulary, "false"),
+        ({"temperature": 0.5, "top_p": 0.5}, ["7x2x2xui32", "2xf32"], 0, "true"),
+    ],
+)
+def test_steps(options, noise, top_k, top_p):
+    """All steps are one call, which draws the tokens."""
+
+    def run(*arguments):
+        key = jax.random.key(0)
+        return decode_steps(*arguments, 7, key=key, stop_tokens=(1, 2), **options)
+
+    calls = custom_calls(run, *arguments(LLAMA, 2))
+    assert calls["decode_step"] == 1
+    line = custom_call_lines(run, *arguments(LLAMA, 2))["decode_step"]
+    operands, results = types(line)
+    assert operands[-3:] == ["2xi32", *noise]
+    assert results[0] == "2x7xi32"
+    assert attributes(line)["top_k"] == f"{top_k} : i32"
+    assert attributes(line)["top_p"] == top_p
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
@@ -61,16 +92,16 @@ def test_what_models_have_besides(name):
     config = dataclasses.replace(CONFIGS[name], head_dim=128)
     operands, _ = types(custom_call_lines(decode_step, *arguments(config, 1))["decode_step"])
     n = (config.heads + 2 * config.kv_heads) * 128
-    assert operands[-2] == (f"{config.layers}x{n}xbf16" if config.qkv_bias else "0xbf16")
-    assert operands[-1] == (f"{config.layers}x2x128xbf16" if config.qk_norm else "0xbf16")
+    assert operands[-5] == (f"{config.layers}x{n}xbf16" if config.qkv_bias else "0xbf16")
+    assert operands[-4] == (f"{config.layers}x2x128xbf16" if config.qk_norm else "0xbf16")
 
 
 def test_generate():
-    """A step of the loop is one call."""
+    """64 steps are one call, in a loop where there are more, and what is left is another."""
     prompt = jnp.zeros((1, 5), jnp.int32)
-    run = functools.partial(generate, max_new_tokens=8)
-    calls = custom_calls(run, packed(LLAMA), prompt)
-    assert calls["decode_step"] == 1
+    for new, count in ((8, 1), (64, 1), (70, 2), (100, 2)):
+        run = functools.partial(generate, max_new_tokens=new)
+        assert custom_calls(run, packed(LLAMA), prompt)["decode_step"] == count
 
 
 def test_named():

@@ -1,5 +1,6 @@
 """generate: which tokens, when it stops, what it raises."""
 
+import dataclasses
 import functools
 
 import jax
@@ -141,6 +142,22 @@ def test_a_prefix_of_more_tokens():
     for options in ({}, {"temperature": 1.0}):
         short = generate(packed(), prompt(), max_new_tokens=7, key=jax.random.key(0), **options)
         np.testing.assert_array_equal(short.tokens, generated(**options).tokens[:, :7])
+
+
+def test_many_tokens():
+    """More than a launch has, with the same tokens, and with an end in each of the launches."""
+    config = dataclasses.replace(CONFIGS["llama"], context=256)
+    weights = pack_weights(model_of(config, random_arrays(config)))
+    run = functools.partial(generate, weights, prompt(1), temperature=1.0, key=jax.random.key(0))
+    free = run(max_new_tokens=150).tokens[0]
+    np.testing.assert_array_equal(run(max_new_tokens=70).tokens[0], free[:70])
+    for at in (10, 64, 90, 140):
+        stop = int(free[at])
+        end = int(jnp.argmax(free == stop)) + 1
+        got = run(max_new_tokens=150, stop_tokens=(stop,))
+        assert got.lengths.tolist() == [end]
+        np.testing.assert_array_equal(got.tokens[0, :end], free[:end])
+        assert (got.tokens[0, end:] == stop).all()
 
 
 def test_token_out_of_range():

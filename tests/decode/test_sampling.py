@@ -63,6 +63,28 @@ def test_keys():
         np.testing.assert_array_equal(jax.jit(run)(logits, jax.random.key(3)), tokens)
 
 
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_categorical(impl):
+    """The draw is jax.random.categorical's, with the key that is documented."""
+    logits = random_normal(1, (5, 300), dtype="float32")[0]
+    key = jax.random.key(7, impl=impl)
+    got = sample(logits, key, temperature=0.7)
+    if impl != "threefry2x32":
+        key = jax.random.wrap_key_data(jax.random.bits(key, (2,)), impl="threefry2x32")
+    for b, token in enumerate(got):
+        k = jax.random.fold_in(key, b)
+        assert token == jax.random.categorical(k, (logits[b] - logits[b].max()) / 0.7)
+
+
+def test_noise_is_the_tokens():
+    """What top_k and top_p leave are drawn as if the others were -inf."""
+    logits = random_normal(1, (64, 40), dtype="float32")[0]
+    tokens = sample(logits, jax.random.key(2), top_k=7)
+    seventh = jnp.sort(logits)[:, -7:-6]
+    masked = jnp.where(logits >= seventh, logits, -jnp.inf)
+    np.testing.assert_array_equal(sample(masked, jax.random.key(2)), tokens)
+
+
 @pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.5}])
 def test_infinite_and_nan(options):
     """A token of logit -inf does not come; a row of NaN gives token 0."""
