@@ -7,8 +7,8 @@
 
 `decode` is a step, one token for each of b sequences: of 32 steps in one compiled function, each
 fed with the tokens of the one before, the last of which makes ctx tokens. For jaxkern they are one
-call of decode_steps. GB/s are of the weights that a step reads. `generate` is a call from p tokens of a prompt to n new ones, waited for; with n1
-it is the time to the first token.
+call of decode_steps. GB/s are of the weights that a step reads. `generate` is a call from p tokens
+of a prompt to n new ones, waited for; with n1 it is the time to the first token.
 
 Weights are random. `jaxkern` is what runs where no implementation is named; `jaxkern cuda` is
 skipped where the kernel cannot. `jax` is jax_decode.py.

@@ -329,11 +329,12 @@ struct Attention {
 
   // The results of the unit from those of up to kMost warps or splits: calls send(g, d, result),
   // and send_log(g, log). value(i, g, d): the sum of weighted values of one. A thread has a head,
-  // and some of its values.
+  // and some of its values. Results are `scale` times as large as the values.
   template <int kMost, class Value, class Send, class SendLog>
   __device__ __forceinline__ static void merge(const DecodeParams& p, int count,
-                                               const Storage& shared, const Value& value,
-                                               const Send& send, const SendLog& send_log) {
+                                               const Storage& shared, float scale,
+                                               const Value& value, const Send& send,
+                                               const SendLog& send_log) {
     const int g = threadIdx.x % kMaxGroup;
     if (g >= p.heads / p.kv_heads) return;
     float weight[kMost], most = -INFINITY, total = 0.0f;
@@ -347,7 +348,7 @@ struct Attention {
       weight[k] = tile::ptx::exp2_approx(weight[k] - most);
       if (k < count) total += weight[k] * shared.sum[g][k];
     }
-    const float factor = tile::ptx::reciprocal_approx(total);
+    const float factor = tile::ptx::reciprocal_approx(total) * scale;
 #pragma unroll 2
     for (int d = threadIdx.x / kMaxGroup; d < kHeadDim; d += kConsumers / kMaxGroup) {
       float x = 0.0f;
@@ -361,9 +362,10 @@ struct Attention {
   }
   template <class Send, class SendLog>
   __device__ __forceinline__ static void merge_warps(const DecodeParams& p, const Storage& shared,
-                                                     const Send& send, const SendLog& send_log) {
+                                                     float scale, const Send& send,
+                                                     const SendLog& send_log) {
     const auto value = [&](int k, int g, int d) { return shared.out[k][d][g]; };
-    merge<kWarps>(p, kWarps, shared, value, send, send_log);
+    merge<kWarps>(p, kWarps, shared, scale, value, send, send_log);
   }
 
   // The same from those of all splits, once they are there: `partials` of the group, the next
@@ -401,7 +403,7 @@ struct Attention {
     const auto value = [&](int k, int g, int d) {
       return __bfloat162float(shared.partial[k][g * kHeadDim + d]);
     };
-    merge<kMaxSplits>(p, count, shared, value, send, [](int, float) {});
+    merge<kMaxSplits>(p, count, shared, 1.0f, value, send, [](int, float) {});
   }
 };
 

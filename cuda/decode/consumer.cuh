@@ -1,6 +1,8 @@
 // The warps that multiply: what they gather before a phase, and what they hand on after it.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/decode/storage.cuh"
 #include "cuda/tile/smem.cuh"
 
@@ -14,11 +16,12 @@ __device__ __forceinline__ float2 unit_vector(float angle) {
   return make_float2(__cosf(angle), __sinf(angle));
 }
 
-template <int kHeadDim, int kBatch, int kStages>
+template <class Weight, int kHeadDim, int kBatch, int kStages>
 struct Consumer {
   using Attention = decode::Attention<kHeadDim>;
   using Storage = StepStorage<kHeadDim, kBatch, kStages>;
   using bf16 = tile::bf16;
+  using Weights = decode::Weights<Weight>;
   using Team = decode::Team<kBatch>;
 
   const StepParams& p;
@@ -161,7 +164,8 @@ struct Consumer {
             const float2 value = tile::unpack<bf16>(pair);
             const float2 weight = tile::unpack<bf16>(weights[i].data[&pair - values[i].data]);
             squares += value.x * value.x + value.y * value.y;
-            pair = tile::pack<bf16>(value.x * weight.x, value.y * weight.y);
+            pair = tile::pack<bf16>(value.x * weight.x * Weights::kVectorScale,
+                                    value.y * weight.y * Weights::kVectorScale);
           }
           x.word(n, index) = values[i];
         }
@@ -216,20 +220,34 @@ struct Consumer {
     return {n, Team::lane(), Team::kLanes};
   }
 
-  // What a result needs besides the sum: a bias, or the weight of the norm that follows.
+  // What a result needs besides the sum: a bias, or the weight of the norm that follows; and what
+  // sums of its rows are multiplied by.
+  struct Constant {
+    bf16 own;
+    float scale[2];
+  };
   template <Phase kPhase>
-  __device__ __forceinline__ bf16 constant(int layer, int block, int unit) const {
+  __device__ __forceinline__ Constant constant(int layer, int block, int unit) const {
     const Rows& rows = p.rows[kPhase];
     const int row = max(rows.first(block) + min(unit, rows.units(block) - 1), 0);
+    Constant constant = {__float2bfloat16_rn(0.0f), {1.0f, 1.0f}};
     if constexpr (kPhase == kQkv) {
       const auto* bias = static_cast<const bf16*>(p.model.qkv_bias);
-      if (bias != nullptr) return bias[int64_t{layer} * rows.count() + row];
+      if (bias != nullptr) constant.own = bias[int64_t{layer} * rows.count() + row];
     }
     if constexpr (gives_hidden(kPhase)) {
       const auto* norms = static_cast<const bf16*>(p.model.norms);
-      return norms[int64_t{2 * layer + (kPhase == kOut ? 1 : 2)} * p.model.width + row];
+      constant.own = norms[int64_t{2 * layer + (kPhase == kOut ? 1 : 2)} * p.model.width + row];
     }
-    return __float2bfloat16_rn(0.0f);
+    if constexpr (std::is_same_v<Weight, tile::e4m3>) {
+      constexpr int kParts = kPhase == kGateUp ? 2 : 1;
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        const int64_t index = (int64_t{kPhase == kHead ? 0 : layer} * kParts + part) * rows.count();
+        constant.scale[part] = p.model.scales[kPhase][index + row] * Weights::kSumScale;
+      }
+    }
+    return constant;
   }
 
   // silu(gate) * up
@@ -237,9 +255,9 @@ struct Consumer {
     return __fdividef(gate, 1.0f + __expf(-gate)) * up;
   }
 
-  // `constant`: of the lane's first result, fetched before the sums were there.
+  // `first`: of the lane's first result, fetched before the sums were there.
   template <Phase kPhase>
-  __device__ __forceinline__ void send_results(int layer, int block, bf16 constant) {
+  __device__ __forceinline__ void send_results(int layer, int block, const Constant& first) {
     const Rows& rows = p.rows[kPhase];
     const Place place = this->place(kPhase);
     const int units = rows.units(block), n = place.n;
@@ -248,20 +266,22 @@ struct Consumer {
     float sum_of_squares = 0.0f;
 #pragma unroll 1
     for (int unit = place.unit; unit < units; unit += place.step) {
-      float value = shared.sums.total(n, unit);
-      [[maybe_unused]] const float own = __bfloat162float(
-          unit == place.unit ? constant : this->constant<kPhase>(layer, block, unit));
+      const auto [bits, scale] =
+          unit == place.unit ? first : this->constant<kPhase>(layer, block, unit);
+      [[maybe_unused]] const float own = __bfloat162float(bits);
+      float value = shared.sums.total(n, unit) * scale[0];
       if constexpr (gives_hidden(kPhase)) {
         value += shared.residual[n][unit];
         shared.residual[n][unit] = value;
         value = __bfloat162float(__float2bfloat16_rn(value));
         sum_of_squares += value * value;
-        value *= own;
+        value *= own * Weights::kVectorScale;
       } else if constexpr (kPhase == kQkv) {
         value = value * shared.rstd[n] + own;
       } else {
         const float factor = shared.rstd[n];
-        value = gated(value * factor, shared.sums.total(n, units + unit) * factor);
+        const float up = shared.sums.total(n, units + unit) * scale[1];
+        value = gated(value * factor, up * factor) * Weights::kVectorScale;
       }
       send(to + unit, __float2bfloat16_rn(value));
     }
@@ -306,15 +326,17 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ void store_logits(int block) {
+  __device__ __forceinline__ void store_logits(int block, const Constant& first) {
     const Rows& rows = p.rows[kHead];
     const int n = Team::sequence();
     if (n >= batch()) return;
 #pragma unroll 1
     for (int unit = Team::lane(); unit < rows.units(block); unit += Team::kLanes) {
       const int token = rows.first(block) + unit;
+      const float scale =
+          (unit == Team::lane() ? first : constant<kHead>(0, block, unit)).scale[0];
       const float logit =
-          shared.status[n] == kOk ? shared.sums.total(n, unit) * shared.rstd[n] : NAN;
+          shared.status[n] == kOk ? shared.sums.total(n, unit) * scale * shared.rstd[n] : NAN;
       p.model.logits[int64_t{n} * p.model.vocabulary + token] = logit;
       draw.add(token, logit);
     }
@@ -327,7 +349,7 @@ struct Consumer {
   __device__ __forceinline__ void multiply_held(int layer, const Held& held) {
     const Rows& rows = p.rows[kPhase];
     const int block = blockIdx.x;
-    const bf16 constant = this->constant<kPhase>(layer, block, place(kPhase).unit);
+    const Constant constant = this->constant<kPhase>(layer, block, place(kPhase).unit);
     gather<kPhase>(layer, 0, rows.K);
     held.multiply(x, rows, block, shared.sums);
     sync_consumers();
@@ -342,19 +364,18 @@ struct Consumer {
     const bool whole = rows.K <= p.part;
 #pragma unroll 1
     for (int block = blockIdx.x; block < rows.blocks; block += gridDim.x) {
-      bf16 constant = {};
-      if (kPhase != kHead) constant = this->constant<kPhase>(layer, block, place(kPhase).unit);
+      const Constant constant = this->constant<kPhase>(layer, block, place(kPhase).unit);
 #pragma unroll 1
       for (int first = 0; first < rows.K; first += p.part) {
         const int count = min(p.part, rows.K - first);
         if (first > 0) sync_consumers();  // vectors have been read
         if (block == static_cast<int>(blockIdx.x) || !whole) gather<kPhase>(layer, first, count);
-        multiply(tile::settled(shared.stream), slot, x, rows, block, count / kSlice, shared.sums,
-                 first > 0);
+        decode::multiply<Weight>(tile::settled(shared.stream), slot, x, rows, block,
+                                 count / Weights::kColumns, shared.sums, first > 0);
       }
       sync_consumers();
       if constexpr (kPhase == kHead) {
-        store_logits(block);
+        store_logits(block, constant);
         // The new keys and values are there for whoever knows of this block's next arrival. It
         // costs nothing here.
         if (threadIdx.x == 0 && block == static_cast<int>(blockIdx.x)) __threadfence();
@@ -398,7 +419,8 @@ struct Consumer {
       bf16* to = results(kAttention, layer) + attention_place(unit);
       bf16* own = split ? partial(layer, unit, unit.split) : to;
       Attention::merge_warps(
-          p.model, storage, [&](int g, int d, bf16 value) { send(own + g * kHeadDim + d, value); },
+          p.model, storage, Weights::kVectorScale,
+          [&](int g, int d, bf16 value) { send(own + g * kHeadDim + d, value); },
           [&](int g, float value) {
             if (split) send(log(layer, unit, unit.split) + g, value);
           });
@@ -491,12 +513,12 @@ struct Consumer {
     if (n < batch() && shared.status[n] == kOk && length(n, step) == p.model.capacity) {
       shared.status[n] = kCacheFull;
     }
-    const bool hold_qkv = HeldQkv::fit(p.rows[kQkv]);
-    const bool hold_out = HeldOut<kHeadDim>::fit(p.rows[kOut]);
+    const bool hold_qkv = HeldQkv<Weight>::fit(p.rows[kQkv]);
+    const bool hold_out = HeldOut<Weight, kHeadDim>::fit(p.rows[kOut]);
 #pragma unroll 1
     for (int layer = 0; layer < layers; ++layer) {
       if (hold_qkv) {
-        HeldQkv held;
+        HeldQkv<Weight> held;
         held.take(tile::settled(shared.stream), slot, p.rows[kQkv], blockIdx.x);
         multiply_held<kQkv>(layer, held);
       } else {
@@ -504,7 +526,7 @@ struct Consumer {
       }
       // The wait for attention is the longest: the weights of out leave the ring before it.
       if (hold_out) {
-        HeldOut<kHeadDim> held;
+        HeldOut<Weight, kHeadDim> held;
         held.take(tile::settled(shared.stream), slot, p.rows[kOut], blockIdx.x);
         attention(layer);
         multiply_held<kOut>(layer, held);

@@ -5,8 +5,11 @@
 namespace jaxkern::decode {
 
 cudaError_t launch_decode_step(const DecodeParams& params, cudaStream_t stream) {
-  return params.head_dim == 64 ? launch_decode_step_of<64>(params, stream)
-                               : launch_decode_step_of<128>(params, stream);
+  const auto launch = [&]<class Weight>(Weight) {
+    return params.head_dim == 64 ? launch_decode_step_of<Weight, 64>(params, stream)
+                                 : launch_decode_step_of<Weight, 128>(params, stream);
+  };
+  return params.fp8 ? launch(tile::e4m3{}) : launch(tile::bf16{});
 }
 
 int64_t decode_workspace_bytes(const DecodeParams& params) {

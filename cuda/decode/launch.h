@@ -12,8 +12,8 @@ cudaError_t launch_decode_step(const DecodeParams& params, cudaStream_t stream);
 // What the workspace must have, zero before the first step.
 int64_t decode_workspace_bytes(const DecodeParams& params);
 
-// The instances, by the elements of a head.
-template <int kHeadDim>
+// The instances, by the type of weights and the elements of a head.
+template <class Weight, int kHeadDim>
 cudaError_t launch_decode_step_of(const DecodeParams& params, cudaStream_t stream);
 
 }  // namespace jaxkern::decode

@@ -57,7 +57,9 @@ struct DecodeParams {
   int batch, capacity;  // B, T
   int multiprocessors;  // that the weights are packed for
   float norm_epsilon;
-  const void* weights[kPhases];  // bfloat16, packed, all layers; attention has none
+  bool fp8;                       // weights are e4m3, else bfloat16
+  const void* weights[kPhases];   // packed, all layers; attention has none
+  const float* scales[kPhases];   // of their rows, all layers, where they are FP8
   const void* embedding;         // [V, D] bfloat16
   const void* norms;             // [2 L + 1, D] bfloat16: attention's, the MLP's, ..., the last
   const void* qkv_bias;          // [L, (N + 2 K) H] bfloat16 or null

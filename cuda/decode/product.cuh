@@ -30,6 +30,45 @@ struct Team {
   __device__ __forceinline__ static bool leads() { return lane() < tile::kWarpSize; }
 };
 
+// Weights as they lie in a lane's 16 bytes of a slice, and as operands for 32 columns each.
+template <class T>
+struct Weights;
+
+template <>
+struct Weights<tile::bf16> {
+  static constexpr int kColumns = 32, kParts = 1;  // of a slice
+  static constexpr float kVectorScale = 1.0f, kSumScale = 1.0f;
+
+  __device__ __forceinline__ static void unpack(const uint4& raw, uint4 (&parts)[kParts]) {
+    parts[0] = raw;
+  }
+};
+
+// The bits of an e4m3 number are those of a bfloat16 one, 2^-120 of its value, with zeros between
+// sign and exponent. Vectors are larger by part of that, and sums by the rest.
+// NOTE: the GPU would turn two into f16 with an instruction, but what vectors have may be too large
+// for f16.
+template <>
+struct Weights<tile::e4m3> {
+  static constexpr int kColumns = 64, kParts = 2;
+  static constexpr float kVectorScale = 0x1p64f, kSumScale = 0x1p56f;
+
+  __device__ __forceinline__ static void unpack(const uint4& raw, uint4 (&parts)[kParts]) {
+    parts[0] = {even(raw.x), odd(raw.x), even(raw.y), odd(raw.y)};
+    parts[1] = {even(raw.z), odd(raw.z), even(raw.w), odd(raw.w)};
+  }
+
+ private:
+  static constexpr uint32_t kSigns = 0x80008000, kRest = 0x07f007f0;
+  // Of bytes 0 and 2; of bytes 1 and 3.
+  __device__ __forceinline__ static uint32_t even(uint32_t raw) {
+    return (raw << 8 & kSigns) | (raw << 4 & kRest);
+  }
+  __device__ __forceinline__ static uint32_t odd(uint32_t raw) {
+    return (raw & kSigns) | (raw >> 4 & kRest);
+  }
+};
+
 // Vectors of bfloat16, [slices][kBatch][32].
 template <int kBatch>
 struct Vectors {
@@ -88,7 +127,7 @@ __device__ __forceinline__ void put(const float (&sum)[kParts][kTiles][4], Sums<
   }
 }
 
-template <int kTiles, int kBatch, class Stream, class Slot>
+template <class Weight, int kTiles, int kBatch, class Stream, class Slot>
 __device__ __forceinline__ void multiply_tiles(Stream& stream, Slot& slot, const Vectors<kBatch>& x,
                                                int rows, int at_once, int slices,
                                                Sums<kBatch>& sums, bool more) {
@@ -96,6 +135,7 @@ __device__ __forceinline__ void multiply_tiles(Stream& stream, Slot& slot, const
   // Instructions that wait for none of each other. A block of few rows has few: after a dependency
   // it lies in the ring already, and its products are what others wait for.
   constexpr int kAtOnce = kTiles <= 2 ? 2 : 1;  // slices
+  constexpr int kParts = Weights<Weight>::kParts;
   float sum[kAtOnce][kTiles][4] = {};
   const int slice_bytes = rows * kSliceBytes;
   bool ready = slot.is_full(stream.ring);
@@ -104,10 +144,13 @@ __device__ __forceinline__ void multiply_tiles(Stream& stream, Slot& slot, const
     const char* chunk = stream.chunks[slot.stage()] + 16 * lane;
     const int count = min(at_once, slices - first);
     const auto add = [&]<int kSlices>(int i) {
-      uint4 b[kSlices], low[kSlices][kTiles], high[kSlices][kTiles];
+      uint4 b[kSlices][kParts], low[kSlices][kTiles], high[kSlices][kTiles];
 #pragma unroll
       for (int s = 0; s < kSlices; ++s) {
-        b[s] = x.operand(first + i + s * kWarps);
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          b[s][part] = x.operand((first + i + s * kWarps) * kParts + part);
+        }
         const char* slice = chunk + (i + s * kWarps) * slice_bytes;
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
@@ -115,21 +158,32 @@ __device__ __forceinline__ void multiply_tiles(Stream& stream, Slot& slot, const
           high[s][t] = *reinterpret_cast<const uint4*>(slice + (16 * t + 8) * kSliceBytes);
         }
       }
+      uint4 l[kSlices][kTiles][kParts], h[kSlices][kTiles][kParts];
 #pragma unroll
       for (int s = 0; s < kSlices; ++s) {
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
-          tile::ptx::mma_m16n8k16(sum[s][t], low[s][t].x, high[s][t].x, low[s][t].y, high[s][t].y,
-                                  b[s].x, b[s].y);
+          Weights<Weight>::unpack(low[s][t], l[s][t]);
+          Weights<Weight>::unpack(high[s][t], h[s][t]);
         }
       }
+      const auto product = [&](const auto& use) {
 #pragma unroll
-      for (int s = 0; s < kSlices; ++s) {
+        for (int s = 0; s < kSlices; ++s) {
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
-          tile::ptx::mma_m16n8k16(sum[s][t], low[s][t].z, high[s][t].z, low[s][t].w, high[s][t].w,
-                                  b[s].z, b[s].w);
+          for (int t = 0; t < kTiles; ++t) use(s, t);
         }
+      };
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        product([&](int s, int t) {
+          const uint4 &a = l[s][t][part], &c = h[s][t][part], &v = b[s][part];
+          tile::ptx::mma_m16n8k16(sum[s][t], a.x, c.x, a.y, c.y, v.x, v.y);
+        });
+        product([&](int s, int t) {
+          const uint4 &a = l[s][t][part], &c = h[s][t][part], &v = b[s][part];
+          tile::ptx::mma_m16n8k16(sum[s][t], a.z, c.z, a.w, c.w, v.z, v.w);
+        });
       }
     };
     int i = (warp - first) & (kWarps - 1);
@@ -145,9 +199,11 @@ __device__ __forceinline__ void multiply_tiles(Stream& stream, Slot& slot, const
 
 // Weights of a block of up to kOctets times 8 rows, taken from the ring before the vectors are
 // there: registers hold them while others come in their place.
-template <int kOctets, int kSlices>  // slices of a warp
+template <class Weight, int kOctets, int kSlices>  // slices of bfloat16 of a warp
 struct HeldWeights {
   static constexpr int kTiles = (kOctets + 1) / 2;
+  static constexpr int kParts = Weights<Weight>::kParts, kTaken = kSlices / kParts;
+  static_assert(kSlices % kParts == 0);
   uint4 weights[kSlices][kOctets];
 
   static __device__ __forceinline__ bool fit(const Rows& rows) {
@@ -160,12 +216,13 @@ struct HeldWeights {
   template <class Stream, class Slot>
   __device__ __forceinline__ void take(Stream& stream, Slot& slot, const Rows& rows, int block) {
     constexpr int kChunkSlices = Stream::kChunkBytes / (8 * kOctets * kSliceBytes);  // or more
-    static_assert(kChunkSlices >= kSlices && kSlices * kWarps <= kChunkSlices * Stream::kStages);
+    static_assert(kChunkSlices >= kTaken && kTaken * kWarps <= kChunkSlices * Stream::kStages);
     const int lane = threadIdx.x % tile::kWarpSize;
-    const int units = rows.units(block), slices = units > 0 ? rows.K / kSlice : 0;
+    const int units = rows.units(block);
+    const int slices = units > 0 ? rows.K / Weights<Weight>::kColumns : 0;
     const int bytes = units * kSliceBytes;
     const auto [at_once, chunks, magic] = rows.chunks_of(block);
-    const int begin = first(), count = min(kSlices, slices - begin);
+    const int begin = warp() * kTaken, count = min(kTaken, slices - begin);
     const int chunk = __umulhi(begin, magic);  // the warp's first
     const int beyond = (chunk + 1) * at_once;  // the slice that the next one begins at
     const bool both = count > 0 && begin + count > beyond;
@@ -177,12 +234,15 @@ struct HeldWeights {
         stream.chunks[one.stage()] + (begin - beyond + at_once) * bytes + 16 * lane;
     const char* in_next = stream.chunks[next.stage()] + (begin - beyond) * bytes + 16 * lane;
 #pragma unroll
-    for (int i = 0; i < kSlices; ++i) {
+    for (int i = 0; i < kTaken; ++i) {
       const char* from = (begin + i < beyond ? in_one : in_next) + i * bytes;
 #pragma unroll
       for (int o = 0; o < kOctets; ++o) {
-        weights[i][o] = {};  // or the compiler keeps what this was in the last layer
-        if (i < count) weights[i][o] = *reinterpret_cast<const uint4*>(from + 8 * o * kSliceBytes);
+        uint4 raw = {}, parts[kParts];  // or the compiler keeps what there was in the last layer
+        if (i < count) raw = *reinterpret_cast<const uint4*>(from + 8 * o * kSliceBytes);
+        Weights<Weight>::unpack(raw, parts);
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) weights[i * kParts + part][o] = parts[part];
       }
     }
     __syncwarp();
@@ -199,7 +259,7 @@ struct HeldWeights {
     float sum[2][kTiles][4] = {};
 #pragma unroll
     for (int i = 0; i < kSlices; ++i) {
-      const uint4 b = x.operand(min(first() + i, max(slices - 1, 0)));
+      const uint4 b = x.operand(min(warp() * kSlices + i, max(slices - 1, 0)));
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
         const uint4 low = weights[i][2 * t];
@@ -212,18 +272,17 @@ struct HeldWeights {
   }
 
  private:
-  // The warp's first slice.
-  __device__ __forceinline__ static int first() { return threadIdx.x / tile::kWarpSize * kSlices; }
+  __device__ __forceinline__ static int warp() { return threadIdx.x / tile::kWarpSize; }
 };
 
 // Into sums, once the consumers have synchronised; `more`: to what is there.
-template <int kBatch, class Stream, class Slot>
+template <class Weight, int kBatch, class Stream, class Slot>
 __device__ __forceinline__ void multiply(Stream& stream, Slot& slot, const Vectors<kBatch>& x,
                                          const Rows& rows, int block, int slices,
                                          Sums<kBatch>& sums, bool more) {
   const int count = rows.units(block) * rows.unit_rows;
   const auto tiles = [&]<int kTiles>() {
-    multiply_tiles<kTiles, kBatch>(stream, slot, x, count, rows.chunks_of(block).slices, slices,
+    multiply_tiles<Weight, kTiles>(stream, slot, x, count, rows.chunks_of(block).slices, slices,
                                    sums, more);
   };
   if (count == 0) return;

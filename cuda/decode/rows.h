@@ -5,8 +5,8 @@
 
 namespace jaxkern::decode {
 
-inline constexpr int kSlice = 32;  // columns whose values lie together in a row
-inline constexpr int kSliceBytes = kSlice * 2;
+inline constexpr int kSliceBytes = 64;  // of a row, which lie together
+inline constexpr int kSlice = 32;       // columns of bfloat16 in so many
 inline constexpr int kMaxRows = 136;  // of a block
 
 // Rows that a block of a model with such heads has at most: as many as the largest matrices of
@@ -23,7 +23,7 @@ struct Chunks {
 
 // N units, of one row or two (gate and up), of K columns, in blocks that are as even as can be.
 struct Rows {
-  int unit_rows, K;
+  int unit_rows, K, columns;  // columns of a slice
   int each, extra, blocks;  // units of a block; the first `extra` blocks have one more
   Chunks chunks[2];         // of a block with `each` units, and of a larger one
 
@@ -43,10 +43,12 @@ struct Rows {
   }
 };
 
-inline Rows make_rows(int units, int K, int unit_rows, int multiprocessors, int head_dim) {
+inline Rows make_rows(int units, int K, int columns, int unit_rows, int multiprocessors,
+                      int head_dim) {
   Rows rows = {};
   rows.unit_rows = unit_rows;
   rows.K = K;
+  rows.columns = columns;
   const int most = max_rows(head_dim) / unit_rows;
   rows.blocks = multiprocessors;
   while ((units + rows.blocks - 1) / rows.blocks > most) rows.blocks += multiprocessors;
@@ -57,7 +59,7 @@ inline Rows make_rows(int units, int K, int unit_rows, int multiprocessors, int 
     if (block_rows == 0) continue;
     const int slices = chunk_bytes(head_dim) / (block_rows * kSliceBytes);
     const auto magic = static_cast<uint32_t>(((uint64_t{1} << 32) + slices - 1) / slices);
-    rows.chunks[larger] = {slices, (K / kSlice + slices - 1) / slices, magic};
+    rows.chunks[larger] = {slices, (K / columns + slices - 1) / slices, magic};
   }
   return rows;
 }

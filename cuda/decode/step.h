@@ -12,7 +12,8 @@ inline StepParams plan_step(const DecodeParams& model, int64_t* workspace_bytes 
   p.model = model;
   const int heads = model.heads * model.head_dim;
   const auto rows = [&](int units, int K, int unit_rows = 1) {
-    return make_rows(units, K, unit_rows, model.multiprocessors, model.head_dim);
+    return make_rows(units, K, model.fp8 ? 2 * kSlice : kSlice, unit_rows, model.multiprocessors,
+                     model.head_dim);
   };
   p.rows[kQkv] = rows(heads + 2 * model.kv_heads * model.head_dim, model.width);
   p.rows[kOut] = rows(model.width, heads);

@@ -20,8 +20,10 @@
 
 namespace jaxkern::decode {
 
-template <int kHeadDim_, int kBatch_, int kStages_>
+// Weight: bf16, or e4m3.
+template <class Weight_, int kHeadDim_, int kBatch_, int kStages_>
 struct DecodeStep {
+  using Weight = Weight_;
   static constexpr int kHeadDim = kHeadDim_, kBatch = kBatch_, kStages = kStages_;
   static constexpr int kThreads = kConsumers + tile::kWarpgroupSize;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
@@ -29,6 +31,7 @@ struct DecodeStep {
                 3 * tile::launch_registers(kThreads));
   using Attention = decode::Attention<kHeadDim>;
   using Storage = StepStorage<kHeadDim, kBatch, kStages>;
+  static constexpr int kColumns = Weights<Weight>::kColumns;  // of a slice
 
   // Columns of vectors that are in shared memory at once: whole, or for the hidden units of several
   // sequences in as few parts as there is room for.
@@ -37,7 +40,7 @@ struct DecodeStep {
                      (kBatch * static_cast<int>(sizeof(tile::bf16)));
     const int least = p.width > p.heads * p.head_dim ? p.width : p.heads * p.head_dim;
     const int parts = (p.hidden + room - 1) / room;
-    const int part = (p.hidden + parts * kSlice - 1) / (parts * kSlice) * kSlice;
+    const int part = (p.hidden + parts * kColumns - 1) / (parts * kColumns) * kColumns;
     return part > least ? part : least;
   }
 
@@ -57,8 +60,9 @@ struct DecodeStep {
         const int64_t row = (int64_t{layer} * rows.count() + rows.first(block)) * rows.unit_rows;
         const int count = rows.units(block) * rows.unit_rows;
         for (int first = 0; first < rows.K; first += p.part) {
-          producer.load(matrix + (row * rows.K + int64_t{count} * first) * 2, count,
-                        min(p.part, rows.K - first) / kSlice, rows.chunks_of(block).slices);
+          const int64_t columns = row * rows.K + int64_t{count} * first;  // before these
+          producer.load(matrix + columns * (kSliceBytes / kColumns), count,
+                        min(p.part, rows.K - first) / kColumns, rows.chunks_of(block).slices);
         }
       }
     };
@@ -74,7 +78,7 @@ struct DecodeStep {
       if (shared.ended) producer.drain();
       return !shared.ended;
     };
-    const bool out_first = HeldOut<kHeadDim>::fit(p.rows[kOut]);  // registers take it before attention
+    const bool out_first = HeldOut<Weight, kHeadDim>::fit(p.rows[kOut]);  // registers take it before attention
     // What comes before keys and values comes before the turn, if the ring has room for all of it.
     const auto chunks = [&](Phase phase) { return p.rows[phase].chunks_of(blockIdx.x).count; };
     const bool ahead = chunks(kQkv) + (out_first ? chunks(kOut) : 0) <= kStages;
@@ -97,7 +101,7 @@ struct DecodeStep {
   __device__ __forceinline__ static void consume(const StepParams& p, Storage& shared) {
     const Vectors<kBatch> x = {reinterpret_cast<tile::bf16*>(shared.scratch)};
     Draw<kBatch> draw(p, shared.draw, reinterpret_cast<uint64_t*>(shared.scratch));
-    Consumer<kHeadDim, kBatch, kStages>{p, shared, x, draw}.run();
+    Consumer<Weight, kHeadDim, kBatch, kStages>{p, shared, x, draw}.run();
   }
 };
 

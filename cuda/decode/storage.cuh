@@ -27,8 +27,9 @@ struct StepStorage {
 };
 
 // What registers have room for: of qkv, and of out beside what attention needs.
-using HeldQkv = HeldWeights<3, 8>;
-template <int kHeadDim>
-using HeldOut = HeldWeights<2, kHeadDim == 64 ? 8 : 6>;
+template <class Weight>
+using HeldQkv = HeldWeights<Weight, 3, 8>;
+template <class Weight, int kHeadDim>
+using HeldOut = HeldWeights<Weight, 2, kHeadDim == 64 ? 8 : 6>;
 
 }  // namespace jaxkern::decode

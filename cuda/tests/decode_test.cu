@@ -29,6 +29,17 @@ Floats normal(size_t size, float deviation, int seed) {
   return values;
 }
 
+// What rows of FP8 are multiplied by.
+Floats scales_of(const Floats& matrix, size_t K) {
+  Floats scales;
+  for (size_t start = 0; start < matrix.size(); start += K) {
+    float most = 0.0f;
+    for (size_t k = 0; k < K; ++k) most = std::max(most, std::abs(matrix[start + k]));
+    scales.push_back(most / 448.0f);
+  }
+  return scales;
+}
+
 // Weights of one layer, rows by columns; gate's rows and then up's.
 struct Layer {
   Floats attention_norm, qkv, bias, q_norm, k_norm, out, mlp_norm, gate_up, down;
@@ -39,11 +50,19 @@ struct Model {
   std::vector<Layer> layers;
   Floats embedding, norm, head, frequencies;
 
-  explicit Model(const Shape& shape) : s(shape) {
+  // fp8: matrices have what FP8 and scales of rows can say.
+  Model(const Shape& shape, bool fp8) : s(shape) {
     int seed = 1;
     const int heads = s.heads * s.head_dim, all = heads + 2 * s.kv_heads * s.head_dim;
     const auto matrix = [&](int rows, int cols) {
-      return normal(size_t(rows) * cols, 1.0f / std::sqrt(float(cols)), seed++);
+      Floats w = normal(size_t(rows) * cols, 1.0f / std::sqrt(float(cols)), seed++);
+      if (!fp8) return w;
+      const Floats scales = scales_of(w, cols);
+      for (size_t i = 0; i < w.size(); ++i) {
+        const float scale = scales[i / cols];
+        w[i] = test::round_to<tile::e4m3>(w[i] / scale) * scale;
+      }
+      return w;
     };
     const auto weights = [&](int size) {
       Floats w = normal(size, 0.2f, seed++);
@@ -172,18 +191,32 @@ struct Sequence {
   }
 };
 
-// Rows of units, as docs/decode.md packs them. `matrix`: [unit_rows][units][K].
-void pack(std::vector<bf16>& to, const Floats& matrix, const Rows& rows, int units) {
-  const size_t K = rows.K;
+// The column of a slice that is its k-th value.
+template <class Weight>
+int column(int k) {
+  if (std::is_same_v<Weight, bf16>) return k;
+  return k / 8 % 2 * 32 + k / 16 * 8 + k / 4 % 2 * 4 + k % 2 * 2 + k / 2 % 2;
+}
+
+// Rows of units, as docs/decode.md packs them, and their scales. `matrix`: [unit_rows][units][K].
+template <class Weight>
+void pack(std::vector<Weight>& to, Floats& scales, const Floats& matrix, const Rows& rows,
+          int units) {
+  const size_t K = rows.K, columns = rows.columns;
+  const bool fp8 = !std::is_same_v<Weight, bf16>;
+  const Floats own = scales_of(matrix, K);
+  scales.insert(scales.end(), own.begin(), own.end());
   for (int block = 0, first = 0; block < rows.blocks; ++block) {
     const int count = rows.each + (block < rows.extra);
-    for (size_t slice = 0; slice < K / 32; ++slice) {
+    for (size_t slice = 0; slice < K / columns; ++slice) {
       for (int part = 0; part < rows.unit_rows; ++part) {
         for (int unit = first; unit < first + count; ++unit) {
-          bf16 values[32];
-          const float* row = matrix.data() + (size_t(part) * units + unit) * K + slice * 32;
-          for (int k = 0; k < 32; ++k) values[k] = __float2bfloat16_rn(row[k]);
-          to.insert(to.end(), values, values + 32);
+          const size_t index = size_t(part) * units + unit;
+          const float* row = matrix.data() + index * K + slice * columns;
+          for (size_t k = 0; k < columns; ++k) {
+            const float value = row[column<Weight>(static_cast<int>(k))];
+            to.push_back(Weight(fp8 ? value / own[index] : value));
+          }
         }
       }
     }
@@ -207,27 +240,29 @@ Floats grouped(const Shape& s, const Floats& rows) {
   return y;
 }
 
+template <class Weight>
 struct Packed {
-  std::vector<bf16> qkv, out, gate_up, down, head, embedding;
-  std::vector<bf16> norms, bias, qk_norms;
+  std::vector<Weight> qkv, out, gate_up, down, head;
+  Floats scales[decode::kPhases];
+  std::vector<bf16> embedding, norms, bias, qk_norms;
 
   Packed(const Model& m, const Rows (&rows)[decode::kPhases]) {
     const auto append = [](std::vector<bf16>& to, const Floats& x) {
       for (float value : x) to.push_back(__float2bfloat16_rn(value));
     };
     for (const Layer& layer : m.layers) {
-      pack(qkv, grouped(m.s, layer.qkv), rows[decode::kQkv],
+      pack(qkv, scales[decode::kQkv], grouped(m.s, layer.qkv), rows[decode::kQkv],
            (m.s.heads + 2 * m.s.kv_heads) * m.s.head_dim);
-      pack(out, layer.out, rows[decode::kOut], m.s.width);
-      pack(gate_up, layer.gate_up, rows[decode::kGateUp], m.s.hidden);
-      pack(down, layer.down, rows[decode::kDown], m.s.width);
+      pack(out, scales[decode::kOut], layer.out, rows[decode::kOut], m.s.width);
+      pack(gate_up, scales[decode::kGateUp], layer.gate_up, rows[decode::kGateUp], m.s.hidden);
+      pack(down, scales[decode::kDown], layer.down, rows[decode::kDown], m.s.width);
       append(norms, layer.attention_norm);
       append(norms, layer.mlp_norm);
       append(bias, grouped(m.s, layer.bias));
       append(qk_norms, layer.q_norm);
       append(qk_norms, layer.k_norm);
     }
-    pack(head, m.head, rows[decode::kHead], m.s.vocabulary);
+    pack(head, scales[decode::kHead], m.head, rows[decode::kHead], m.s.vocabulary);
     append(norms, m.norm);
     append(embedding, m.embedding);
   }
@@ -312,7 +347,9 @@ void test_draws(const std::string& what, DecodeParams p, std::vector<Sequence>& 
 template <class Step>
 void test_model(const std::string& what, const Shape& s, const std::vector<int>& lengths,
                 int steps) {
-  const Model m(s);
+  using Weight = typename Step::Weight;
+  const bool fp8 = !std::is_same_v<Weight, bf16>;
+  const Model m(s, fp8);
   const int B = static_cast<int>(lengths.size());
   int multiprocessors;
   test::check(multiprocessor_count(&multiprocessors), "device");
@@ -333,13 +370,21 @@ void test_model(const std::string& what, const Shape& s, const std::vector<int>&
   p.kv_heads = s.kv_heads, p.head_dim = s.head_dim, p.hidden = s.hidden;
   p.batch = B, p.capacity = s.capacity, p.norm_epsilon = kEpsilon;
   p.multiprocessors = multiprocessors;
+  p.fp8 = fp8;
   int64_t workspace_bytes;
   const decode::StepParams plan = decode::plan_step(p, &workspace_bytes);
-  const Packed packed(m, plan.rows);
+  const Packed<Weight> packed(m, plan.rows);
   std::vector<bf16> host_keys, host_values;
   fill_cache(s, sequences, host_keys, host_values);
-  const test::Array<bf16> qkv(packed.qkv), out(packed.out), gate_up(packed.gate_up),
-      down(packed.down), head(packed.head), embedding(packed.embedding), norms(packed.norms),
+  const test::Array<Weight> qkv(packed.qkv), out(packed.out), gate_up(packed.gate_up),
+      down(packed.down), head(packed.head);
+  const test::Array<float> qkv_scales(packed.scales[decode::kQkv]),
+      out_scales(packed.scales[decode::kOut]), gate_up_scales(packed.scales[decode::kGateUp]),
+      down_scales(packed.scales[decode::kDown]), head_scales(packed.scales[decode::kHead]);
+  p.scales[decode::kQkv] = qkv_scales.data(), p.scales[decode::kOut] = out_scales.data();
+  p.scales[decode::kGateUp] = gate_up_scales.data();
+  p.scales[decode::kDown] = down_scales.data(), p.scales[decode::kHead] = head_scales.data();
+  const test::Array<bf16> embedding(packed.embedding), norms(packed.norms),
       bias(packed.bias), qk_norms(packed.qk_norms), keys(host_keys), values(host_values);
   const test::Array<float> frequencies(m.frequencies);
   const test::Array<int> device_lengths(lengths), status(std::vector<int>(B, decode::kOk));
@@ -388,28 +433,41 @@ void test_model(const std::string& what, const Shape& s, const std::vector<int>&
 
 int main() {
   using namespace jaxkern;
-  using Step64 = decode::DecodeStep<64, 1, 12>;
-  using Step128 = decode::DecodeStep<128, 1, 10>;
+  using tile::bf16;
+  using Step64 = decode::DecodeStep<bf16, 64, 1, 12>;
+  using Step128 = decode::DecodeStep<bf16, 128, 1, 10>;
   const Shape llama = {2, 512, 1000, 8, 2, 64, 1536, 1024, false, false};
   const Shape qwen = {2, 768, 1000, 6, 1, 128, 1120, 512, true, false};
-  const Shape small = {3, 64, 100, 2, 1, 64, 96, 64, true, true};  // blocks without rows
+  const Shape small = {3, 64, 100, 2, 1, 64, 128, 64, true, true};  // blocks without rows
+  const Shape long_rows = {1, 4096, 500, 64, 8, 64, 512, 64, false, false};
   test_model<Step64>("llama, empty", llama, {0}, 3);
   test_model<Step64>("llama, 255", llama, {255}, 3);
   test_model<Step64>("llama, 700", llama, {700}, 2);
   test_model<Step64>("wide", {1, 2048, 4000, 32, 8, 64, 8192, 256, false, false}, {30}, 2);
-  test_model<Step64>("long rows", {1, 4096, 500, 64, 8, 64, 512, 64, false, false}, {3}, 2);
+  test_model<Step64>("long rows", long_rows, {3}, 2);
   test_model<Step64>("small", small, {5}, 4);
   test_model<Step128>("qwen", qwen, {300}, 2);
   test_model<Step128>("blocks of 136 rows", {1, 256, 500, 2, 1, 128, 8960, 64, true, false}, {9},
                       2);
   test_model<Step128>("qwen3", {2, 512, 1000, 8, 2, 128, 1120, 512, false, true}, {31}, 3);
-  test_model<decode::DecodeStep<64, 4, 8>>("two sequences", llama, {17, 400}, 2);
-  test_model<decode::DecodeStep<64, 4, 8>>("four small sequences", small, {0, 7, 31, 8}, 2);
-  test_model<decode::DecodeStep<64, 8, 7>>("eight sequences", llama,
+  test_model<decode::DecodeStep<bf16, 64, 4, 8>>("two sequences", llama, {17, 400}, 2);
+  test_model<decode::DecodeStep<bf16, 64, 4, 8>>("four small sequences", small, {0, 7, 31, 8}, 2);
+  test_model<decode::DecodeStep<bf16, 64, 8, 7>>("eight sequences", llama,
                                            {0, 1, 31, 32, 255, 256, 257, 900}, 2);
-  test_model<decode::DecodeStep<64, 8, 7>>("hidden units in parts",
+  test_model<decode::DecodeStep<bf16, 64, 8, 7>>("hidden units in parts",
                                            {1, 512, 500, 8, 8, 64, 8192, 64, false, false},
                                            {1, 2, 3, 4, 5, 6, 7}, 2);
-  test_model<decode::DecodeStep<128, 8, 6>>("five sequences", qwen, {3, 500, 64, 0, 255}, 2);
+  test_model<decode::DecodeStep<bf16, 128, 8, 6>>("five sequences", qwen, {3, 500, 64, 0, 255}, 2);
+
+  using tile::e4m3;
+  test_model<decode::DecodeStep<e4m3, 64, 1, 12>>("FP8, llama, 255", llama, {255}, 3);
+  test_model<decode::DecodeStep<e4m3, 64, 1, 12>>("FP8, long rows", long_rows, {3}, 2);
+  test_model<decode::DecodeStep<e4m3, 64, 1, 12>>("FP8, small", small, {5}, 4);
+  test_model<decode::DecodeStep<e4m3, 128, 1, 10>>(
+      "FP8, qwen", {2, 768, 1000, 6, 1, 128, 1152, 512, true, false}, {300}, 2);
+  test_model<decode::DecodeStep<e4m3, 64, 4, 8>>("FP8, four sequences", small, {0, 7, 31, 8}, 2);
+  test_model<decode::DecodeStep<e4m3, 64, 8, 7>>(
+      "FP8, hidden units in parts", {1, 512, 500, 8, 8, 64, 8192, 64, false, false},
+      {1, 2, 3, 4, 5, 6, 7}, 2);
   return test::finish();
 }

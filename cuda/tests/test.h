@@ -55,6 +55,7 @@ template <class T>
 float round_to(float x) {
   if constexpr (std::is_same_v<T, tile::bf16>) return to_float(__float2bfloat16_rn(x));
   if constexpr (std::is_same_v<T, tile::f16>) return to_float(__float2half_rn(x));
+  if constexpr (std::is_same_v<T, tile::e4m3>) return to_float(tile::e4m3(x));
   return x;
 }
 

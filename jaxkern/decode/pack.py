@@ -84,7 +84,7 @@ class PackedWeights:
       qkv_bias: bfloat16 [L, (N + 2 K) H], in the order of qkv's rows, or None.
       qk_norms: bfloat16 [L, 2, H], of query and key, or None.
       frequencies: float32 [H / 2], see `jaxkern.reference.rotary`.
-      kept: Rows of qkv, out, gate_up and down, bfloat16, for `prefill`, or None.
+      kept: of each layer Rows of qkv, out, gate_up and down, bfloat16, for `prefill`; or None.
       config: the model's, like jaxkern.models.Config.
       weights: "bf16" or "fp8".
       multiprocessors: of the GPU that this is packed for.
@@ -100,7 +100,7 @@ class PackedWeights:
     qkv_bias: jax.Array | None
     qk_norms: jax.Array | None
     frequencies: jax.Array
-    kept: dict[str, Rows] | None
+    kept: tuple[dict[str, Rows], ...] | None
     config: Any
     weights: str
     multiprocessors: int
@@ -111,22 +111,28 @@ class PackedWeights:
         weights is a dict of one layer: Rows "qkv", "out", "gate_up" and "down", which for prefill
         are those kept, if they are; "norms" [2, D]; "qkv_bias" and "qk_norms", each may be None.
         """
-        matrices = {name: getattr(self, name) for name in _MATRICES}
-        weights = {
-            **(self.kept if prefill and self.kept is not None else matrices),
-            "norms": self.norms[:-1].reshape(self.config.layers, 2, -1),
+        layers = self.config.layers
+        others = {
+            "norms": self.norms[:-1].reshape(layers, 2, -1),
             "qkv_bias": self.qkv_bias,
             "qk_norms": self.qk_norms,
         }
+        if prefill and self.kept is not None:
+            # Not a scan, which would copy each layer's rows out of an array for all.
+            results = []
+            for layer, rows in enumerate(self.kept):
+                own = {name: None if x is None else x[layer] for name, x in others.items()}
+                carry, result = function(carry, layer, rows | own)
+                results.append(result)
+            return carry, jax.tree.map(lambda *x: jnp.stack(x), *results)
 
         def body(carry, xs):
-            layer, weights = xs
-            for name, x in weights.items():
-                if isinstance(x, PackedMatrix):
-                    weights[name] = x.unpack()
+            layer, matrices, others = xs
+            weights = {name: matrix.unpack() for name, matrix in matrices.items()} | others
             return function(carry, layer, weights)
 
-        return jax.lax.scan(body, carry, (jnp.arange(self.config.layers), weights))
+        matrices = {name: getattr(self, name) for name in _MATRICES}
+        return jax.lax.scan(body, carry, (jnp.arange(layers), matrices, others))
 
 
 def pack_weights(
@@ -181,11 +187,18 @@ def pack_weights(
         qkv_bias=arrays["qkv_bias"],
         qk_norms=arrays["qk_norms"],
         frequencies=jnp.asarray(rotary.frequencies(config)),
-        kept={name: Rows(arrays[name]) for name in _MATRICES} if keep_rows else None,
+        kept=_kept(arrays) if keep_rows else None,
         config=config,
         weights=weights,
         multiprocessors=multiprocessors,
     )
+
+
+@jax.jit
+def _kept(arrays):
+    """Rows of the matrices of each layer."""
+    layers = len(arrays["qkv"])
+    return tuple({name: Rows(arrays[name][i]) for name in _MATRICES} for i in range(layers))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
