@@ -53,8 +53,9 @@ struct Consumer {
   // How many arrivals there are of a phase of so many layers.
   __device__ __forceinline__ uint32_t arrivals(Phase phase, int layers) const {
     const Rows& rows = p.rows[phase];
-    const int senders =
-        gives_hidden(phase) ? 1 : min(Team::kSize, tile::ceil_div(rows.most_units(), tile::kWarpSize));
+    const int senders = gives_hidden(phase)
+                            ? 1
+                            : min(Team::kSize, tile::ceil_div(rows.most_units(), tile::kWarpSize));
     return layers * batch() * (phase == kAttention ? p.model.kv_heads : rows.blocks * senders);
   }
   // Until all have sent what they have of a phase.
@@ -333,8 +334,7 @@ struct Consumer {
 #pragma unroll 1
     for (int unit = Team::lane(); unit < rows.units(block); unit += Team::kLanes) {
       const int token = rows.first(block) + unit;
-      const float scale =
-          (unit == Team::lane() ? first : constant<kHead>(0, block, unit)).scale[0];
+      const float scale = (unit == Team::lane() ? first : constant<kHead>(0, block, unit)).scale[0];
       const float logit =
           shared.status[n] == kOk ? shared.sums.total(n, unit) * scale * shared.rstd[n] : NAN;
       p.model.logits[int64_t{n} * p.model.vocabulary + token] = logit;

@@ -68,8 +68,8 @@ static_assert(kMaxVocabulary <= 1 << (64 - Tally::kMassBits));
 template <int kBatch>
 struct DrawStorage {
   Rank of_warps[kWarps], largest[kBatch];
-  uint64_t limit[kBatch];  // 0 before it is known
-  Rank lowest[kBatch];     // of the tokens that stay, as far as it is known
+  uint64_t limit[kBatch];                // 0 before it is known
+  Rank lowest[kBatch];                   // of the tokens that stay, as far as it is known
   uint64_t above[kBatch], kept[kBatch];  // tallies of ranks above it, and from it on
   bool settled[kBatch];
   int tokens[kBatch], done[kBatch];
@@ -278,9 +278,9 @@ class Draw {
       const Rank rank = rank_of(logit, token);
       if (shift < 56 && (rank ^ lowest) >> (shift + 8) != 0) return;
       const float mass = fmaxf(__expf(scaled(logit, largest)), 0.0f);  // none of NaN
-      atomicAdd(reinterpret_cast<unsigned long long*>(
-                    &histograms_[n * kBins + (rank >> shift) % kBins]),
-                static_cast<unsigned long long>(Tally::of(mass)));
+      atomicAdd(
+          reinterpret_cast<unsigned long long*>(&histograms_[n * kBins + (rank >> shift) % kBins]),
+          static_cast<unsigned long long>(Tally::of(mass)));
     });
     sync_consumers();
     uint64_t* to = histogram(shared_.rounds);

@@ -36,9 +36,7 @@ __device__ __forceinline__ void clear(float* place) {
   tile::ptx::store_relaxed(reinterpret_cast<uint32_t*>(place), kNoSum);
 }
 
-__device__ __forceinline__ void clear(uint64_t* place) {
-  tile::ptx::store_relaxed(place, kNoRank);
-}
+__device__ __forceinline__ void clear(uint64_t* place) { tile::ptx::store_relaxed(place, kNoRank); }
 
 // Eight values or four sums.
 struct alignas(16) Word {

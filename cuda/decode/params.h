@@ -12,8 +12,8 @@ inline constexpr int kMaxSplits = 16;     // of the tokens of a sequence, in att
 inline constexpr int kSplitTokens = 256;  // a split has at least so many, if there are
 inline constexpr int kMaxUnits = 8;       // of attention, a multiprocessor
 inline constexpr int kMaxMultiprocessors = 256;
-inline constexpr int kBins = 256;                 // of sampling's histograms
-inline constexpr int kMaxVocabulary = 1 << 20;    // that they have bits for
+inline constexpr int kBins = 256;               // of sampling's histograms
+inline constexpr int kMaxVocabulary = 1 << 20;  // that they have bits for
 
 // What became of a sequence: the first thing that did. Its logits are NaN from then on.
 enum Status { kOk, kTokenOutOfRange, kCacheFull };
@@ -34,17 +34,17 @@ struct WorkspaceHeader {
   Counter counters[kPhases];
   Counter round_counter;     // arrivals of sampling's rounds of histograms
   uint32_t before[kPhases];  // what the counters had when the last step had ended
-  uint32_t layers;           // of all steps so far, from -1 on, and exchanges and rounds of sampling
+  uint32_t layers;  // of all steps so far, from -1 on, and exchanges and rounds of sampling
   uint32_t exchanges, rounds;
   uint32_t padding[32 - kPhases - 3];
 };
 
 // How tokens are drawn from logits, and for how many steps.
 struct Sampling {
-  int steps;                // at most; 0 is one step, after which no token is drawn
-  int* drawn;               // [B, steps]
-  int* done;                // [B], whether a sequence has ended: its token repeats from then on
-  const int* stop_tokens;   // [stop_count], that end a sequence; when all have ended steps do
+  int steps;               // at most; 0 is one step, after which no token is drawn
+  int* drawn;              // [B, steps]
+  int* done;               // [B], whether a sequence has ended: its token repeats from then on
+  const int* stop_tokens;  // [stop_count], that end a sequence; when all have ended steps do
   int stop_count;
   const uint32_t* seeds;    // [steps, B, 2], keys of threefry, or null: the largest logit
   const float* parameters;  // temperature, and top_p where it filters
@@ -57,9 +57,9 @@ struct DecodeParams {
   int batch, capacity;  // B, T
   int multiprocessors;  // that the weights are packed for
   float norm_epsilon;
-  bool fp8;                       // weights are e4m3, else bfloat16
-  const void* weights[kPhases];   // packed, all layers; attention has none
-  const float* scales[kPhases];   // of their rows, all layers, where they are FP8
+  bool fp8;                      // weights are e4m3, else bfloat16
+  const void* weights[kPhases];  // packed, all layers; attention has none
+  const float* scales[kPhases];  // of their rows, all layers, where they are FP8
   const void* embedding;         // [V, D] bfloat16
   const void* norms;             // [2 L + 1, D] bfloat16: attention's, the MLP's, ..., the last
   const void* qkv_bias;          // [L, (N + 2 K) H] bfloat16 or null

@@ -7,7 +7,7 @@ namespace jaxkern::decode {
 
 inline constexpr int kSliceBytes = 64;  // of a row, which lie together
 inline constexpr int kSlice = 32;       // columns of bfloat16 in so many
-inline constexpr int kMaxRows = 136;  // of a block
+inline constexpr int kMaxRows = 136;    // of a block
 
 // Rows that a block of a model with such heads has at most: as many as the largest matrices of
 // common models have for each of 132 multiprocessors.
@@ -24,8 +24,8 @@ struct Chunks {
 // N units, of one row or two (gate and up), of K columns, in blocks that are as even as can be.
 struct Rows {
   int unit_rows, K, columns;  // columns of a slice
-  int each, extra, blocks;  // units of a block; the first `extra` blocks have one more
-  Chunks chunks[2];         // of a block with `each` units, and of a larger one
+  int each, extra, blocks;    // units of a block; the first `extra` blocks have one more
+  Chunks chunks[2];           // of a block with `each` units, and of a larger one
 
 #ifdef __CUDACC__
   __device__ __forceinline__ int units(int block) const { return each + (block < extra); }

@@ -1,5 +1,5 @@
-// Tokens of every sequence by the whole model, in one persistent cooperative launch: a block on each
-// multiprocessor, which owns rows of every matrix.
+// Tokens of every sequence by the whole model, in one persistent cooperative launch: a block on
+// each multiprocessor, which owns rows of every matrix.
 //
 //   producer    one thread streams the block's rows of all matrices, and keys and values, through a
 //               ring. It waits for room only, never for a dependency.
@@ -78,7 +78,8 @@ struct DecodeStep {
       if (shared.ended) producer.drain();
       return !shared.ended;
     };
-    const bool out_first = HeldOut<Weight, kHeadDim>::fit(p.rows[kOut]);  // registers take it before attention
+    const bool out_first =
+        HeldOut<Weight, kHeadDim>::fit(p.rows[kOut]);  // registers take it before attention
     // What comes before keys and values comes before the turn, if the ring has room for all of it.
     const auto chunks = [&](Phase phase) { return p.rows[phase].chunks_of(blockIdx.x).count; };
     const bool ahead = chunks(kQkv) + (out_first ? chunks(kOut) : 0) <= kStages;

@@ -340,7 +340,8 @@ void test_draws(const std::string& what, DecodeParams p, std::vector<Sequence>& 
   test::compare(what + ", repeated", once.host(), repeated, 1);
   test::compare(what + ", ended", most.host(), std::vector<int>(B, 1), 1);
   const bool known = token >= 0 && token < V;
-  const Floats most_short = {*std::max_element(last.begin(), last.end()) - (known ? last[token] : NAN)};
+  const Floats most_short = {*std::max_element(last.begin(), last.end()) -
+                             (known ? last[token] : NAN)};
   test::compare(what + ", the last", most_short, Floats{0.0f}, 1, 0.1f);
 }
 
@@ -384,8 +385,8 @@ void test_model(const std::string& what, const Shape& s, const std::vector<int>&
   p.scales[decode::kQkv] = qkv_scales.data(), p.scales[decode::kOut] = out_scales.data();
   p.scales[decode::kGateUp] = gate_up_scales.data();
   p.scales[decode::kDown] = down_scales.data(), p.scales[decode::kHead] = head_scales.data();
-  const test::Array<bf16> embedding(packed.embedding), norms(packed.norms),
-      bias(packed.bias), qk_norms(packed.qk_norms), keys(host_keys), values(host_values);
+  const test::Array<bf16> embedding(packed.embedding), norms(packed.norms), bias(packed.bias),
+      qk_norms(packed.qk_norms), keys(host_keys), values(host_values);
   const test::Array<float> frequencies(m.frequencies);
   const test::Array<int> device_lengths(lengths), status(std::vector<int>(B, decode::kOk));
   p.weights[decode::kQkv] = qkv.data(), p.weights[decode::kOut] = out.data();
@@ -453,10 +454,10 @@ int main() {
   test_model<decode::DecodeStep<bf16, 64, 4, 8>>("two sequences", llama, {17, 400}, 2);
   test_model<decode::DecodeStep<bf16, 64, 4, 8>>("four small sequences", small, {0, 7, 31, 8}, 2);
   test_model<decode::DecodeStep<bf16, 64, 8, 7>>("eight sequences", llama,
-                                           {0, 1, 31, 32, 255, 256, 257, 900}, 2);
+                                                 {0, 1, 31, 32, 255, 256, 257, 900}, 2);
   test_model<decode::DecodeStep<bf16, 64, 8, 7>>("hidden units in parts",
-                                           {1, 512, 500, 8, 8, 64, 8192, 64, false, false},
-                                           {1, 2, 3, 4, 5, 6, 7}, 2);
+                                                 {1, 512, 500, 8, 8, 64, 8192, 64, false, false},
+                                                 {1, 2, 3, 4, 5, 6, 7}, 2);
   test_model<decode::DecodeStep<bf16, 128, 8, 6>>("five sequences", qwen, {3, 500, 64, 0, 255}, 2);
 
   using tile::e4m3;
@@ -466,8 +467,8 @@ int main() {
   test_model<decode::DecodeStep<e4m3, 128, 1, 10>>(
       "FP8, qwen", {2, 768, 1000, 6, 1, 128, 1152, 512, true, false}, {300}, 2);
   test_model<decode::DecodeStep<e4m3, 64, 4, 8>>("FP8, four sequences", small, {0, 7, 31, 8}, 2);
-  test_model<decode::DecodeStep<e4m3, 64, 8, 7>>(
-      "FP8, hidden units in parts", {1, 512, 500, 8, 8, 64, 8192, 64, false, false},
-      {1, 2, 3, 4, 5, 6, 7}, 2);
+  test_model<decode::DecodeStep<e4m3, 64, 8, 7>>("FP8, hidden units in parts",
+                                                 {1, 512, 500, 8, 8, 64, 8192, 64, false, false},
+                                                 {1, 2, 3, 4, 5, 6, 7}, 2);
   return test::finish();
 }
