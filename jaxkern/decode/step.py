@@ -234,14 +234,13 @@ def _draw_reference(packed, cache, tokens, done, how, stop_tokens, first, n):
 
 
 def _draw_kernel(packed, cache, tokens, done, how, stop_tokens, first, n):
-    if how.greedy:
-        seeds, parameters = jnp.zeros(0, jnp.uint32), jnp.zeros(0, jnp.float32)
-    else:
+    seeds, parameters, filters = jnp.zeros(0, jnp.uint32), jnp.zeros(0, jnp.float32), (0, False)
+    if not how.greedy:
         seeds = how.seeds(first, n, cache.batch)
         top_p = jnp.float32(1) if how.top_p is None else how.top_p
         parameters = jnp.stack([how.temperature, top_p])
+        filters = how.top_k or 0, how.top_p is not None
     done = done.astype(jnp.int32)
-    filters = how.top_k or 0, how.top_p is not None
     drawn, _, done, cache = _call(
         packed, cache, tokens, done, n, stop_tokens, seeds, parameters, *filters
     )
