@@ -49,8 +49,8 @@ def generate(
     """Tokens that continue each of B prompts.
 
     With a callback the tokens come in chunks of up to 16, after each of which the host waits for
-    it. Else everything is one computation. That changes no token. When all sequences have ended no
-    further step is computed.
+    it. Else everything is one computation. That changes no token. When all sequences have ended so
+    do the steps.
 
     Args:
       packed: from `pack_weights`.
@@ -59,7 +59,8 @@ def generate(
       lengths: int32 [B], of the prompts, clipped to 1..T: tokens after them are ignored. None is T
         for all.
       temperature: a Python number. 0 takes the most likely token, whatever top_k and top_p are.
-        Else `sample` draws them, with jax.random.fold_in(key, i) for the token after i others.
+        Else `sample` draws them, with jax.random.fold_in(k, i) for the token after i others; k is
+        the key of threefry2x32 that it makes of key.
       top_k, top_p: of `sample`; Python numbers.
       key: of jax.random. Needed where the temperature is not 0.
       stop_tokens: a sequence ends with the first of these.
@@ -155,7 +156,6 @@ def _steps(packed, state, how, stops, n, implementation):
         state, tokens, count = carry
         left = jnp.arange(full)[:, None] >= count
         tokens = jnp.where(left, state.token[:, None, None], tokens)
-        state = state._replace(i=state.i + (full - count) * _LAUNCH)
     tokens = tokens.reshape(batch, full * _LAUNCH)
     if rest:
         state, last = launch(state, rest)

@@ -105,8 +105,7 @@ def decode_steps(
       num_steps: how many. A launch leaves the GPU to nobody else while it lasts.
       done: bool [B], which sequences have ended before. None is none of them.
       temperature, top_k, top_p, key: as in `generate`.
-      first: how many tokens were drawn before: the i-th is drawn with
-        jax.random.fold_in(key, first + i).
+      first: how many tokens were drawn before, which in `generate` the first of these comes after.
       stop_tokens: a sequence ends with the first of these.
       implementation: as in `decode_step`. The kernel takes vocabularies below 2^20 where the
         temperature is not 0.
