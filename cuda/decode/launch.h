@@ -9,7 +9,7 @@ namespace jaxkern::decode {
 // Enqueues a step. An error if not all blocks can be on the GPU at once.
 cudaError_t launch_decode_step(const DecodeParams& params, cudaStream_t stream);
 
-// What the workspace must have, zero before the first step.
+// What the workspace must have, all bits set before the first step.
 int64_t decode_workspace_bytes(const DecodeParams& params);
 
 // The instances, by the type of weights and the elements of a head.
