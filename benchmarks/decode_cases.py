@@ -36,7 +36,7 @@ MODELS = {
         width=1024, heads=16, kv_heads=8, hidden=3072, context=40_960, qk_norm=True
     ),
     "tiny": Config(  # for trying this out
-        vocabulary=96, layers=2, width=64, heads=4, kv_heads=2, head_dim=32, hidden=96, context=128
+        vocabulary=96, layers=2, width=64, heads=4, kv_heads=2, head_dim=32, hidden=128, context=128
     ),
 }
 

@@ -69,6 +69,14 @@ def device(request):
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled():
+    """Lets go of what JAX has compiled for a module of tests: every function has several mappings
+    of memory, of which Linux gives a process 65,530, and XLA crashes when there are no more."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def kernels(monkeypatch):
     """Take the path of the kernels, also where they are not built: on a CPU it ends in the

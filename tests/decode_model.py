@@ -16,7 +16,7 @@ _SMALL = {
     "heads": 4,
     "kv_heads": 2,
     "head_dim": 32,
-    "hidden": 96,
+    "hidden": 128,
     "context": 128,
 }
 
@@ -26,7 +26,7 @@ CONFIGS = {
         rope_theta=500.0,
         rope_scaling=RopeScaling(8.0, 1.0, 4.0, original_context=16),  # the tests' go beyond
         tied_embeddings=True,
-        **_SMALL,
+        **_SMALL | {"hidden": 96},  # too few for FP8
     ),
     "qwen2": Config(qkv_bias=True, **_SMALL | {"kv_heads": 1, "head_dim": 64}),
     "qwen3": Config(

@@ -9,21 +9,21 @@ constexpr auto F32 = ffi::DataType::F32;
 constexpr auto S32 = ffi::DataType::S32;
 constexpr auto U32 = ffi::DataType::U32;
 constexpr auto BF16 = ffi::DataType::BF16;
+constexpr auto F8E4M3FN = ffi::DataType::F8E4M3FN;
 
-ffi::Error decode_step(cudaStream_t stream, ffi::AnyBuffer tokens, ffi::AnyBuffer lengths,
-                       ffi::AnyBuffer status, ffi::AnyBuffer keys, ffi::AnyBuffer values,
-                       ffi::AnyBuffer workspace, ffi::AnyBuffer done, ffi::AnyBuffer embedding,
-                       ffi::AnyBuffer norms, ffi::AnyBuffer qkv, ffi::AnyBuffer out,
-                       ffi::AnyBuffer gate_up, ffi::AnyBuffer down, ffi::AnyBuffer head,
-                       ffi::AnyBuffer frequencies, ffi::AnyBuffer qkv_bias, ffi::AnyBuffer qk_norms,
-                       ffi::AnyBuffer stop_tokens, ffi::AnyBuffer seeds, ffi::AnyBuffer sampling,
-                       ffi::Result<ffi::AnyBuffer> drawn, ffi::Result<ffi::AnyBuffer> logits,
-                       ffi::Result<ffi::AnyBuffer> new_lengths,
-                       ffi::Result<ffi::AnyBuffer> new_status, ffi::Result<ffi::AnyBuffer> new_keys,
-                       ffi::Result<ffi::AnyBuffer> new_values,
-                       ffi::Result<ffi::AnyBuffer> new_workspace,
-                       ffi::Result<ffi::AnyBuffer> new_done, float epsilon, int32_t multiprocessors,
-                       int32_t top_k, bool top_p) {
+ffi::Error decode_step(
+    cudaStream_t stream, ffi::AnyBuffer tokens, ffi::AnyBuffer lengths, ffi::AnyBuffer status,
+    ffi::AnyBuffer keys, ffi::AnyBuffer values, ffi::AnyBuffer workspace, ffi::AnyBuffer done,
+    ffi::AnyBuffer embedding, ffi::AnyBuffer norms, ffi::AnyBuffer qkv, ffi::AnyBuffer out,
+    ffi::AnyBuffer gate_up, ffi::AnyBuffer down, ffi::AnyBuffer head, ffi::AnyBuffer qkv_scale,
+    ffi::AnyBuffer out_scale, ffi::AnyBuffer gate_up_scale, ffi::AnyBuffer down_scale,
+    ffi::AnyBuffer head_scale, ffi::AnyBuffer frequencies, ffi::AnyBuffer qkv_bias,
+    ffi::AnyBuffer qk_norms, ffi::AnyBuffer stop_tokens, ffi::AnyBuffer seeds,
+    ffi::AnyBuffer sampling, ffi::Result<ffi::AnyBuffer> drawn, ffi::Result<ffi::AnyBuffer> logits,
+    ffi::Result<ffi::AnyBuffer> new_lengths, ffi::Result<ffi::AnyBuffer> new_status,
+    ffi::Result<ffi::AnyBuffer> new_keys, ffi::Result<ffi::AnyBuffer> new_values,
+    ffi::Result<ffi::AnyBuffer> new_workspace, ffi::Result<ffi::AnyBuffer> new_done, float epsilon,
+    int32_t multiprocessors, int32_t top_k, bool top_p) {
   Checks checks("decode_step");
   checks.rank("keys", keys, 7).rank("embedding", embedding, 2).rank("out", out, 2);
   checks.rank("down", down, 2).rank("workspace", workspace, 1);
@@ -43,6 +43,7 @@ ffi::Error decode_step(cudaStream_t stream, ffi::AnyBuffer tokens, ffi::AnyBuffe
   const int64_t all = (N + 2 * K) * H;
   const int64_t steps = drawn->dimensions()[1];
   const bool draws = steps > 0, noisy = seeds.element_count() > 0;
+  const bool fp8 = qkv.element_type() == F8E4M3FN;
   const bool has_bias = qkv_bias.element_count() > 0, has_norms = qk_norms.element_count() > 0;
   checks.shape("keys", keys, {L, B, K, T / 8, H / 32, 8, 32})
       .shape("values", values, {L, B, K, T / 32, H, 32})
@@ -81,13 +82,25 @@ ffi::Error decode_step(cudaStream_t stream, ffi::AnyBuffer tokens, ffi::AnyBuffe
       .dtype("values", values, {BF16})
       .dtype("embedding", embedding, {BF16})
       .dtype("norms", norms, {BF16})
-      .dtype("qkv", qkv, {BF16})
-      .dtype("out", out, {BF16})
-      .dtype("gate_up", gate_up, {BF16})
-      .dtype("down", down, {BF16})
-      .dtype("head", head, {BF16})
+      .dtype("qkv", qkv, {BF16, F8E4M3FN})
+      .dtype("out", out, {qkv.element_type()})
+      .dtype("gate_up", gate_up, {qkv.element_type()})
+      .dtype("down", down, {qkv.element_type()})
+      .dtype("head", head, {qkv.element_type()})
       .dtype("qkv_bias", qkv_bias, {BF16})
       .dtype("qk_norms", qk_norms, {BF16});
+  if (fp8) {
+    checks.shape("qkv_scale", qkv_scale, {L, all})
+        .shape("out_scale", out_scale, {L, D})
+        .shape("gate_up_scale", gate_up_scale, {L, 2 * F})
+        .shape("down_scale", down_scale, {L, D})
+        .shape("head_scale", head_scale, {V})
+        .dtype("qkv_scale", qkv_scale, {F32})
+        .dtype("out_scale", out_scale, {F32})
+        .dtype("gate_up_scale", gate_up_scale, {F32})
+        .dtype("down_scale", down_scale, {F32})
+        .dtype("head_scale", head_scale, {F32});
+  }
   checks.that(H == 64 || H == 128, "keys", "have heads of " + std::to_string(H), "64 or 128")
       .that(B <= decode::kMaxBatch, "tokens", "has " + std::to_string(B),
             "at most " + std::to_string(decode::kMaxBatch));
@@ -95,9 +108,12 @@ ffi::Error decode_step(cudaStream_t stream, ffi::AnyBuffer tokens, ffi::AnyBuffe
               "has " + std::to_string(N) + " heads",
               "a multiple of keys' " + std::to_string(K) + ", of up to " +
                   std::to_string(decode::kMaxGroup));
-  checks.that(D % decode::kSlice == 0 && F % decode::kSlice == 0, "down",
+  const int columns = fp8 ? 2 * decode::kSlice : decode::kSlice;  // of a slice
+  checks.that(D % columns == 0 && F % columns == 0, "down",
               "is " + std::to_string(D) + " by " + std::to_string(F),
-              "multiples of " + std::to_string(decode::kSlice));
+              "multiples of " + std::to_string(columns));
+  checks.that(N * H % columns == 0, "out", "has " + std::to_string(N * H) + " columns",
+              "a multiple of " + std::to_string(columns));
   const int64_t rows = int64_t{decode::max_rows(static_cast<int>(H))} * multiprocessors;
   checks.that(D <= rows, "down", "has " + std::to_string(D) + " rows",
               "at most " + std::to_string(rows));
@@ -125,11 +141,19 @@ ffi::Error decode_step(cudaStream_t stream, ffi::AnyBuffer tokens, ffi::AnyBuffe
   params.capacity = static_cast<int>(T);
   params.multiprocessors = multiprocessors;
   params.norm_epsilon = epsilon;
+  params.fp8 = fp8;
   params.weights[decode::kQkv] = qkv.untyped_data();
   params.weights[decode::kOut] = out.untyped_data();
   params.weights[decode::kGateUp] = gate_up.untyped_data();
   params.weights[decode::kDown] = down.untyped_data();
   params.weights[decode::kHead] = head.untyped_data();
+  if (fp8) {
+    params.scales[decode::kQkv] = qkv_scale.typed_data<float>();
+    params.scales[decode::kOut] = out_scale.typed_data<float>();
+    params.scales[decode::kGateUp] = gate_up_scale.typed_data<float>();
+    params.scales[decode::kDown] = down_scale.typed_data<float>();
+    params.scales[decode::kHead] = head_scale.typed_data<float>();
+  }
   params.embedding = embedding.untyped_data();
   params.norms = norms.untyped_data();
   params.qkv_bias = has_bias ? qkv_bias.untyped_data() : nullptr;
@@ -181,6 +205,11 @@ JAXKERN_DEFINE_HANDLER(DecodeStep, decode_step,
                            .Arg<ffi::AnyBuffer>()  // gate_up
                            .Arg<ffi::AnyBuffer>()  // down
                            .Arg<ffi::AnyBuffer>()  // head
+                           .Arg<ffi::AnyBuffer>()  // qkv_scale
+                           .Arg<ffi::AnyBuffer>()  // out_scale
+                           .Arg<ffi::AnyBuffer>()  // gate_up_scale
+                           .Arg<ffi::AnyBuffer>()  // down_scale
+                           .Arg<ffi::AnyBuffer>()  // head_scale
                            .Arg<ffi::AnyBuffer>()  // frequencies
                            .Arg<ffi::AnyBuffer>()  // qkv_bias
                            .Arg<ffi::AnyBuffer>()  // qk_norms

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkern import _checks
-from jaxkern.decode.layout import ROW, number_of_blocks, pack_rows, unpack_rows
+from jaxkern.decode.layout import ROW, columns_of_slice, number_of_blocks, pack_rows, unpack_rows
 from jaxkern.decode.model import stacked_arrays
 from jaxkern.reference import rotary
 from jaxkern.reference.decode import Rows
@@ -156,8 +156,8 @@ def pack_weights(
         Without them it unpacks, in every call, the ones that the decode step reads.
 
     Raises:
-      ValueError: another name, sizes that are no multiples of 32, or arrays of other shapes than
-        the model's config asks for.
+      ValueError: another name, a width, hidden units or elements of heads that are no multiple of
+        32 (of all heads, of 64 for FP8), or arrays of other shapes than the config asks for.
     """
     _checks.one_of("weights", weights, WEIGHTS)
     keep_rows = _checks.flag("keep_rows", keep_rows)
@@ -165,9 +165,15 @@ def pack_weights(
         multiprocessors = getattr(jax.devices()[0], "core_count", None) or _MULTIPROCESSORS
     multiprocessors = _checks.positive_int("multiprocessors", multiprocessors)
     config = model.config
-    for name in ("width", "hidden", "head_dim"):
-        if getattr(config, name) % ROW:
-            raise ValueError(f"{name} is {getattr(config, name)}, wanted a multiple of {ROW}")
+    columns = columns_of_slice(_FP8 if weights == "fp8" else jnp.bfloat16)
+    for name, size, unit in (
+        ("head_dim", config.head_dim, ROW),
+        ("width", config.width, columns),
+        ("hidden", config.hidden, columns),
+        ("heads * head_dim", config.heads * config.head_dim, columns),
+    ):
+        if size % unit:
+            raise ValueError(f"{name} is {size}, wanted a multiple of {unit} for {weights!r}")
     arrays = stacked_arrays(model)
 
     def pack(name, rows_of_unit=1):

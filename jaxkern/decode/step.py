@@ -46,9 +46,9 @@ def decode_step(
       packed: from `pack_weights`.
       cache: of as many sequences, and of the same model.
       tokens: int32 [B].
-      implementation: "cuda", the kernel: for up to 8 sequences, heads of 64 or 128 elements, of
-        which up to 8 share one of key and value, and bfloat16 weights; "xla", plain jax.numpy; a
-        sequence of names, of which the first runs that can; or None, which is ("cuda", "xla").
+      implementation: "cuda", the kernel: for up to 8 sequences, and heads of 64 or 128 elements,
+        of which up to 8 share one of key and value; "xla", plain jax.numpy; a sequence of names, of
+        which the first runs that can; or None, which is ("cuda", "xla").
 
     Returns:
       Logits, float32 [B, V], and the cache.
@@ -173,8 +173,6 @@ def _check_cache(packed, cache):
 def _unsupported(packed, cache):
     """Why the kernel cannot do this, or None."""
     config = packed.config
-    if packed.weights != "bf16":
-        return f"weights are {packed.weights!r}, supported is 'bf16'"
     if config.head_dim not in (64, 128):
         return f"head_dim is {config.head_dim}, supported are 64 and 128"
     if config.heads > _MAX_GROUP * config.kv_heads:
@@ -277,6 +275,7 @@ def _call(
     """Tokens drawn in n steps, the last logits, done and the cache. n = 0: one step, no token."""
     config, batch = packed.config, cache.batch
     none = jnp.zeros(0, jnp.bfloat16)
+    matrices = packed.qkv, packed.out, packed.gate_up, packed.down, packed.head
     state = cache.lengths, cache.status, cache.keys, cache.values, cache.workspace, done
     results = [
         ((batch, n), np.dtype(np.int32)),
@@ -289,7 +288,8 @@ def _call(
         *state,
         packed.embedding,
         packed.norms,
-        *(getattr(packed, name).values for name in ("qkv", "out", "gate_up", "down", "head")),
+        *(matrix.values for matrix in matrices),
+        *(jnp.zeros(0, jnp.float32) if x.scale is None else x.scale for x in matrices),
         packed.frequencies,
         none if packed.qkv_bias is None else packed.qkv_bias,
         none if packed.qk_norms is None else packed.qk_norms,

@@ -48,6 +48,7 @@ def test_call():
         f"{layers}x{2 * c.hidden * d}xbf16",
         f"{layers}x{d * c.hidden}xbf16",
         f"{c.vocabulary * d}xbf16",
+        *["0xf32"] * 5,
         "32xf32",
         *["0xbf16"] * 2,
         "0xi32",
@@ -57,6 +58,26 @@ def test_call():
     assert attributes(line)["multiprocessors"] == "3 : i32"
     aliases = re.findall(r"output_tuple_indices = \[(\d)\], operand_index = (\d)", line)
     assert aliases == [(str(i + 1), str(i)) for i in range(1, 7)]
+
+
+def test_fp8():
+    """Of one byte a value, and with the scales of their rows."""
+    c = LLAMA
+    given = arguments(c, 2, weights="fp8")
+    operands, _ = types(custom_call_lines(decode_step, *given)["decode_step"])
+    n, d, layers = (c.heads + 2 * c.kv_heads) * 64, c.width, c.layers
+    assert operands[9:19] == [
+        f"{layers}x{n * d}xf8E4M3FN",
+        f"{layers}x{d * c.heads * 64}xf8E4M3FN",
+        f"{layers}x{2 * c.hidden * d}xf8E4M3FN",
+        f"{layers}x{d * c.hidden}xf8E4M3FN",
+        f"{c.vocabulary * d}xf8E4M3FN",
+        f"{layers}x{n}xf32",
+        f"{layers}x{d}xf32",
+        f"{layers}x{2 * c.hidden}xf32",
+        f"{layers}x{d}xf32",
+        f"{c.vocabulary}xf32",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -117,18 +138,17 @@ def test_default():
 
 
 @pytest.mark.parametrize(
-    ("changes", "batch", "weights", "reason"),
+    ("changes", "batch", "reason"),
     [
-        ({"head_dim": 32}, 1, "bf16", "head_dim is 32, supported are 64 and 128"),
-        ({}, 9, "bf16", "there are 9 sequences, supported are up to 8"),
-        ({}, 1, "fp8", "weights are 'fp8', supported is 'bf16'"),
-        ({"heads": 9, "kv_heads": 1}, 1, "bf16", "9 heads share 1 kv_heads"),
-        ({"heads": 16, "kv_heads": 16}, 2, "bf16", "there are 32 kv_heads of all sequences"),
-        ({"width": 416}, 1, "bf16", "width is 416, supported is up to 384"),
+        ({"head_dim": 32}, 1, "head_dim is 32, supported are 64 and 128"),
+        ({}, 9, "there are 9 sequences, supported are up to 8"),
+        ({"heads": 9, "kv_heads": 1}, 1, "9 heads share 1 kv_heads"),
+        ({"heads": 16, "kv_heads": 16}, 2, "there are 32 kv_heads of all sequences"),
+        ({"width": 416}, 1, "width is 416, supported is up to 384"),
     ],
 )
-def test_what_the_kernel_does_not_take(changes, batch, weights, reason):
-    given = arguments(dataclasses.replace(LLAMA, **changes), batch, weights=weights)
+def test_what_the_kernel_does_not_take(changes, batch, reason):
+    given = arguments(dataclasses.replace(LLAMA, **changes), batch)
     with pytest.raises(NotImplementedError, match=f"'cuda': {reason}"):
         jax.eval_shape(functools.partial(decode_step, implementation="cuda"), *given)
     assert custom_calls(decode_step, *given) == {}

@@ -134,12 +134,20 @@ def test_errors():
         pack_weights(model, keep_rows=1)
     for name in ("width", "hidden", "head_dim"):
         model.config = dataclasses.replace(config, **{name: 80})
-        with pytest.raises(ValueError, match=f"{name} is 80, wanted a multiple of 32"):
+        with pytest.raises(ValueError, match=f"{name} is 80, wanted a multiple of 32 for 'bf16'"):
             pack_weights(model)
+    for name, size, change in (
+        ("width", 96, {"width": 96}),
+        ("hidden", 96, {"hidden": 96}),
+        (r"heads \* head_dim", 32, {"heads": 1, "kv_heads": 1}),
+    ):
+        model.config = dataclasses.replace(config, **change)
+        with pytest.raises(ValueError, match=f"{name} is {size}, wanted a multiple of 64 for 'fp8"):
+            pack_weights(model, "fp8")
     model.config = dataclasses.replace(config, layers=3)
     with pytest.raises(ValueError, match="model has 2 blocks, wanted the config's 3"):
         pack_weights(model)
     model.config = dataclasses.replace(config, hidden=64)
-    message = r"model\.blocks\[0\]\.gate_up\.kernel has shape \(64, 192\), wanted \(64, 128\)"
+    message = r"model\.blocks\[0\]\.gate_up\.kernel has shape \(64, 256\), wanted \(64, 128\)"
     with pytest.raises(ValueError, match=message):
         pack_weights(model)
