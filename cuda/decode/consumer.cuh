@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "cuda/decode/storage.cuh"
+#include "cuda/decode/helper.cuh"
 #include "cuda/tile/smem.cuh"
 
 namespace jaxkern::decode {
@@ -43,51 +43,38 @@ struct Consumer {
     return phase == kOut || phase == kDown;
   }
 
-  __device__ __forceinline__ bf16* results(Phase phase, int layer) const {
-    return p.results[phase].of(shared.layers + layer);
-  }
-  __device__ __forceinline__ float* squares(Phase phase, int layer) const {
-    return (phase == kOut ? p.out_squares : p.down_squares).of(shared.layers + layer);
+  __device__ __forceinline__ Sent<kHeadDim> sent(int layer) const {
+    return {p, shared.layers + layer};
   }
 
   // How many arrivals there are of a phase of so many layers.
   __device__ __forceinline__ uint32_t arrivals(Phase phase, int layers) const {
     const Rows& rows = p.rows[phase];
-    const int senders = gives_hidden(phase)
-                            ? 1
-                            : min(Team::kSize, tile::ceil_div(rows.most_units(), tile::kWarpSize));
+    const int senders =
+        gives_hidden(phase) ? 1 : min(Team::kSize, tile::ceil_div(rows.most, tile::kWarpSize));
     return layers * batch() * (phase == kAttention ? p.model.kv_heads : rows.blocks * senders);
   }
-  // Until all have sent what they have of a phase.
+  // Until it is worth to look for what all have sent of a phase: the last quarter comes while the
+  // look is on its way.
   __device__ __forceinline__ void wait(Phase phase, int layer) {
     if (threadIdx.x == 0) {
-      wait_for(header().counters[phase], shared.before[phase] + arrivals(phase, layer + 1));
+      const uint32_t all = shared.before[phase] + arrivals(phase, layer + 1);
+      wait_for(header().counters[phase], all - arrivals(phase, 1) / 4);
+      if (gives_hidden(phase)) shared.hidden_sent.arrive();
     }
     sync_consumers();
   }
 
   // --- What others have sent ---------------------------------------------------------------------
 
-  // Results `first` to `first + count` of a phase, as vectors, and of the hidden state what
-  // normalises it. A thread has kWords words of each sequence at once.
+  // Results `first` to `first + count` of a phase, as vectors. A thread has kWords words of each
+  // sequence at once. Helpers find out what normalises the hidden state.
   template <Phase kFrom, int kWords>
   __device__ __forceinline__ void receive(int layer, int first, int count) {
-    const bf16* from = results(kFrom, layer) + first;
+    const bf16* from = sent(layer).results(kFrom) + first;
     const int64_t all = p.results[kFrom].size / batch();
     const int words = count / Word::kValues;
     if (first == 0) wait(kFrom, layer);
-    constexpr int kSumWords = kMaxMultiprocessors / (4 * tile::kWarpSize);
-    Word sums[kSumWords] = {};  // of the blocks, of one sequence a warp
-    const bool adds = gives_hidden(kFrom) && warp() < batch();
-    const float* of_blocks = squares(kFrom, layer) + warp() * p.squares_stride;
-    const auto get_sums = [&] {
-#pragma unroll
-      for (int i = 0; i < kSumWords; ++i) {
-        const int index = lane() + i * tile::kWarpSize;
-        if (adds && index * 4 < p.squares_stride) sums[i] = peek(of_blocks + index * 4);
-      }
-    };
-    if (gives_hidden(kFrom)) get_sums();
 #pragma unroll 1
     for (int start = 0; start < words; start += kWords * kConsumers) {
       Word got[kWords][kBatch] = {};
@@ -119,20 +106,14 @@ struct Consumer {
         }
       }
     }
-    if (adds) {
-      while (!__all_sync(0xffffffffu, has_sums(sums[0]) && has_sums(sums[1]))) get_sums();
-      put_rstd(warp(), sum_of(sums[0]) + sum_of(sums[1]));
-    }
   }
-  __device__ __forceinline__ static float sum_of(const Word& sums) {
-    return (__uint_as_float(sums.data[0]) + __uint_as_float(sums.data[1])) +
-           (__uint_as_float(sums.data[2]) + __uint_as_float(sums.data[3]));
-  }
-  // From the squares that each lane has of a sequence's hidden state.
-  __device__ __forceinline__ void put_rstd(int n, float squares) {
-    const float sum = tile::warp_sum(squares);
-    if (lane() == 0) {
-      shared.rstd[n] = rsqrtf(__fdividef(sum, p.model.width) + p.model.norm_epsilon);
+  // Until shared.rstd is that of the hidden state that a phase has received.
+  template <Phase kPhase>
+  __device__ __forceinline__ void wait_for_rstd(int layer) const {
+    using Helper = decode::Helper<kHeadDim, kBatch, kStages>;
+    if (kPhase == kGateUp) shared.rstd_ready.wait(Helper::kAfterOut);
+    if (kPhase == kHead || (kPhase == kQkv && layer > 0)) {
+      shared.rstd_ready.wait(Helper::kAfterDown);
     }
   }
 
@@ -144,7 +125,7 @@ struct Consumer {
       const auto* row =
           static_cast<const bf16*>(p.model.embedding) + int64_t{token} * p.model.width;
       const auto* norm = static_cast<const bf16*>(p.model.norms);
-      constexpr int kWords = kBatch == 1 ? 2 : 8;  // at once
+      constexpr int kWords = kBatch == 1 ? 2 : 4;  // at once
       float squares = 0.0f;
 #pragma unroll 1
       for (int start = Team::lane(); start < p.model.width / Word::kValues;
@@ -181,7 +162,9 @@ struct Consumer {
     }
     sync_consumers();
     if (n < batch() && Team::leads()) {
-      put_rstd(n, lane() < Team::kSize ? shared.squares[warp() + lane()] : 0.0f);
+      const float sum =
+          tile::warp_sum(lane() < Team::kSize ? shared.squares[warp() + lane()] : 0.0f);
+      if (lane() == 0) shared.rstd[n] = rstd_of(p.model, sum);
     }
   }
 
@@ -263,7 +246,9 @@ struct Consumer {
     const Place place = this->place(kPhase);
     const int units = rows.units(block), n = place.n;
     if (n >= batch()) return;
-    bf16* to = results(kPhase, layer) + n * static_cast<int64_t>(rows.count()) + rows.first(block);
+    wait_for_rstd<kPhase>(layer);
+    bf16* to =
+        sent(layer).results(kPhase) + n * static_cast<int64_t>(rows.count()) + rows.first(block);
     float sum_of_squares = 0.0f;
 #pragma unroll 1
     for (int unit = place.unit; unit < units; unit += place.step) {
@@ -290,47 +275,17 @@ struct Consumer {
       __syncwarp();
       sum_of_squares = tile::warp_sum(sum_of_squares);
       if (lane() == 0) {
-        send(squares(kPhase, layer) + n * p.squares_stride + block, sum_of_squares);
+        send(sent(layer).squares(kPhase) + n * p.squares_stride + block, sum_of_squares);
       }
     }
-    if (lane() == 0 && place.unit < rows.most_units()) arrive(header().counters[kPhase]);
-  }
-
-  // The places of this block's results of a phase that all have read.
-  template <Phase kPhase>
-  __device__ __forceinline__ void clear_results(int layer) const {
-    const Rows& rows = p.rows[kPhase];
-    const Place place = this->place(kPhase);
-    if (place.n >= batch()) return;
-    for (int block = blockIdx.x; block < rows.blocks; block += gridDim.x) {
-      bf16* at =
-          results(kPhase, layer) + place.n * static_cast<int64_t>(rows.count()) + rows.first(block);
-      for (int unit = place.unit; unit < rows.units(block); unit += place.step) clear(at + unit);
-      if (gives_hidden(kPhase) && lane() == 0) {
-        clear(squares(kPhase, layer) + place.n * p.squares_stride + block);
-      }
-    }
-  }
-
-  // All blocks send squares of the hidden state. So when those are there all have read what was
-  // sent before the phase that gave it, and the one before.
-  template <Phase kPhase>
-  __device__ __forceinline__ void clear_read(int layer) const {
-    if constexpr (kPhase == kQkv) {  // has received what down gave
-      clear_results<kOut>(layer - 1);
-      clear_results<kGateUp>(layer - 1);
-    }
-    if constexpr (kPhase == kGateUp) {  // what out gave
-      clear_results<kDown>(layer - 1);
-      clear_results<kQkv>(layer);
-      clear_attention(layer);
-    }
+    if (lane() == 0 && place.unit < rows.most) arrive(header().counters[kPhase]);
   }
 
   __device__ __forceinline__ void store_logits(int block, const Constant& first) {
     const Rows& rows = p.rows[kHead];
     const int n = Team::sequence();
     if (n >= batch()) return;
+    wait_for_rstd<kHead>(0);
 #pragma unroll 1
     for (int unit = Team::lane(); unit < rows.units(block); unit += Team::kLanes) {
       const int token = rows.first(block) + unit;
@@ -354,7 +309,6 @@ struct Consumer {
     held.multiply(x, rows, block, shared.sums);
     sync_consumers();
     send_results<kPhase>(layer, block, constant);
-    clear_read<kPhase>(layer);
   }
 
   // Gathers vectors, multiplies the block's rows and hands on what they give.
@@ -384,21 +338,6 @@ struct Consumer {
       }
       if (block + gridDim.x < rows.blocks) sync_consumers();  // sums have been read
     }
-    clear_read<kPhase>(layer);
-  }
-
-  // Where the results of a unit of attention belong, or those of a split of it.
-  __device__ __forceinline__ int64_t attention_place(const Unit& unit) const {
-    const int group = p.model.heads / p.model.kv_heads;
-    return (int64_t{unit.sequence} * p.model.heads + unit.kv_head * group) * kHeadDim;
-  }
-  __device__ __forceinline__ bf16* partial(int layer, const Unit& unit, int split) const {
-    const int64_t all = int64_t{p.model.batch} * p.model.heads * kHeadDim;
-    return p.partials.of(shared.layers + layer) + split * all + attention_place(unit);
-  }
-  __device__ __forceinline__ float* log(int layer, const Unit& unit, int split) const {
-    const int64_t all = int64_t{p.model.batch} * p.model.heads;
-    return p.logs.of(shared.layers + layer) + split * all + attention_place(unit) / kHeadDim;
   }
 
   __device__ __forceinline__ void attention(int layer) {
@@ -416,21 +355,21 @@ struct Consumer {
       Attention::attend(p.model, shared.stream, slot, unit, scale, storage);
       sync_consumers();
       const bool split = unit.splits > 1;
-      bf16* to = results(kAttention, layer) + attention_place(unit);
-      bf16* own = split ? partial(layer, unit, unit.split) : to;
+      const Sent<kHeadDim> sent = this->sent(layer);
+      bf16* own = split ? sent.partial(unit, unit.split) : sent.heads(unit);
       Attention::merge_warps(
           p.model, storage, Weights::kVectorScale,
           [&](int g, int d, bf16 value) { send(own + g * kHeadDim + d, value); },
           [&](int g, float value) {
-            if (split) send(log(layer, unit, unit.split) + g, value);
+            if (split) send(sent.log(unit, unit.split) + g, value);
           });
       if (split && unit.split == 0) {
         sync_consumers();  // the storage has been read
         const int64_t heads = int64_t{p.model.batch} * p.model.heads;
-        Attention::merge_splits(
-            p.model, partial(layer, unit, 0), heads * kHeadDim, log(layer, unit, 0), heads,
-            unit.splits, storage,
-            [&](int g, int d, bf16 value) { send(to + g * kHeadDim + d, value); });
+        Attention::merge_splits(p.model, sent.partial(unit, 0), heads * kHeadDim, sent.log(unit, 0),
+                                heads, unit.splits, storage, [&](int g, int d, bf16 value) {
+                                  send(sent.heads(unit) + g * kHeadDim + d, value);
+                                });
       }
       if (unit.split == 0 && threadIdx.x == 0) arrive(header().counters[kAttention]);
     }
@@ -440,29 +379,14 @@ struct Consumer {
   __device__ __forceinline__ void receive_heads(int layer, const Unit& unit,
                                                 typename Attention::Storage& storage) {
     const int count = Unit::values(p.model), index = threadIdx.x;
-    const bf16* from =
-        results(kQkv, layer) + (int64_t{unit.sequence} * p.model.kv_heads + unit.kv_head) * count;
+    const bf16* from = sent(layer).results(kQkv) +
+                       (int64_t{unit.sequence} * p.model.kv_heads + unit.kv_head) * count;
     static_assert((kMaxGroup + 2) * kHeadDim <= kConsumers * Word::kValues);
     Word got = {};
     do {
       if (index * Word::kValues < count) got = peek(from + index * Word::kValues);
     } while (!__all_sync(0xffffffffu, has_values(got)));
     if (index * Word::kValues < count) reinterpret_cast<Word*>(storage.raw)[index] = got;
-  }
-
-  __device__ __forceinline__ void clear_attention(int layer) const {
-    const int count = p.model.heads / p.model.kv_heads * kHeadDim;
-    for (int i = 0; i < shared.units.count; ++i) {
-      const Unit& unit = shared.units.data[i];
-      if (unit.tokens == 0) continue;
-      for (int d = threadIdx.x; d < count; d += kConsumers) {
-        if (unit.split == 0) clear(results(kAttention, layer) + attention_place(unit) + d);
-        if (unit.splits > 1) clear(partial(layer, unit, unit.split) + d);
-      }
-      if (unit.splits > 1 && threadIdx.x < count / kHeadDim) {
-        clear(log(layer, unit, unit.split) + threadIdx.x);
-      }
-    }
   }
 
   // --- Steps -------------------------------------------------------------------------------------
@@ -472,9 +396,16 @@ struct Consumer {
     return min(shared.lengths[n] + step, p.model.capacity);
   }
 
+  // This one, from which nothing is worked out that would take registers in all phases.
+  __device__ __forceinline__ static int thread() {
+    int x = threadIdx.x;
+    tile::ptx::work_out_here(x);
+    return x;
+  }
+
   // What there is before the first step.
   __device__ __forceinline__ void begin() {
-    const int n = threadIdx.x;
+    const int n = thread();
     if (n < batch()) {
       const int token = p.model.tokens[n], before = p.model.status[n];
       const bool known = token >= 0 && token < p.model.vocabulary;
@@ -500,7 +431,8 @@ struct Consumer {
   __device__ __forceinline__ void plan(int step) {
     shared.units.init(p.model, [&](int n) { return length(n, step); });
     constexpr int kPairs = kHeadDim / 2;
-    for (int i = threadIdx.x; i < batch() * kPairs; i += kConsumers) {
+#pragma unroll 1
+    for (int i = thread(); i < batch() * kPairs; i += kConsumers) {
       const int n = i / kPairs, pair = i % kPairs;
       shared.rotation[n][pair] = unit_vector(length(n, step) * p.model.frequencies[pair]);
     }
@@ -508,16 +440,15 @@ struct Consumer {
 
   // Logits.
   __device__ __forceinline__ void step(int step) {
-    const int layers = p.model.layers, n = threadIdx.x;
+    const int layers = p.model.layers;
+    int n = thread();
     if (n == 0) shared.turn.arrive();
     if (n < batch() && shared.status[n] == kOk && length(n, step) == p.model.capacity) {
       shared.status[n] = kCacheFull;
     }
-    const bool hold_qkv = HeldQkv<Weight>::fit(p.rows[kQkv]);
-    const bool hold_out = HeldOut<Weight, kHeadDim>::fit(p.rows[kOut]);
 #pragma unroll 1
     for (int layer = 0; layer < layers; ++layer) {
-      if (hold_qkv) {
+      if (p.hold_qkv) {
         HeldQkv<Weight> held;
         held.take(tile::settled(shared.stream), slot, p.rows[kQkv], blockIdx.x);
         multiply_held<kQkv>(layer, held);
@@ -525,7 +456,7 @@ struct Consumer {
         multiply_rows<kQkv>(layer);
       }
       // The wait for attention is the longest: the weights of out leave the ring before it.
-      if (hold_out) {
+      if (p.hold_out) {
         HeldOut<Weight, kHeadDim> held;
         held.take(tile::settled(shared.stream), slot, p.rows[kOut], blockIdx.x);
         attention(layer);
@@ -539,6 +470,7 @@ struct Consumer {
     }
     draw.begin();
     multiply_rows<kHead>(layers);
+    n = thread();
     if (n < kHead) shared.before[n] += arrivals(static_cast<Phase>(n), layers);
     if (n == 0) shared.layers += layers;
   }
@@ -557,7 +489,7 @@ struct Consumer {
       if (steps == 0) break;
       draw.start();
     }
-    const int n = threadIdx.x;
+    const int n = thread();
     if (n == 0 && count < steps) {
       shared.ended = true;
       shared.turn.arrive();

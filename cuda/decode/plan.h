@@ -29,6 +29,7 @@ struct StepParams {
   Places<uint64_t> ranks;                   // [B, blocks'], for exchanges of sampling in turn
   uint64_t* histograms;                     // [4, B, kBins], for its rounds in turn
   int squares_stride;                       // blocks', a multiple of 4
+  bool hold_qkv, hold_out;                  // in registers, before what they multiply is there
   int part;                                 // columns of vectors that shared memory has room for
 };
 

@@ -9,6 +9,7 @@
 #include "cuda/decode/exchange.cuh"
 #include "cuda/decode/stream.cuh"
 #include "cuda/tile/ptx/matrix.cuh"
+#include "cuda/tile/ptx/special.cuh"
 #include "cuda/tile/types.cuh"
 
 namespace jaxkern::decode {
@@ -39,13 +40,12 @@ struct Weights<tile::bf16> {
   static constexpr int kColumns = 32, kParts = 1;  // of a slice
   static constexpr float kVectorScale = 1.0f, kSumScale = 1.0f;
 
-  __device__ __forceinline__ static void unpack(const uint4& raw, uint4 (&parts)[kParts]) {
-    parts[0] = raw;
-  }
+  __device__ __forceinline__ static uint4 unpack(const uint4& raw, int) { return raw; }
 };
 
 // The bits of an e4m3 number are those of a bfloat16 one, 2^-120 of its value, with zeros between
-// sign and exponent. Vectors are larger by part of that, and sums by the rest.
+// sign and exponent. Vectors are larger by part of that, and sums by the rest. A word has four, of
+// which two have their bits where bfloat16 has them; docs/decode.md has the places of the others.
 // NOTE: the GPU would turn two into f16 with an instruction, but what vectors have may be too large
 // for f16.
 template <>
@@ -53,19 +53,15 @@ struct Weights<tile::e4m3> {
   static constexpr int kColumns = 64, kParts = 2;
   static constexpr float kVectorScale = 0x1p64f, kSumScale = 0x1p56f;
 
-  __device__ __forceinline__ static void unpack(const uint4& raw, uint4 (&parts)[kParts]) {
-    parts[0] = {even(raw.x), odd(raw.x), even(raw.y), odd(raw.y)};
-    parts[1] = {even(raw.z), odd(raw.z), even(raw.w), odd(raw.w)};
+  __device__ __forceinline__ static uint4 unpack(const uint4& raw, int part) {
+    const uint32_t x = part == 0 ? raw.x : raw.z, y = part == 0 ? raw.y : raw.w;
+    return {first(x), second(x), first(y), second(y)};
   }
 
  private:
-  static constexpr uint32_t kSigns = 0x80008000, kRest = 0x07f007f0;
-  // Of bytes 0 and 2; of bytes 1 and 3.
-  __device__ __forceinline__ static uint32_t even(uint32_t raw) {
-    return (raw << 8 & kSigns) | (raw << 4 & kRest);
-  }
-  __device__ __forceinline__ static uint32_t odd(uint32_t raw) {
-    return (raw & kSigns) | (raw >> 4 & kRest);
+  __device__ __forceinline__ static uint32_t first(uint32_t raw) { return raw & 0x87f087f0; }
+  __device__ __forceinline__ static uint32_t second(uint32_t raw) {
+    return (__funnelshift_r(raw, raw, 4) & 0x87808780) | (raw << 4 & 0x00700070);
   }
 };
 
@@ -158,15 +154,7 @@ __device__ __forceinline__ void multiply_tiles(Stream& stream, Slot& slot, const
           high[s][t] = *reinterpret_cast<const uint4*>(slice + (16 * t + 8) * kSliceBytes);
         }
       }
-      uint4 l[kSlices][kTiles][kParts], h[kSlices][kTiles][kParts];
-#pragma unroll
-      for (int s = 0; s < kSlices; ++s) {
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
-          Weights<Weight>::unpack(low[s][t], l[s][t]);
-          Weights<Weight>::unpack(high[s][t], h[s][t]);
-        }
-      }
+      uint4 l[kSlices][kTiles], h[kSlices][kTiles];
       const auto product = [&](const auto& use) {
 #pragma unroll
         for (int s = 0; s < kSlices; ++s) {
@@ -177,11 +165,13 @@ __device__ __forceinline__ void multiply_tiles(Stream& stream, Slot& slot, const
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
         product([&](int s, int t) {
-          const uint4 &a = l[s][t][part], &c = h[s][t][part], &v = b[s][part];
+          l[s][t] = Weights<Weight>::unpack(low[s][t], part);
+          h[s][t] = Weights<Weight>::unpack(high[s][t], part);
+          const uint4 &a = l[s][t], &c = h[s][t], &v = b[s][part];
           tile::ptx::mma_m16n8k16(sum[s][t], a.x, c.x, a.y, c.y, v.x, v.y);
         });
         product([&](int s, int t) {
-          const uint4 &a = l[s][t][part], &c = h[s][t][part], &v = b[s][part];
+          const uint4 &a = l[s][t], &c = h[s][t], &v = b[s][part];
           tile::ptx::mma_m16n8k16(sum[s][t], a.z, c.z, a.w, c.w, v.z, v.w);
         });
       }
@@ -206,9 +196,8 @@ struct HeldWeights {
   static_assert(kSlices % kParts == 0);
   uint4 weights[kSlices][kOctets];
 
-  static __device__ __forceinline__ bool fit(const Rows& rows) {
-    return rows.unit_rows == 1 && rows.most_units() <= 8 * kOctets &&
-           rows.K <= kSlices * kWarps * kSlice;
+  static bool fit(const Rows& rows) {
+    return rows.unit_rows == 1 && rows.most <= 8 * kOctets && rows.K <= kSlices * kWarps * kSlice;
   }
 
   // A warp takes slices that lie together, so it waits for two chunks at most, and leaves the
@@ -238,11 +227,14 @@ struct HeldWeights {
       const char* from = (begin + i < beyond ? in_one : in_next) + i * bytes;
 #pragma unroll
       for (int o = 0; o < kOctets; ++o) {
-        uint4 raw = {}, parts[kParts];  // or the compiler keeps what there was in the last layer
+        uint4 raw = {};  // or the compiler keeps what there was in the last layer
         if (i < count) raw = *reinterpret_cast<const uint4*>(from + 8 * o * kSliceBytes);
-        Weights<Weight>::unpack(raw, parts);
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) weights[i * kParts + part][o] = parts[part];
+        for (int part = 0; part < kParts; ++part) {
+          weights[i * kParts + part][o] = Weights<Weight>::unpack(raw, part);
+          // Or they are unpacked when the vectors are there, which others wait for.
+          if (kParts > 1) tile::ptx::work_out_here(weights[i * kParts + part][o]);
+        }
       }
     }
     __syncwarp();

@@ -25,11 +25,11 @@ struct Chunks {
 struct Rows {
   int unit_rows, K, columns;  // columns of a slice
   int each, extra, blocks;    // units of a block; the first `extra` blocks have one more
+  int most;                   // units of any block
   Chunks chunks[2];           // of a block with `each` units, and of a larger one
 
 #ifdef __CUDACC__
   __device__ __forceinline__ int units(int block) const { return each + (block < extra); }
-  __device__ __forceinline__ int most_units() const { return each + (extra > 0); }
   __device__ __forceinline__ int first(int block) const {
     return block * each + (block < extra ? block : extra);
   }
@@ -54,6 +54,7 @@ inline Rows make_rows(int units, int K, int columns, int unit_rows, int multipro
   while ((units + rows.blocks - 1) / rows.blocks > most) rows.blocks += multiprocessors;
   rows.each = units / rows.blocks;
   rows.extra = units % rows.blocks;
+  rows.most = rows.each + (rows.extra > 0);
   for (int larger = 0; larger < 2; ++larger) {
     const int block_rows = (rows.each + larger) * unit_rows;
     if (block_rows == 0) continue;

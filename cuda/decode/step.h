@@ -46,7 +46,7 @@ inline StepParams plan_step(const DecodeParams& model, int64_t* workspace_bytes 
 template <class Step>
 cudaError_t launch_decode_step_sm90(const DecodeParams& params, cudaStream_t stream) {
   StepParams p = plan_step(params);
-  p.part = Step::columns(params);
+  Step::plan(p);
   const int shared_bytes = Step::shared_bytes(p);
   const auto kernel = decode_step_sm90_kernel<Step>;
   if (cudaError_t error = allow_shared_bytes(kernel, shared_bytes)) return error;

@@ -4,6 +4,8 @@
 //   producer    one thread streams the block's rows of all matrices, and keys and values, through a
 //               ring. It waits for room only, never for a dependency.
 //   consumers   eight warps multiply, and send the results of their rows to all blocks.
+//   helpers     a warp or three find out what normalises the hidden state, while that is multiplied
+//               already, and clear the places of what all have read.
 //
 // A layer is five phases, each of which needs what all blocks sent in the phase before it:
 //   qkv        normalised hidden state   -> query, key, value
@@ -26,11 +28,12 @@ struct DecodeStep {
   using Weight = Weight_;
   static constexpr int kHeadDim = kHeadDim_, kBatch = kBatch_, kStages = kStages_;
   static constexpr int kThreads = kConsumers + tile::kWarpgroupSize;
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
   static_assert(kProducerRegisters + 2 * kConsumerRegisters <=
                 3 * tile::launch_registers(kThreads));
   using Attention = decode::Attention<kHeadDim>;
   using Storage = StepStorage<kHeadDim, kBatch, kStages>;
+  using Helper = decode::Helper<kHeadDim, kBatch, kStages>;
   static constexpr int kColumns = Weights<Weight>::kColumns;  // of a slice
 
   // Columns of vectors that are in shared memory at once: whole, or for the hidden units of several
@@ -42,6 +45,13 @@ struct DecodeStep {
     const int parts = (p.hidden + room - 1) / room;
     const int part = (p.hidden + parts * kColumns - 1) / (parts * kColumns) * kColumns;
     return part > least ? part : least;
+  }
+
+  // What registers have room for, and how shared memory is divided.
+  static void plan(StepParams& p) {
+    p.hold_qkv = HeldQkv<Weight>::fit(p.rows[kQkv]);
+    p.hold_out = HeldOut<Weight, kHeadDim>::fit(p.rows[kOut]);
+    p.part = columns(p.model);
   }
 
   static int shared_bytes(const StepParams& p) {
@@ -78,20 +88,18 @@ struct DecodeStep {
       if (shared.ended) producer.drain();
       return !shared.ended;
     };
-    const bool out_first =
-        HeldOut<Weight, kHeadDim>::fit(p.rows[kOut]);  // registers take it before attention
     // What comes before keys and values comes before the turn, if the ring has room for all of it.
     const auto chunks = [&](Phase phase) { return p.rows[phase].chunks_of(blockIdx.x).count; };
-    const bool ahead = chunks(kQkv) + (out_first ? chunks(kOut) : 0) <= kStages;
+    const bool ahead = chunks(kQkv) + (p.hold_out ? chunks(kOut) : 0) <= kStages;
     const int steps = max(p.model.sampling.steps, 1);
     for (int step = 0; step < steps; ++step) {
       if (!ahead && !begins(step)) return;
       for (int layer = 0; layer < p.model.layers; ++layer) {
         load(kQkv, layer);
-        if (out_first) load(kOut, layer);
+        if (p.hold_out) load(kOut, layer);
         if (ahead && layer == 0 && !begins(step)) return;
         attend(layer);
-        if (!out_first) load(kOut, layer);
+        if (!p.hold_out) load(kOut, layer);
         load(kGateUp, layer);
         load(kDown, layer);
       }
@@ -110,9 +118,11 @@ template <class Step>
 __global__ void __launch_bounds__(Step::kThreads, 1)
     decode_step_sm90_kernel(const __grid_constant__ StepParams p) {
   auto& shared = tile::settled(tile::shared_storage<typename Step::Storage>());
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == kConsumers) {
     shared.stream.ring.init(1, kWarps);
     shared.turn.init(1);
+    shared.hidden_sent.init(1);
+    shared.rstd_ready.init(Step::Helper::kWarps);
     tile::ptx::fence_mbarrier_init();
   }
   __syncthreads();
@@ -121,7 +131,12 @@ __global__ void __launch_bounds__(Step::kThreads, 1)
     Step::consume(p, shared);
   } else {
     tile::ptx::setmaxnreg_decrease<Step::kProducerRegisters>();
-    if (threadIdx.x == kConsumers) Step::produce(p, shared);
+    const int warp = static_cast<int>(threadIdx.x - kConsumers) / tile::kWarpSize - 1;
+    if (warp >= 0) {
+      if (warp < Step::Helper::kWarps) Step::Helper::run(p, shared, warp);
+    } else if (threadIdx.x == kConsumers) {
+      Step::produce(p, shared);
+    }
   }
 }
 

@@ -22,8 +22,43 @@ struct StepStorage {
   // From consumers to the producer, once a step: keys and values of the step before are there.
   tile::Barrier turn;
   bool ended;  // or there is no step
+  // To helpers, when all may have sent the hidden state, and from them, when there is its `rstd`.
+  // Twice a layer: of what out gave, and of what down gave.
+  tile::Barrier hidden_sent, rstd_ready;
   // Vectors of the products, and between them what attention needs. As large as is asked for.
   alignas(128) char scratch[];
+};
+
+// Where there are the places for what blocks send, of a layer, which counts on from step to step.
+template <int kHeadDim>
+struct Sent {
+  using bf16 = tile::bf16;
+  const StepParams& p;
+  uint32_t layer;
+
+  __device__ __forceinline__ bf16* results(Phase phase) const { return p.results[phase].of(layer); }
+  // Of the hidden state that kOut or kDown gives.
+  __device__ __forceinline__ float* squares(Phase phase) const {
+    return (phase == kOut ? p.out_squares : p.down_squares).of(layer);
+  }
+  // Results of a unit of attention, or those of a split of it.
+  __device__ __forceinline__ bf16* heads(const Unit& unit) const {
+    return results(kAttention) + place(unit);
+  }
+  __device__ __forceinline__ bf16* partial(const Unit& unit, int split) const {
+    const int64_t all = int64_t{p.model.batch} * p.model.heads * kHeadDim;
+    return p.partials.of(layer) + split * all + place(unit);
+  }
+  __device__ __forceinline__ float* log(const Unit& unit, int split) const {
+    const int64_t all = int64_t{p.model.batch} * p.model.heads;
+    return p.logs.of(layer) + split * all + place(unit) / kHeadDim;
+  }
+
+ private:
+  __device__ __forceinline__ int64_t place(const Unit& unit) const {
+    const int group = p.model.heads / p.model.kv_heads;
+    return (int64_t{unit.sequence} * p.model.heads + unit.kv_head * group) * kHeadDim;
+  }
 };
 
 // What registers have room for: of qkv, and of out beside what attention needs.

@@ -9,7 +9,6 @@ constexpr auto F32 = ffi::DataType::F32;
 constexpr auto S32 = ffi::DataType::S32;
 constexpr auto U32 = ffi::DataType::U32;
 constexpr auto BF16 = ffi::DataType::BF16;
-constexpr auto F8E4M3FN = ffi::DataType::F8E4M3FN;
 
 ffi::Error decode_step(
     cudaStream_t stream, ffi::AnyBuffer tokens, ffi::AnyBuffer lengths, ffi::AnyBuffer status,
@@ -39,11 +38,12 @@ ffi::Error decode_step(
   const auto dims = keys.dimensions();  // [L, B, K, T / 8, H / 32, 8, 32]
   const int64_t L = dims[0], B = dims[1], K = dims[2], T = 8 * dims[3], H = 32 * dims[4];
   const int64_t V = embedding.dimensions()[0], D = embedding.dimensions()[1];
-  const int64_t N = out.dimensions()[1] / (D * H), F = down.dimensions()[1] / D;
+  const bool fp8 = qkv.element_type() == U32;
+  const int64_t word = fp8 ? 4 : 1;  // values of an element
+  const int64_t N = word * out.dimensions()[1] / (D * H), F = word * down.dimensions()[1] / D;
   const int64_t all = (N + 2 * K) * H;
   const int64_t steps = drawn->dimensions()[1];
   const bool draws = steps > 0, noisy = seeds.element_count() > 0;
-  const bool fp8 = qkv.element_type() == F8E4M3FN;
   const bool has_bias = qkv_bias.element_count() > 0, has_norms = qk_norms.element_count() > 0;
   checks.shape("keys", keys, {L, B, K, T / 8, H / 32, 8, 32})
       .shape("values", values, {L, B, K, T / 32, H, 32})
@@ -53,11 +53,11 @@ ffi::Error decode_step(
       .shape("done", done, {B})
       .shape("drawn", *drawn, {B, steps})
       .shape("norms", norms, {2 * L + 1, D})
-      .shape("qkv", qkv, {L, all * D})
-      .shape("out", out, {L, D * N * H})
-      .shape("gate_up", gate_up, {L, 2 * F * D})
-      .shape("down", down, {L, D * F})
-      .shape("head", head, {V * D})
+      .shape("qkv", qkv, {L, all * D / word})
+      .shape("out", out, {L, D * N * H / word})
+      .shape("gate_up", gate_up, {L, 2 * F * D / word})
+      .shape("down", down, {L, D * F / word})
+      .shape("head", head, {V * D / word})
       .shape("frequencies", frequencies, {H / 2})
       .shape("logits", *logits, {B, V})
       .dtype("logits", *logits, {F32})
@@ -82,7 +82,7 @@ ffi::Error decode_step(
       .dtype("values", values, {BF16})
       .dtype("embedding", embedding, {BF16})
       .dtype("norms", norms, {BF16})
-      .dtype("qkv", qkv, {BF16, F8E4M3FN})
+      .dtype("qkv", qkv, {BF16, U32})
       .dtype("out", out, {qkv.element_type()})
       .dtype("gate_up", gate_up, {qkv.element_type()})
       .dtype("down", down, {qkv.element_type()})

@@ -191,11 +191,29 @@ struct Sequence {
   }
 };
 
-// The column of a slice that is its k-th value.
-template <class Weight>
-int column(int k) {
-  if (std::is_same_v<Weight, bf16>) return k;
-  return k / 8 % 2 * 32 + k / 16 * 8 + k / 4 % 2 * 4 + k % 2 * 2 + k / 2 % 2;
+// Four e4m3 numbers in a word: see docs/decode.md.
+uint32_t word_of(const uint8_t (&x)[4]) {
+  const auto half = [&](uint32_t one, uint32_t two, uint32_t others) {
+    return (one >> 7) << 15 | (two >> 3 & 15) << 11 | (one & 127) << 4 | (others >> 7) << 3 |
+           (two & 7);
+  };
+  return half(x[0], x[2], x[3]) | half(x[1], x[3], x[2]) << 16;
+}
+
+// A slice of a row, as docs/decode.md packs it.
+void pack_slice(std::vector<bf16>& to, const float* values) {
+  for (int k = 0; k < decode::kSlice; ++k) to.push_back(__float2bfloat16_rn(values[k]));
+}
+void pack_slice(std::vector<tile::e4m3>& to, const float* values) {
+  for (int word = 0; word < 16; ++word) {
+    const int c = word / 4, h = word / 2 % 2, j = word % 2;
+    uint8_t x[4];
+    for (int i = 0; i < 4; ++i) x[i] = tile::e4m3(values[32 * h + 8 * c + 4 * j + i]).__x;
+    const uint32_t bits = word_of(x);
+    for (int i = 0; i < 4; ++i) {
+      to.emplace_back().__x = static_cast<uint8_t>(bits >> 8 * i);
+    }
+  }
 }
 
 // Rows of units, as docs/decode.md packs them, and their scales. `matrix`: [unit_rows][units][K].
@@ -213,10 +231,11 @@ void pack(std::vector<Weight>& to, Floats& scales, const Floats& matrix, const R
         for (int unit = first; unit < first + count; ++unit) {
           const size_t index = size_t(part) * units + unit;
           const float* row = matrix.data() + index * K + slice * columns;
-          for (size_t k = 0; k < columns; ++k) {
-            const float value = row[column<Weight>(static_cast<int>(k))];
-            to.push_back(Weight(fp8 ? value / own[index] : value));
+          Floats values(row, row + columns);
+          if (fp8) {
+            for (float& value : values) value /= own[index];
           }
+          pack_slice(to, values.data());
         }
       }
     }

@@ -9,7 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxkern import _checks
-from jaxkern.decode.layout import ROW, columns_of_slice, number_of_blocks, pack_rows, unpack_rows
+from jaxkern.decode.layout import (
+    FP8_COLUMNS,
+    ROW,
+    fp8_of_words,
+    fp8_words,
+    number_of_blocks,
+    pack_rows,
+    unpack_rows,
+)
 from jaxkern.decode.model import stacked_arrays
 from jaxkern.reference import rotary
 from jaxkern.reference.decode import Rows
@@ -31,7 +39,7 @@ class PackedMatrix:
     """A matrix [N, K], or one for each layer, in blocks of rows as docs/decode.md has them.
 
     Attributes:
-      values: [..., N K], bfloat16 or float8_e4m3fn.
+      values: bfloat16 [..., N K], or uint32 [..., N K / 4], words of four of float8_e4m3fn.
       scale: what row n is multiplied by, float32 [..., N], or None.
       rows, columns: N and K.
       blocks: how many there are.
@@ -47,8 +55,11 @@ class PackedMatrix:
 
     def unpack(self) -> Rows:
         """The rows in their order, bfloat16 [..., N, K], and their scale."""
-        shape = self.rows, self.columns, self.blocks, self.rows_of_unit
-        return Rows(unpack_rows(self.values, *shape).astype(jnp.bfloat16), self.scale)
+        blocks = self.blocks, self.rows_of_unit
+        if self.scale is None:
+            return Rows(unpack_rows(self.values, self.rows, self.columns, *blocks))
+        words = unpack_rows(self.values, self.rows, self.columns // 4, *blocks)
+        return Rows(fp8_of_words(words).astype(jnp.bfloat16), self.scale)
 
 
 @functools.partial(
@@ -165,7 +176,7 @@ def pack_weights(
         multiprocessors = getattr(jax.devices()[0], "core_count", None) or _MULTIPROCESSORS
     multiprocessors = _checks.positive_int("multiprocessors", multiprocessors)
     config = model.config
-    columns = columns_of_slice(_FP8 if weights == "fp8" else jnp.bfloat16)
+    columns = FP8_COLUMNS if weights == "fp8" else ROW
     for name, size, unit in (
         ("head_dim", config.head_dim, ROW),
         ("width", config.width, columns),
@@ -213,6 +224,7 @@ def _pack(rows, fp8, blocks, rows_of_unit):
     scale = None
     if fp8:
         rows, scale = quantize_rows(rows)
+        rows = fp8_words(rows)
     return pack_rows(rows, blocks, rows_of_unit), scale
 
 

@@ -61,17 +61,17 @@ def test_call():
 
 
 def test_fp8():
-    """Of one byte a value, and with the scales of their rows."""
+    """In words of four, and with the scales of their rows."""
     c = LLAMA
     given = arguments(c, 2, weights="fp8")
     operands, _ = types(custom_call_lines(decode_step, *given)["decode_step"])
     n, d, layers = (c.heads + 2 * c.kv_heads) * 64, c.width, c.layers
     assert operands[9:19] == [
-        f"{layers}x{n * d}xf8E4M3FN",
-        f"{layers}x{d * c.heads * 64}xf8E4M3FN",
-        f"{layers}x{2 * c.hidden * d}xf8E4M3FN",
-        f"{layers}x{d * c.hidden}xf8E4M3FN",
-        f"{c.vocabulary * d}xf8E4M3FN",
+        f"{layers}x{n * d // 4}xui32",
+        f"{layers}x{d * c.heads * 64 // 4}xui32",
+        f"{layers}x{2 * c.hidden * d // 4}xui32",
+        f"{layers}x{d * c.hidden // 4}xui32",
+        f"{c.vocabulary * d // 4}xui32",
         f"{layers}x{n}xf32",
         f"{layers}x{d}xf32",
         f"{layers}x{2 * c.hidden}xf32",

@@ -82,7 +82,7 @@ def test_fp8():
     got = packed("llama", "fp8")
     for key in MATRICES:
         matrix = getattr(got, key)
-        assert matrix.values.dtype == jnp.float8_e4m3fn
+        assert matrix.values.dtype == jnp.uint32
         assert matrix.scale.shape == arrays[key].shape[:-1]
         values, scale = matrix.unpack()
         wanted, wanted_scale = pack.quantize_rows(arrays[key])

@@ -36,4 +36,10 @@ __device__ __forceinline__ void reduce_add_v4(float* global, const float* x) {
                : "memory");
 }
 
+// The compiler works this out here, not where it is used; nor does it keep what follows from it.
+__device__ __forceinline__ void work_out_here(int& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void work_out_here(uint4& x) {
+  asm volatile("" : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w));
+}
+
 }  // namespace jaxkern::tile::ptx
