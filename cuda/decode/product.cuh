@@ -123,66 +123,122 @@ __device__ __forceinline__ void put(const float (&sum)[kParts][kTiles][4], Sums<
   }
 }
 
-template <class Weight, int kTiles, int kBatch, class Stream, class Slot>
-__device__ __forceinline__ void multiply_tiles(Stream& stream, Slot& slot, const Vectors<kBatch>& x,
-                                               int rows, int at_once, int slices,
-                                               Sums<kBatch>& sums, bool more) {
-  const int warp = threadIdx.x / tile::kWarpSize, lane = threadIdx.x % tile::kWarpSize;
-  // Instructions that wait for none of each other. A block of few rows has few: after a dependency
-  // it lies in the ring already, and its products are what others wait for.
-  constexpr int kAtOnce = kTiles <= 2 ? 2 : 1;  // slices
+// sum[s] += kTiles tiles of the s-th of kSlices slices of the warp, from `first` on, whose weights
+// lie at from[s] for the lane. When registers have those it calls taken().
+template <class Weight, int kTiles, int kSlices, int kAll, int kBatch, class Taken>
+__device__ __forceinline__ void multiply_slices(const Vectors<kBatch>& x, int first,
+                                                const char* const (&from)[kSlices],
+                                                float (&sum)[kAll][kTiles][4], const Taken& taken) {
   constexpr int kParts = Weights<Weight>::kParts;
-  float sum[kAtOnce][kTiles][4] = {};
-  const int slice_bytes = rows * kSliceBytes;
+  uint4 b[kSlices][kParts], low[kSlices][kTiles], high[kSlices][kTiles];
+#pragma unroll
+  for (int s = 0; s < kSlices; ++s) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      b[s][part] = x.operand((first + s * kWarps) * kParts + part);
+    }
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      low[s][t] = *reinterpret_cast<const uint4*>(from[s] + 16 * t * kSliceBytes);
+      high[s][t] = *reinterpret_cast<const uint4*>(from[s] + (16 * t + 8) * kSliceBytes);
+    }
+  }
+  taken();
+  uint4 l[kSlices][kTiles], h[kSlices][kTiles];
+  const auto each = [&](const auto& use) {
+#pragma unroll
+    for (int s = 0; s < kSlices; ++s) {
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) use(s, t);
+    }
+  };
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    each([&](int s, int t) {
+      l[s][t] = Weights<Weight>::unpack(low[s][t], part);
+      h[s][t] = Weights<Weight>::unpack(high[s][t], part);
+      const uint4 &a = l[s][t], &c = h[s][t], &v = b[s][part];
+      tile::ptx::mma_m16n8k16(sum[s][t], a.x, c.x, a.y, c.y, v.x, v.y);
+    });
+    each([&](int s, int t) {
+      const uint4 &a = l[s][t], &c = h[s][t], &v = b[s][part];
+      tile::ptx::mma_m16n8k16(sum[s][t], a.z, c.z, a.w, c.w, v.z, v.w);
+    });
+  }
+}
+
+// Of eight arrivals, those of the i-th of `count` warps that share a chunk: as even as can be.
+__device__ __forceinline__ int share_of_arrivals(int count, int i) {
+  constexpr uint64_t kQuotients = 0x0101010102020408, kRests = 0x0001020300020000;  // 8 by count
+  const int bits = 8 * (count - 1);
+  return static_cast<int>(kQuotients >> bits & 15) + (i < static_cast<int>(kRests >> bits & 15));
+}
+
+// A block of many rows, of whose chunks no warp has more than a slice: each warp goes from one of
+// its own to the next, and leaves no others.
+// NOTE: past chunks that it does not wait for, a warp must not come so far that the parity of a
+// stage says less than it needs to.
+template <class Weight, int kTiles, int kBatch, class Stream, class Slot>
+__device__ __forceinline__ void multiply_own(Stream& stream, Slot& slot, const Vectors<kBatch>& x,
+                                             int slice_bytes, const Chunks& chunks, int slices,
+                                             float (&sum)[1][kTiles][4]) {
+  const int warp = threadIdx.x / tile::kWarpSize, lane = threadIdx.x % tile::kWarpSize;
+#pragma unroll 1
+  for (int slice = warp; slice < slices; slice += kWarps) {
+    const int chunk = __umulhi(slice, chunks.magic), at = slice - chunk * chunks.slices;
+    const Slot own = {slot.count + chunk};
+    own.wait_full(stream.ring);
+    const char* const from[] = {stream.chunks[own.stage()] + at * slice_bytes + 16 * lane};
+    multiply_slices<Weight, kTiles, 1>(x, slice, from, sum, [&] {
+      __syncwarp();
+      const int count = min(chunks.slices, slices - chunk * chunks.slices);
+      if (lane == 0) stream.ring.empty[own.stage()].arrive(share_of_arrivals(count, at));
+    });
+  }
+  slot.count += __umulhi(slices - 1, chunks.magic) + 1;
+}
+
+// A block of fewer rows: all warps go through all chunks.
+template <class Weight, int kTiles, int kSlices, int kBatch, class Stream, class Slot>
+__device__ __forceinline__ void multiply_all(Stream& stream, Slot& slot, const Vectors<kBatch>& x,
+                                             int slice_bytes, int at_once, int slices,
+                                             float (&sum)[kSlices][kTiles][4]) {
+  const int warp = threadIdx.x / tile::kWarpSize, lane = threadIdx.x % tile::kWarpSize;
   bool ready = slot.is_full(stream.ring);
   for (int first = 0; first < slices; first += at_once, slot.advance()) {
     if (!ready) slot.wait_full(stream.ring);
     const char* chunk = stream.chunks[slot.stage()] + 16 * lane;
     const int count = min(at_once, slices - first);
-    const auto add = [&]<int kSlices>(int i) {
-      uint4 b[kSlices][kParts], low[kSlices][kTiles], high[kSlices][kTiles];
+    const auto multiply = [&]<int kCount>(int i) {
+      const char* from[kCount];
 #pragma unroll
-      for (int s = 0; s < kSlices; ++s) {
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-          b[s][part] = x.operand((first + i + s * kWarps) * kParts + part);
-        }
-        const char* slice = chunk + (i + s * kWarps) * slice_bytes;
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
-          low[s][t] = *reinterpret_cast<const uint4*>(slice + 16 * t * kSliceBytes);
-          high[s][t] = *reinterpret_cast<const uint4*>(slice + (16 * t + 8) * kSliceBytes);
-        }
-      }
-      uint4 l[kSlices][kTiles], h[kSlices][kTiles];
-      const auto product = [&](const auto& use) {
-#pragma unroll
-        for (int s = 0; s < kSlices; ++s) {
-#pragma unroll
-          for (int t = 0; t < kTiles; ++t) use(s, t);
-        }
-      };
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        product([&](int s, int t) {
-          l[s][t] = Weights<Weight>::unpack(low[s][t], part);
-          h[s][t] = Weights<Weight>::unpack(high[s][t], part);
-          const uint4 &a = l[s][t], &c = h[s][t], &v = b[s][part];
-          tile::ptx::mma_m16n8k16(sum[s][t], a.x, c.x, a.y, c.y, v.x, v.y);
-        });
-        product([&](int s, int t) {
-          const uint4 &a = l[s][t], &c = h[s][t], &v = b[s][part];
-          tile::ptx::mma_m16n8k16(sum[s][t], a.z, c.z, a.w, c.w, v.z, v.w);
-        });
-      }
+      for (int s = 0; s < kCount; ++s) from[s] = chunk + (i + s * kWarps) * slice_bytes;
+      multiply_slices<Weight, kTiles, kCount>(x, first + i, from, sum, [] {});
     };
     int i = (warp - first) & (kWarps - 1);
-    for (; i + (kAtOnce - 1) * kWarps < count; i += kAtOnce * kWarps) {
-      add.template operator()<kAtOnce>(i);
+    for (; i + (kSlices - 1) * kWarps < count; i += kSlices * kWarps) {
+      multiply.template operator()<kSlices>(i);
     }
-    if (kAtOnce > 1 && i < count) add.template operator()<1>(i);
+    if (kSlices > 1 && i < count) multiply.template operator()<1>(i);
     ready = slot.next().is_full(stream.ring);
     stream.ring.empty[slot.stage()].arrive_warp();
+  }
+}
+
+template <class Weight, int kTiles, int kBatch, class Stream, class Slot>
+__device__ __forceinline__ void multiply_tiles(Stream& stream, Slot& slot, const Vectors<kBatch>& x,
+                                               int rows, const Chunks& chunks, int slices,
+                                               Sums<kBatch>& sums, bool more) {
+  // Instructions that wait for none of each other. A block of few rows has few: after a dependency
+  // it lies in the ring already, and its products are what others wait for.
+  constexpr int kSlices = kTiles <= 2 ? 2 : 1;
+  float sum[kSlices][kTiles][4] = {};
+  const int slice_bytes = rows * kSliceBytes;
+  // More than 64 rows: a chunk has three slices at most, and a warp one of any five chunks or more.
+  if constexpr (kTiles > 4 && Stream::kStages >= 4 + kUnderWay) {
+    multiply_own<Weight>(stream, slot, x, slice_bytes, chunks, slices, sum);
+  } else {
+    multiply_all<Weight>(stream, slot, x, slice_bytes, chunks.slices, slices, sum);
   }
   put(sum, sums, more);
 }
@@ -274,8 +330,8 @@ __device__ __forceinline__ void multiply(Stream& stream, Slot& slot, const Vecto
                                          Sums<kBatch>& sums, bool more) {
   const int count = rows.units(block) * rows.unit_rows;
   const auto tiles = [&]<int kTiles>() {
-    multiply_tiles<Weight, kTiles>(stream, slot, x, count, rows.chunks_of(block).slices, slices,
-                                   sums, more);
+    multiply_tiles<Weight, kTiles>(stream, slot, x, count, rows.chunks_of(block), slices, sums,
+                                   more);
   };
   if (count == 0) return;
   // Other numbers of tiles take the next one's code, and multiply what lies behind their rows.

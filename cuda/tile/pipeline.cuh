@@ -12,6 +12,7 @@ struct Barrier {
 
   __device__ __forceinline__ void init(int arrivals) { ptx::mbarrier_init(&word, arrivals); }
   __device__ __forceinline__ void arrive() { ptx::mbarrier_arrive(&word); }
+  __device__ __forceinline__ void arrive(int count) { ptx::mbarrier_arrive(&word, count); }
   __device__ __forceinline__ void arrive_expect(int bytes) {
     ptx::mbarrier_arrive_expect(&word, bytes);
   }
