@@ -94,13 +94,10 @@ struct Attention {
     alignas(16) bf16 query[kSlices][kMaxGroup][kSlice];
     bf16 key[kHeadDim];                             // the new one
     alignas(16) bf16 raw[kMaxGroup + 2][kHeadDim];  // query, key and value as they came
-    // Of the warps, and then of the splits: the logarithm of what weights are relative to, their
-    // sum and that of the weighted values.
-    alignas(16) float log[kMaxGroup][kMaxSplits], sum[kMaxGroup][kMaxSplits];
-    union {
-      float out[kWarps][kHeadDim][kMaxGroup];
-      bf16 partial[kMaxSplits][kMaxGroup * kHeadDim];
-    };
+    // Of the warps: the logarithm of what weights are relative to, their sum and that of the
+    // weighted values.
+    alignas(16) float log[kMaxGroup][kWarps], sum[kMaxGroup][kWarps];
+    alignas(4) bf16 out[kWarps][kHeadDim][kMaxGroup];
   };
 
   // Where keys or values of a kv head begin in the cache.
@@ -250,8 +247,8 @@ struct Attention {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int d = 16 * m + 8 * i + lane / 4, head = lane % 4 * 2;
-        *reinterpret_cast<float2*>(&shared.out[warp][d][head]) =
-            make_float2(out[m][2 * i], out[m][2 * i + 1]);
+        *reinterpret_cast<uint32_t*>(&shared.out[warp][d][head]) =
+            tile::pack<bf16>(out[m][2 * i], out[m][2 * i + 1]);
       }
     }
   }
@@ -327,83 +324,89 @@ struct Attention {
     return left >= 2 ? 0xffffffff : left == 1 ? 0xffff : 0;
   }
 
-  // The results of the unit from those of up to kMost warps or splits: calls send(g, d, result),
-  // and send_log(g, log). value(i, g, d): the sum of weighted values of one. A thread has a head,
-  // and some of its values. Results are `scale` times as large as the values.
-  template <int kMost, class Value, class Send, class SendLog>
-  __device__ __forceinline__ static void merge(const DecodeParams& p, int count,
-                                               const Storage& shared, float scale,
-                                               const Value& value, const Send& send,
-                                               const SendLog& send_log) {
+  // The results of the unit from those of the warps: calls send(g, d, result), and send_log(g,
+  // log). A thread has a head, and some of its values. Results are `scale` times as large as the
+  // values.
+  template <class Send, class SendLog>
+  __device__ __forceinline__ static void merge_warps(const DecodeParams& p, const Storage& shared,
+                                                     float scale, const Send& send,
+                                                     const SendLog& send_log) {
     const int g = threadIdx.x % kMaxGroup;
     if (g >= p.heads / p.kv_heads) return;
-    float weight[kMost], most = -INFINITY, total = 0.0f;
+    float weight[kWarps], most = -INFINITY, total = 0.0f;
 #pragma unroll
-    for (int k = 0; k < kMost; ++k) {
-      weight[k] = k < count ? shared.log[g][k] : -INFINITY;
+    for (int k = 0; k < kWarps; ++k) {
+      weight[k] = shared.log[g][k];
       most = fmaxf(most, weight[k]);
     }
 #pragma unroll
-    for (int k = 0; k < kMost; ++k) {
+    for (int k = 0; k < kWarps; ++k) {
       weight[k] = tile::ptx::exp2_approx(weight[k] - most);
-      if (k < count) total += weight[k] * shared.sum[g][k];
+      total += weight[k] * shared.sum[g][k];
     }
     const float factor = tile::ptx::reciprocal_approx(total) * scale;
 #pragma unroll 2
     for (int d = threadIdx.x / kMaxGroup; d < kHeadDim; d += kConsumers / kMaxGroup) {
       float x = 0.0f;
 #pragma unroll
-      for (int k = 0; k < kMost; ++k) {
-        if (k < count) x += weight[k] * value(k, g, d);
-      }
+      for (int k = 0; k < kWarps; ++k) x += weight[k] * __bfloat162float(shared.out[k][d][g]);
       send(g, d, __float2bfloat16_rn(x * factor));
     }
     if (threadIdx.x < kMaxGroup) send_log(g, most + __log2f(total));
   }
-  template <class Send, class SendLog>
-  __device__ __forceinline__ static void merge_warps(const DecodeParams& p, const Storage& shared,
-                                                     float scale, const Send& send,
-                                                     const SendLog& send_log) {
-    const auto value = [&](int k, int g, int d) { return shared.out[k][d][g]; };
-    merge<kWarps>(p, kWarps, shared, scale, value, send, send_log);
-  }
 
   // The same from those of all splits, once they are there: `partials` of the group, the next
-  // split's so much further on, and the logs. A warp for a split.
+  // split's so much further on, and the logs. A thread has eight values of a head: send(index,
+  // word), the first of which is value 8 index of the group.
   template <class Send>
   __device__ __forceinline__ static void merge_splits(const DecodeParams& p, const bf16* partials,
                                                       int64_t stride, const float* logs,
                                                       int64_t log_stride, int count,
-                                                      Storage& shared, const Send& send) {
-    const int warp = threadIdx.x / tile::kWarpSize, lane = threadIdx.x % tile::kWarpSize;
-    const int group = p.heads / p.kv_heads, words = group * kHeadDim / Word::kValues;
-#pragma unroll 1
-    for (int split = warp; split < count; split += kWarps) {
-      const auto* log = reinterpret_cast<const uint32_t*>(logs + split * log_stride + lane);
-#pragma unroll 1
-      for (int index = lane; index - lane < words; index += tile::kWarpSize) {
-        Word got = {};
-        uint32_t bits = 0;
-        bool ready;
-        do {
-          if (index < words) got = peek(partials + split * stride + index * Word::kValues);
-          if (lane < group) bits = tile::ptx::load_relaxed(log);
-          ready = has_values(got) && bits != kNoSum;
-        } while (!__all_sync(0xffffffffu, ready));
-        if (index < words) {
-          *reinterpret_cast<Word*>(&shared.partial[split][index * Word::kValues]) = got;
+                                                      const Send& send) {
+    constexpr int kHeadWords = kHeadDim / Word::kValues;
+    static_assert(kMaxGroup * kHeadWords <= kConsumers);
+    const int index = threadIdx.x, g = index / kHeadWords;
+    const bool mine = g < p.heads / p.kv_heads;
+    const auto* log = reinterpret_cast<const uint32_t*>(logs + g);
+    Word got[kMaxSplits];
+    float weight[kMaxSplits], most = -INFINITY, total = 0.0f;
+    bool ready;
+    do {
+      ready = true;
+#pragma unroll
+      for (int k = 0; k < kMaxSplits; ++k) {
+        got[k] = {};
+        uint32_t bits = __float_as_uint(-INFINITY);
+        if (mine && k < count) {
+          got[k] = peek(partials + k * stride + index * Word::kValues);
+          bits = tile::ptx::load_relaxed(log + k * log_stride);
         }
-        if (lane < group) {
-          shared.log[lane][split] = __uint_as_float(bits);
-          shared.sum[lane][split] = 1.0f;
-        }
+        weight[k] = __uint_as_float(bits);
+        ready &= has_values(got[k]) && bits != kNoSum;
       }
+    } while (!__all_sync(0xffffffffu, ready));
+    if (!mine) return;
+#pragma unroll
+    for (int k = 0; k < kMaxSplits; ++k) most = fmaxf(most, weight[k]);
+#pragma unroll
+    for (int k = 0; k < kMaxSplits; ++k) {
+      weight[k] = tile::ptx::exp2_approx(weight[k] - most);
+      total += weight[k];
     }
-    sync_consumers();
-    const auto value = [&](int k, int g, int d) {
-      return __bfloat162float(shared.partial[k][g * kHeadDim + d]);
-    };
-    merge<kMaxSplits>(p, count, shared, 1.0f, value, send, [](int, float) {});
+    const float factor = tile::ptx::reciprocal_approx(total);
+    Word result;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float2 sum = {};
+#pragma unroll
+      for (int k = 0; k < kMaxSplits; ++k) {
+        const float2 value = tile::unpack<bf16>(got[k].data[i]);
+        sum.x += weight[k] * value.x;
+        sum.y += weight[k] * value.y;
+      }
+      result.data[i] = tile::pack<bf16>(sum.x * factor, sum.y * factor);
+    }
+    send(index, result);
   }
 };
 

@@ -67,45 +67,62 @@ struct Consumer {
 
   // --- What others have sent ---------------------------------------------------------------------
 
-  // Results `first` to `first + count` of a phase, as vectors. A thread has kWords words of each
-  // sequence at once. Helpers find out what normalises the hidden state.
-  template <Phase kFrom, int kWords>
-  __device__ __forceinline__ void receive(int layer, int first, int count) {
-    const bf16* from = sent(layer).results(kFrom) + first;
-    const int64_t all = p.results[kFrom].size / batch();
-    const int words = count / Word::kValues;
-    if (first == 0) wait(kFrom, layer);
-#pragma unroll 1
-    for (int start = 0; start < words; start += kWords * kConsumers) {
-      Word got[kWords][kBatch] = {};
-      bool ready;
-      do {
-        ready = true;
-#pragma unroll
-        for (int i = 0; i < kWords; ++i) {
-          const int index = start + i * kConsumers + static_cast<int>(threadIdx.x);
-#pragma unroll
-          for (int n = 0; n < kBatch; ++n) {
-            if (index < words && n < batch()) {
-              got[i][n] = peek(from + n * all + index * Word::kValues);
-            }
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < kWords; ++i) {
-#pragma unroll
-          for (int n = 0; n < kBatch; ++n) ready &= has_values(got[i][n]);
-        }
-      } while (!__all_sync(0xffffffffu, ready));
+  // Words of what a phase has sent of each sequence. A thread has every kConsumers-th from one on.
+  template <int kWords>
+  struct Words {
+    Word data[kWords][kBatch] = {};
+
+    // use(word, n, index) of those that there are among `count`, where the first is word `start`.
+    template <class Use>
+    __device__ __forceinline__ void each(int start, int count, int batch, const Use& use) {
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
         const int index = start + i * kConsumers + static_cast<int>(threadIdx.x);
 #pragma unroll
         for (int n = 0; n < kBatch; ++n) {
-          if (index < words && n < batch()) x.word(n, index) = got[i][n];
+          if (index < count && n < batch) use(data[i][n], n, index);
         }
       }
     }
+    __device__ __forceinline__ bool are_there() const {
+      bool ready = true;
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+#pragma unroll
+        for (int n = 0; n < kBatch; ++n) ready &= has_values(data[i][n]);
+      }
+      return __all_sync(0xffffffffu, ready);
+    }
+  };
+  template <Phase kFrom, int kWords>
+  __device__ __forceinline__ void look(Words<kWords>& words, int layer, int first, int start,
+                                       int count) const {
+    const bf16* from = sent(layer).results(kFrom) + first;
+    const int64_t all = p.results[kFrom].size / batch();
+    words.each(start, count, batch(), [&](Word& word, int n, int index) {
+      word = peek(from + n * all + index * Word::kValues);
+    });
+  }
+  // Results `first` to `first + columns` of a phase, as vectors, of which `words` may have seen the
+  // first ones. Helpers find out what normalises the hidden state.
+  template <Phase kFrom, int kWords>
+  __device__ __forceinline__ void receive(int layer, int first, int columns, Words<kWords>& words,
+                                          bool seen) const {
+    const int count = columns / Word::kValues;
+#pragma unroll 1
+    for (int start = 0; start < count; start += kWords * kConsumers) {
+      if (!seen) look<kFrom>(words, layer, first, start, count);
+      seen = false;
+      while (!words.are_there()) look<kFrom>(words, layer, first, start, count);
+      words.each(start, count, batch(),
+                 [&](const Word& word, int n, int index) { x.word(n, index) = word; });
+    }
+  }
+  template <Phase kFrom, int kWords>
+  __device__ __forceinline__ void receive(int layer, int columns) {
+    Words<kWords> words;
+    wait(kFrom, layer);
+    receive<kFrom>(layer, 0, columns, words, false);
   }
   // Until shared.rstd is that of the hidden state that a phase has received.
   template <Phase kPhase>
@@ -168,25 +185,24 @@ struct Consumer {
     }
   }
 
-  // The vectors that a phase multiplies, `count` columns from `first` on.
+  // The vectors that a phase multiplies, except for hidden units.
   template <Phase kPhase>
-  __device__ __forceinline__ void gather(int layer, int first, int count) {
-    constexpr int kHidden = kBatch > 1 || kHeadDim == 64 ? 1 : 2;
-    constexpr int kUnits = kBatch > 1 ? 1 : kHeadDim == 64 ? 4 : 5;
+  __device__ __forceinline__ void gather(int layer) {
+    constexpr int kWords = kBatch > 1 || kHeadDim == 64 ? 1 : 2;
+    const int columns = p.rows[kPhase].K;
     if constexpr (kPhase == kQkv) {
       if (layer == 0) {
         embed();
       } else {
-        receive<kDown, kHidden>(layer - 1, first, count);
+        receive<kDown, kWords>(layer - 1, columns);
       }
     } else if constexpr (kPhase == kOut) {
-      receive<kAttention, kHidden>(layer, first, count);
+      receive<kAttention, kWords>(layer, columns);
     } else if constexpr (kPhase == kGateUp) {
-      receive<kOut, kHidden>(layer, first, count);
-    } else if constexpr (kPhase == kDown) {
-      receive<kGateUp, kUnits>(layer, first, count);
+      receive<kOut, kWords>(layer, columns);
     } else {
-      receive<kDown, kHidden>(layer - 1, first, count);
+      static_assert(kPhase == kHead);
+      receive<kDown, kWords>(layer - 1, columns);
     }
     sync_consumers();
   }
@@ -305,7 +321,7 @@ struct Consumer {
     const Rows& rows = p.rows[kPhase];
     const int block = blockIdx.x;
     const Constant constant = this->constant<kPhase>(layer, block, place(kPhase).unit);
-    gather<kPhase>(layer, 0, rows.K);
+    gather<kPhase>(layer);
     held.multiply(x, rows, block, shared.sums);
     sync_consumers();
     send_results<kPhase>(layer, block, constant);
@@ -315,28 +331,53 @@ struct Consumer {
   template <Phase kPhase>
   __device__ __forceinline__ void multiply_rows(int layer) {
     const Rows& rows = p.rows[kPhase];
-    const bool whole = rows.K <= p.part;
 #pragma unroll 1
     for (int block = blockIdx.x; block < rows.blocks; block += gridDim.x) {
       const Constant constant = this->constant<kPhase>(layer, block, place(kPhase).unit);
-#pragma unroll 1
-      for (int first = 0; first < rows.K; first += p.part) {
-        const int count = min(p.part, rows.K - first);
-        if (first > 0) sync_consumers();  // vectors have been read
-        if (block == static_cast<int>(blockIdx.x) || !whole) gather<kPhase>(layer, first, count);
-        decode::multiply<Weight>(tile::settled(shared.stream), slot, x, rows, block,
-                                 count / Weights::kColumns, shared.sums, first > 0);
+      const bool first = block == static_cast<int>(blockIdx.x);
+      if constexpr (kPhase == kDown) {
+        multiply_units(layer, block, first);
+      } else {
+        if (first) gather<kPhase>(layer);
+        multiply<kPhase>(block, rows.K, false);
       }
       sync_consumers();
       if constexpr (kPhase == kHead) {
         store_logits(block, constant);
         // The new keys and values are there for whoever knows of this block's next arrival. It
         // costs nothing here.
-        if (threadIdx.x == 0 && block == static_cast<int>(blockIdx.x)) __threadfence();
+        if (threadIdx.x == 0 && first) __threadfence();
       } else {
         send_results<kPhase>(layer, block, constant);
       }
       if (block + gridDim.x < rows.blocks) sync_consumers();  // sums have been read
+    }
+  }
+  // `more`: adds to the sums of columns before these.
+  template <Phase kPhase>
+  __device__ __forceinline__ void multiply(int block, int columns, bool more) {
+    decode::multiply<Weight>(tile::settled(shared.stream), slot, x, p.rows[kPhase], block,
+                             columns / Weights::kColumns, shared.sums, more);
+  }
+  // Hidden units, in as many parts as vectors have room for. All are there when the first ones are,
+  // so those of the next part are on their way while a part is multiplied.
+  __device__ __forceinline__ void multiply_units(int layer, int block, bool first_block) {
+    constexpr int kWords = kBatch > 1 ? 1 : kHeadDim == 64 ? 4 : 5;
+    const Rows& rows = p.rows[kDown];
+    Words<kWords> words;
+    bool seen = false;
+    if (first_block) wait(kGateUp, layer);
+#pragma unroll 1
+    for (int first = 0; first < rows.K; first += p.part) {
+      const int count = min(p.part, rows.K - first), next = first + p.part;
+      if (first > 0) sync_consumers();  // vectors have been read
+      receive<kGateUp>(layer, first, count, words, seen);
+      sync_consumers();
+      seen = kBatch > 1 && next < rows.K;
+      if (seen) {
+        look<kGateUp>(words, layer, next, 0, min(p.part, rows.K - next) / Word::kValues);
+      }
+      multiply<kDown>(block, count, first > 0);
     }
   }
 
@@ -364,11 +405,10 @@ struct Consumer {
             if (split) send(sent.log(unit, unit.split) + g, value);
           });
       if (split && unit.split == 0) {
-        sync_consumers();  // the storage has been read
         const int64_t heads = int64_t{p.model.batch} * p.model.heads;
         Attention::merge_splits(p.model, sent.partial(unit, 0), heads * kHeadDim, sent.log(unit, 0),
-                                heads, unit.splits, storage, [&](int g, int d, bf16 value) {
-                                  send(sent.heads(unit) + g * kHeadDim + d, value);
+                                heads, unit.splits, [&](int index, const Word& word) {
+                                  send(sent.heads(unit) + index * Word::kValues, word);
                                 });
       }
       if (unit.split == 0 && threadIdx.x == 0) arrive(header().counters[kAttention]);

@@ -44,6 +44,9 @@ struct alignas(16) Word {
   uint32_t data[4];
 };
 
+__device__ __forceinline__ void send(tile::bf16* to, const Word& word) {
+  tile::ptx::store_relaxed_128(to, word.data);
+}
 __device__ __forceinline__ Word peek(const void* from) {
   Word word;
   tile::ptx::load_relaxed_128(from, word.data);

@@ -6,18 +6,26 @@
 
 namespace jaxkern::decode {
 
+// With as many stages as there is room for beside the model's vectors.
+template <class Weight, int kHeadDim, int kBatch, int kStages, int... kFewer>
+cudaError_t launch(const DecodeParams& params, cudaStream_t stream) {
+  using Step = DecodeStep<Weight, kHeadDim, kBatch, kStages>;
+  if constexpr (sizeof...(kFewer) > 0) {
+    if (Step::shared_bytes(params) > tile::kMaxSharedBytes) {
+      return launch<Weight, kHeadDim, kBatch, kFewer...>(params, stream);
+    }
+  }
+  return launch_decode_step_sm90<Step>(params, stream);
+}
+
 template <class Weight, int kHeadDim>
 cudaError_t launch_decode_step_of(const DecodeParams& params, cudaStream_t stream) {
-  if (params.batch == 1) {
-    constexpr int kStages = kHeadDim == 64 ? 12 : 10;
-    return launch_decode_step_sm90<DecodeStep<Weight, kHeadDim, 1, kStages>>(params, stream);
-  }
+  constexpr bool kSmall = kHeadDim == 64;
+  if (params.batch == 1) return launch<Weight, kHeadDim, 1, kSmall ? 12 : 11>(params, stream);
   if (params.batch <= 4) {
-    constexpr int kStages = kHeadDim == 64 ? 8 : 7;
-    return launch_decode_step_sm90<DecodeStep<Weight, kHeadDim, 4, kStages>>(params, stream);
+    return launch<Weight, kHeadDim, 4, kSmall ? 11 : 10, kSmall ? 8 : 7>(params, stream);
   }
-  constexpr int kStages = kHeadDim == 64 ? 7 : 6;
-  return launch_decode_step_sm90<DecodeStep<Weight, kHeadDim, kMaxBatch, kStages>>(params, stream);
+  return launch<Weight, kHeadDim, kMaxBatch, kSmall ? 9 : 8, kSmall ? 7 : 6>(params, stream);
 }
 
 template cudaError_t launch_decode_step_of<tile::JAXKERN_WEIGHT, JAXKERN_HEAD_DIM>(

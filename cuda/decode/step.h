@@ -47,7 +47,7 @@ template <class Step>
 cudaError_t launch_decode_step_sm90(const DecodeParams& params, cudaStream_t stream) {
   StepParams p = plan_step(params);
   Step::plan(p);
-  const int shared_bytes = Step::shared_bytes(p);
+  const int shared_bytes = Step::shared_bytes(params);
   const auto kernel = decode_step_sm90_kernel<Step>;
   if (cudaError_t error = allow_shared_bytes(kernel, shared_bytes)) return error;
   void* arguments[] = {&p};

@@ -36,15 +36,16 @@ struct DecodeStep {
   using Helper = decode::Helper<kHeadDim, kBatch, kStages>;
   static constexpr int kColumns = Weights<Weight>::kColumns;  // of a slice
 
-  // Columns of vectors that are in shared memory at once: whole, or for the hidden units of several
-  // sequences in as few parts as there is room for.
+  // Columns of vectors that are in shared memory at once: all, or of hidden units a part. What
+  // several sequences leave is the ring's.
   static int columns(const DecodeParams& p) {
+    const int least = std::max(p.width, p.heads * p.head_dim);
     const int room = (tile::kMaxSharedBytes - static_cast<int>(sizeof(Storage))) /
                      (kBatch * static_cast<int>(sizeof(tile::bf16)));
-    const int least = p.width > p.heads * p.head_dim ? p.width : p.heads * p.head_dim;
-    const int parts = (p.hidden + room - 1) / room;
+    const int most = kBatch == 1 ? room : std::max(least, kConsumers * Word::kValues);
+    const int parts = (p.hidden + most - 1) / most;
     const int part = (p.hidden + parts * kColumns - 1) / (parts * kColumns) * kColumns;
-    return part > least ? part : least;
+    return std::max(part, least);
   }
 
   // What registers have room for, and how shared memory is divided.
@@ -54,8 +55,8 @@ struct DecodeStep {
     p.part = columns(p.model);
   }
 
-  static int shared_bytes(const StepParams& p) {
-    const int vectors = kBatch * p.part * static_cast<int>(sizeof(tile::bf16));
+  static int shared_bytes(const DecodeParams& p) {
+    const int vectors = kBatch * columns(p) * static_cast<int>(sizeof(tile::bf16));
     const int attention = static_cast<int>(sizeof(typename Attention::Storage));
     const int histograms = kBatch * kBins * static_cast<int>(sizeof(uint64_t));
     return static_cast<int>(sizeof(Storage)) + std::max({vectors, attention, histograms});

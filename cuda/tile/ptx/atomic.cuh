@@ -61,5 +61,15 @@ __device__ __forceinline__ void load_relaxed_128(const void* from, uint32_t (&x)
       : "l"(from)
       : "memory");
 }
+__device__ __forceinline__ void store_relaxed_128(void* to, const uint32_t (&x)[4]) {
+  asm volatile(
+      "{\n.reg .b128 x;\n.reg .b64 low, high;\n"
+      "mov.b64 low, {%1, %2};\nmov.b64 high, {%3, %4};\n"
+      "mov.b128 x, {low, high};\n"
+      "st.relaxed.gpu.global.b128 [%0], x;\n}"
+      :
+      : "l"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+      : "memory");
+}
 
 }  // namespace jaxkern::tile::ptx
