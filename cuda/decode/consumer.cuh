@@ -43,7 +43,7 @@ struct Consumer {
     return phase == kOut || phase == kDown;
   }
 
-  __device__ __forceinline__ Sent<kHeadDim> sent(int layer) const {
+  __device__ __forceinline__ Sent<kHeadDim, kBatch> sent(int layer) const {
     return {p, shared.layers + layer};
   }
 
@@ -67,62 +67,54 @@ struct Consumer {
 
   // --- What others have sent ---------------------------------------------------------------------
 
-  // Words of what a phase has sent of each sequence. A thread has every kConsumers-th from one on.
-  template <int kWords>
+  // Words of what a phase has sent, as many as vectors have in kColumns columns: a thread has every
+  // kConsumers-th from one on.
+  template <int kColumns>
   struct Words {
-    Word data[kWords][kBatch] = {};
+    static constexpr int kCount = kBatch * kColumns / (kConsumers * Word::kValues);
+    Word data[kCount] = {};
 
-    // use(word, n, index) of those that there are among `count`, where the first is word `start`.
+    // use(word, index) of those below `end`, if the first is word `start`.
     template <class Use>
-    __device__ __forceinline__ void each(int start, int count, int batch, const Use& use) {
+    __device__ __forceinline__ void each(int start, int end, const Use& use) {
 #pragma unroll
-      for (int i = 0; i < kWords; ++i) {
-        const int index = start + i * kConsumers + static_cast<int>(threadIdx.x);
-#pragma unroll
-        for (int n = 0; n < kBatch; ++n) {
-          if (index < count && n < batch) use(data[i][n], n, index);
-        }
+      for (int i = 0; i < kCount; ++i) {
+        const int index = start + static_cast<int>(threadIdx.x) + i * kConsumers;
+        if (index < end) use(data[i], index);
       }
     }
     __device__ __forceinline__ bool are_there() const {
-      bool ready = true;
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) {
-#pragma unroll
-        for (int n = 0; n < kBatch; ++n) ready &= has_values(data[i][n]);
-      }
-      return __all_sync(0xffffffffu, ready);
+      return __all_sync(0xffffffffu, have_values(data));
     }
   };
-  template <Phase kFrom, int kWords>
-  __device__ __forceinline__ void look(Words<kWords>& words, int layer, int first, int start,
-                                       int count) const {
-    const bf16* from = sent(layer).results(kFrom) + first;
-    const int64_t all = p.results[kFrom].size / batch();
-    words.each(start, count, batch(), [&](Word& word, int n, int index) {
-      word = peek(from + n * all + index * Word::kValues);
-    });
+  template <Phase kFrom, int kColumns>
+  __device__ __forceinline__ void look(Words<kColumns>& words, int layer, int start,
+                                       int end) const {
+    const auto* from = reinterpret_cast<const Word*>(sent(layer).results(kFrom));
+    words.each(start, end, [&](Word& word, int index) { word = peek(from + index); });
   }
-  // Results `first` to `first + columns` of a phase, as vectors, of which `words` may have seen the
-  // first ones. Helpers find out what normalises the hidden state.
-  template <Phase kFrom, int kWords>
-  __device__ __forceinline__ void receive(int layer, int first, int columns, Words<kWords>& words,
+  // Columns `first` to `first + columns` of what a phase has sent, as vectors, of which `words` may
+  // have seen the first ones. Helpers find out what normalises the hidden state.
+  template <Phase kFrom, int kColumns>
+  __device__ __forceinline__ void receive(int layer, int first, int columns, Words<kColumns>& words,
                                           bool seen) const {
-    const int count = columns / Word::kValues;
+    const int begin = words_of(first), end = words_of(first + columns);
 #pragma unroll 1
-    for (int start = 0; start < count; start += kWords * kConsumers) {
-      if (!seen) look<kFrom>(words, layer, first, start, count);
+    for (int start = begin; start < end; start += words.kCount * kConsumers) {
+      if (!seen) look<kFrom>(words, layer, start, end);
       seen = false;
-      while (!words.are_there()) look<kFrom>(words, layer, first, start, count);
-      words.each(start, count, batch(),
-                 [&](const Word& word, int n, int index) { x.word(n, index) = word; });
+      while (!words.are_there()) look<kFrom>(words, layer, start, end);
+      words.each(start, end, [&](const Word& word, int index) { x.words[index - begin] = word; });
     }
   }
-  template <Phase kFrom, int kWords>
+  template <Phase kFrom>
   __device__ __forceinline__ void receive(int layer, int columns) {
-    Words<kWords> words;
+    Words<(kBatch > 1 || kHeadDim == 64) ? 2048 : 4096> words;
     wait(kFrom, layer);
     receive<kFrom>(layer, 0, columns, words, false);
+  }
+  __device__ __forceinline__ int words_of(int columns) const {
+    return batch() * columns / Word::kValues;
   }
   // Until shared.rstd is that of the hidden state that a phase has received.
   template <Phase kPhase>
@@ -188,21 +180,20 @@ struct Consumer {
   // The vectors that a phase multiplies, except for hidden units.
   template <Phase kPhase>
   __device__ __forceinline__ void gather(int layer) {
-    constexpr int kWords = kBatch > 1 || kHeadDim == 64 ? 1 : 2;
     const int columns = p.rows[kPhase].K;
     if constexpr (kPhase == kQkv) {
       if (layer == 0) {
         embed();
       } else {
-        receive<kDown, kWords>(layer - 1, columns);
+        receive<kDown>(layer - 1, columns);
       }
     } else if constexpr (kPhase == kOut) {
-      receive<kAttention, kWords>(layer, columns);
+      receive<kAttention>(layer, columns);
     } else if constexpr (kPhase == kGateUp) {
-      receive<kOut, kWords>(layer, columns);
+      receive<kOut>(layer, columns);
     } else {
       static_assert(kPhase == kHead);
-      receive<kDown, kWords>(layer - 1, columns);
+      receive<kDown>(layer - 1, columns);
     }
     sync_consumers();
   }
@@ -263,8 +254,7 @@ struct Consumer {
     const int units = rows.units(block), n = place.n;
     if (n >= batch()) return;
     wait_for_rstd<kPhase>(layer);
-    bf16* to =
-        sent(layer).results(kPhase) + n * static_cast<int64_t>(rows.count()) + rows.first(block);
+    bf16* to = sent(layer).results(kPhase);
     float sum_of_squares = 0.0f;
 #pragma unroll 1
     for (int unit = place.unit; unit < units; unit += place.step) {
@@ -285,7 +275,8 @@ struct Consumer {
         const float up = shared.sums.total(n, units + unit) * scale[1];
         value = gated(value * factor, up * factor) * Weights::kVectorScale;
       }
-      send(to + unit, __float2bfloat16_rn(value));
+      send(to + result_place(rows, kPhase, batch(), n, rows.first(block) + unit),
+           __float2bfloat16_rn(value));
     }
     if constexpr (gives_hidden(kPhase)) {
       __syncwarp();
@@ -362,9 +353,8 @@ struct Consumer {
   // Hidden units, in as many parts as vectors have room for. All are there when the first ones are,
   // so those of the next part are on their way while a part is multiplied.
   __device__ __forceinline__ void multiply_units(int layer, int block, bool first_block) {
-    constexpr int kWords = kBatch > 1 ? 1 : kHeadDim == 64 ? 4 : 5;
     const Rows& rows = p.rows[kDown];
-    Words<kWords> words;
+    Words<(kBatch > 1) ? kPartColumns : kHeadDim == 64 ? 8192 : 10240> words;
     bool seen = false;
     if (first_block) wait(kGateUp, layer);
 #pragma unroll 1
@@ -375,7 +365,7 @@ struct Consumer {
       sync_consumers();
       seen = kBatch > 1 && next < rows.K;
       if (seen) {
-        look<kGateUp>(words, layer, next, 0, min(p.part, rows.K - next) / Word::kValues);
+        look<kGateUp>(words, layer, words_of(next), words_of(min(next + p.part, rows.K)));
       }
       multiply<kDown>(block, count, first > 0);
     }
@@ -396,11 +386,14 @@ struct Consumer {
       Attention::attend(p.model, shared.stream, slot, unit, scale, storage);
       sync_consumers();
       const bool split = unit.splits > 1;
-      const Sent<kHeadDim> sent = this->sent(layer);
-      bf16* own = split ? sent.partial(unit, unit.split) : sent.heads(unit);
+      const Sent<kHeadDim, kBatch> sent = this->sent(layer);
+      bf16* partial = sent.partial(unit, unit.split);
       Attention::merge_warps(
           p.model, storage, Weights::kVectorScale,
-          [&](int g, int d, bf16 value) { send(own + g * kHeadDim + d, value); },
+          [&](int g, int d, bf16 value) {
+            const int index = g * kHeadDim + d;
+            send(split ? partial + index : sent.head(unit, index), value);
+          },
           [&](int g, float value) {
             if (split) send(sent.log(unit, unit.split) + g, value);
           });
@@ -408,7 +401,7 @@ struct Consumer {
         const int64_t heads = int64_t{p.model.batch} * p.model.heads;
         Attention::merge_splits(p.model, sent.partial(unit, 0), heads * kHeadDim, sent.log(unit, 0),
                                 heads, unit.splits, [&](int index, const Word& word) {
-                                  send(sent.heads(unit) + index * Word::kValues, word);
+                                  send(sent.head(unit, index * Word::kValues), word);
                                 });
       }
       if (unit.split == 0 && threadIdx.x == 0) arrive(header().counters[kAttention]);

@@ -53,12 +53,20 @@ __device__ __forceinline__ Word peek(const void* from) {
   return word;
 }
 
-// Whether all eight values are there.
-__device__ __forceinline__ bool has_values(const Word& word) {
-  uint32_t missing = 0;  // the highest bit of each half that is all ones
+// Whether all values of some words are there.
+template <int kCount>
+__device__ __forceinline__ bool have_values(const Word (&words)[kCount]) {
+  uint32_t most = 0;  // of each half
 #pragma unroll
-  for (int i = 0; i < 4; ++i) missing |= word.data[i] & ~(word.data[i] + 0x00010001);
-  return (missing & 0x80008000) == 0;
+  for (const Word& word : words) {
+#pragma unroll
+    for (uint32_t pair : word.data) most = __vmaxu2(most, pair);
+  }
+  return most < 0xffff0000 && (most & 0xffff) != 0xffff;
+}
+__device__ __forceinline__ bool has_values(const Word& word) {
+  const Word words[] = {word};
+  return have_values(words);
 }
 // Whether all four sums are.
 __device__ __forceinline__ bool has_sums(const Word& word) {

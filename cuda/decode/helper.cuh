@@ -18,7 +18,7 @@ __device__ __forceinline__ float rstd_of(const DecodeParams& p, float squares) {
 template <int kHeadDim, int kBatch, int kStages>
 class Helper {
   using Storage = StepStorage<kHeadDim, kBatch, kStages>;
-  using Sent = decode::Sent<kHeadDim>;
+  using Sent = decode::Sent<kHeadDim, kBatch>;
 
  public:
   static constexpr int kWarps = kBatch == 1 ? 1 : 3;
@@ -81,9 +81,11 @@ class Helper {
     const Rows& rows = p_.rows[phase];
     for (int n = warp_; n < batch(); n += kWarps) {
       for (int block = blockIdx.x; block < rows.blocks; block += p_.model.multiprocessors) {
-        auto* at = sent.results(phase) + n * static_cast<int64_t>(rows.count()) + rows.first(block);
 #pragma unroll 1
-        for (int unit = lane(); unit < rows.units(block); unit += tile::kWarpSize) clear(at + unit);
+        for (int unit = lane(); unit < rows.units(block); unit += tile::kWarpSize) {
+          clear(sent.results(phase) +
+                result_place(rows, phase, batch(), n, rows.first(block) + unit));
+        }
         if ((phase == kOut || phase == kDown) && lane() == 0) {
           clear(sent.squares(phase) + n * p_.squares_stride + block);
         }
@@ -97,7 +99,7 @@ class Helper {
       if (unit.tokens == 0 || unit.sequence % kWarps != warp_) continue;
 #pragma unroll 1
       for (int d = lane(); d < group * kHeadDim; d += tile::kWarpSize) {
-        if (unit.split == 0) clear(sent.heads(unit) + d);
+        if (unit.split == 0) clear(sent.head(unit, d));
         if (unit.splits > 1) clear(sent.partial(unit, unit.split) + d);
       }
       if (unit.splits > 1 && lane() < group) clear(sent.log(unit, unit.split) + lane());

@@ -65,24 +65,29 @@ struct Weights<tile::e4m3> {
   }
 };
 
-// Vectors of bfloat16, [slices][kBatch][32].
+// Where value k of sequence n is among vectors of bfloat16, [slices][batch][32], in memory that is
+// shared as in what blocks send each other.
+__device__ __forceinline__ int vector_place(int batch, int n, int k) {
+  return batch == 1 ? k : (k / kSlice * batch + n) * kSlice + k % kSlice;
+}
+
+// Vectors of up to kBatch sequences.
 template <int kBatch>
 struct Vectors {
-  using bf16 = tile::bf16;
-  bf16* data;
+  Word* words;
+  int batch;
 
-  __device__ __forceinline__ bf16& at(int n, int k) const {
-    return kBatch == 1 ? data[k] : data[(k / kSlice * kBatch + n) * kSlice + k % kSlice];
-  }
-  // Values 8 index to 8 index + 7.
+  // Values 8 index to 8 index + 7 of a sequence.
   __device__ __forceinline__ Word& word(int n, int index) const {
-    return reinterpret_cast<Word&>(at(n, index * Word::kValues));
+    return words[vector_place(kBatch == 1 ? 1 : batch, n, index * Word::kValues) / Word::kValues];
   }
   // What the lane needs of a slice: column g of B, sequence g, if there is one.
   __device__ __forceinline__ uint4 operand(int slice) const {
+    constexpr int kSliceWords = kSlice / Word::kValues;
     const int lane = threadIdx.x % tile::kWarpSize;
-    const int n = kBatch == 1 ? 0 : lane / 4 % kBatch;
-    return *reinterpret_cast<const uint4*>(data + (slice * kBatch + n) * kSlice + lane % 4 * 8);
+    const int n = kBatch == 1 ? 0 : min(lane / 4 % kBatch, batch - 1);
+    const int row = kBatch == 1 ? slice : slice * batch + n;
+    return reinterpret_cast<const uint4*>(words)[row * kSliceWords + lane % 4];
   }
 };
 

@@ -42,7 +42,7 @@ struct DecodeStep {
     const int least = std::max(p.width, p.heads * p.head_dim);
     const int room = (tile::kMaxSharedBytes - static_cast<int>(sizeof(Storage))) /
                      (kBatch * static_cast<int>(sizeof(tile::bf16)));
-    const int most = kBatch == 1 ? room : std::max(least, kConsumers * Word::kValues);
+    const int most = kBatch == 1 ? room : std::max(least, kPartColumns);
     const int parts = (p.hidden + most - 1) / most;
     const int part = (p.hidden + parts * kColumns - 1) / (parts * kColumns) * kColumns;
     return std::max(part, least);
@@ -109,7 +109,7 @@ struct DecodeStep {
   }
 
   __device__ __forceinline__ static void consume(const StepParams& p, Storage& shared) {
-    const Vectors<kBatch> x = {reinterpret_cast<tile::bf16*>(shared.scratch)};
+    const Vectors<kBatch> x = {reinterpret_cast<Word*>(shared.scratch), p.model.batch};
     Draw<kBatch> draw(p, shared.draw, reinterpret_cast<uint64_t*>(shared.scratch));
     Consumer<Weight, kHeadDim, kBatch, kStages>{p, shared, x, draw}.run();
   }

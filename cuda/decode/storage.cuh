@@ -29,8 +29,15 @@ struct StepStorage {
   alignas(128) char scratch[];
 };
 
+// Where there is a result of a phase among those of all sequences: for qkv those of one lie
+// together, others are vectors.
+__device__ __forceinline__ int result_place(const Rows& rows, Phase phase, int batch, int n,
+                                            int row) {
+  return phase == kQkv ? n * rows.count() + row : vector_place(batch, n, row);
+}
+
 // Where there are the places for what blocks send, of a layer, which counts on from step to step.
-template <int kHeadDim>
+template <int kHeadDim, int kBatch>
 struct Sent {
   using bf16 = tile::bf16;
   const StepParams& p;
@@ -41,25 +48,31 @@ struct Sent {
   __device__ __forceinline__ float* squares(Phase phase) const {
     return (phase == kOut ? p.out_squares : p.down_squares).of(layer);
   }
-  // Results of a unit of attention, or those of a split of it.
-  __device__ __forceinline__ bf16* heads(const Unit& unit) const {
-    return results(kAttention) + place(unit);
+  // A value of a unit of attention.
+  __device__ __forceinline__ bf16* head(const Unit& unit, int index) const {
+    const int k = unit.kv_head * (p.model.heads / p.model.kv_heads) * kHeadDim + index;
+    return results(kAttention) + vector_place(batch(), unit.sequence, k);
   }
+  // What a split of it has.
   __device__ __forceinline__ bf16* partial(const Unit& unit, int split) const {
-    const int64_t all = int64_t{p.model.batch} * p.model.heads * kHeadDim;
-    return p.partials.of(layer) + split * all + place(unit);
+    const int64_t all = int64_t{batch()} * p.model.heads;
+    return p.partials.of(layer) + (split * all + first_head(unit)) * kHeadDim;
   }
   __device__ __forceinline__ float* log(const Unit& unit, int split) const {
-    const int64_t all = int64_t{p.model.batch} * p.model.heads;
-    return p.logs.of(layer) + split * all + place(unit) / kHeadDim;
+    const int64_t all = int64_t{batch()} * p.model.heads;
+    return p.logs.of(layer) + split * all + first_head(unit);
   }
 
  private:
-  __device__ __forceinline__ int64_t place(const Unit& unit) const {
+  __device__ __forceinline__ int batch() const { return kBatch == 1 ? 1 : p.model.batch; }
+  __device__ __forceinline__ int64_t first_head(const Unit& unit) const {
     const int group = p.model.heads / p.model.kv_heads;
-    return (int64_t{unit.sequence} * p.model.heads + unit.kv_head * group) * kHeadDim;
+    return int64_t{unit.sequence} * p.model.heads + unit.kv_head * group;
   }
 };
+
+// Of hidden units of several sequences that are multiplied at once.
+inline constexpr int kPartColumns = 2048;
 
 // What registers have room for: of qkv, and of out beside what attention needs.
 template <class Weight>
