@@ -4,12 +4,14 @@ Operands and expected values are computed on the CPU, so that little but our ker
 tool. Lengths that no tile divides are what finds stray accesses.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decode_model import CONFIGS, model_of, random_arrays
 from fp8 import E4M3, assert_same_fp8, numpy_quantize, numpy_scaled_matmul, random_operands
 
 import jaxkern
@@ -20,6 +22,8 @@ from jaxkern import (
     quantize_swiglu_grad,
     scaled_matmul,
 )
+from jaxkern.decode import KVCache, decode_step, decode_steps, pack_weights
+from jaxkern.testing import relative_error
 
 pytestmark = pytest.mark.gpu
 
@@ -89,6 +93,17 @@ SCALED_MATMUL = {  # M, N, K, both scalings
     "rows": (300, 264, 144, "row", "row"),
     "blocks": (130, 264, 400, "1x128", "128x128"),
     "blocks of both": (257, 136, 300, "1x128", "1x128"),
+}
+
+DECODE = {  # model, weights, lengths, and how tokens are drawn
+    "one sequence": ("llama", "bf16", (30,), {}),
+    "sequences, FP8": ("qwen2", "fp8", (0, 31, 40), {"temperature": 1.0}),
+    "eight sequences": (
+        "qwen3",
+        "bf16",
+        (0, 1, 31, 32, 33, 300, 50, 7),
+        {"temperature": 1.0, "top_k": 20, "top_p": 0.9},
+    ),
 }
 
 
@@ -209,3 +224,24 @@ def test_scaled_matmul(case):
     exact, terms = numpy_scaled_matmul(*operands)
     out = jax.jit(functools.partial(scaled_matmul, implementation="cuda"))(*operands)
     assert (np.abs(np.asarray(out, np.float64) - exact) <= 1e-3 * terms).all()
+
+
+@pytest.mark.parametrize("case", DECODE)
+def test_decode(case):
+    name, weights, lengths, options = DECODE[case]
+    config = dataclasses.replace(CONFIGS[name], head_dim=64, context=352)
+    gpu, cpu = jax.devices("cuda")[0], jax.devices("cpu")[0]
+    with jax.default_device(cpu):
+        model = model_of(config, random_arrays(config))
+        packed = pack_weights(model, weights, multiprocessors=gpu.core_count)
+        cache = KVCache.create(config, len(lengths), 352)
+        cache = dataclasses.replace(cache, lengths=jnp.array(lengths, jnp.int32))
+        tokens = np.arange(len(lengths), dtype=np.int32)
+        wanted, _ = jax.jit(decode_step)(packed, cache, tokens)
+    packed, cache = jax.device_put((packed, cache), gpu)
+    got, cache = decode_step(packed, cache, tokens, implementation="cuda")
+    assert relative_error(got, wanted) < 0.012
+    options = {"key": jax.random.key(0), "implementation": "cuda", **options}
+    drawn, _, cache = decode_steps(packed, cache, tokens, 4, **options)
+    assert ((drawn >= 0) & (drawn < config.vocabulary)).all()
+    assert cache.lengths.tolist() == [length + 5 for length in lengths]
