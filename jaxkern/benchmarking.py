@@ -30,7 +30,7 @@ from typing import Any
 
 import jax
 
-METRICS = ("us", "tflops", "gbps", "ratio", "tokens_per_s", "held_out_loss")
+METRICS = ("us", "tflops", "gbps", "ratio", "tokens_per_s", "held_out_loss", "kl_divergence")
 
 _L2_CACHE_SIZE = 38  # CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE
 _L2_UNKNOWN = 128 << 20
