@@ -48,19 +48,23 @@ def example():
 def folder(tmp_path_factory):
     """The llama of tests/models in sizes that pack_weights takes, with a tokenizer of 64 words.
 
-    Two of its heads are one here, and there are 16 more hidden units, of zeros.
+    Two of its heads are one here, and there are 16 more hidden units, of zeros, and 32 more of
+    what has its width.
     """
     folder = tmp_path_factory.mktemp("llama")
     tensors = {}
     for path in LLAMA.glob("*.safetensors"):
         tensors |= safetensors.numpy.load_file(path)
     for name, x in tensors.items():
+        gives_width = "o_proj" in name or "down" in name
+        pads = [(0, 0)] * x.ndim
+        pads[0 if gives_width or x.ndim == 1 else 1] = (0, 32)
         if "mlp" in name:
-            pads = ((0, 0), (0, 16)) if "down" in name else ((0, 16), (0, 0))
-            tensors[name] = np.pad(x, pads)
+            pads[1 if gives_width else 0] = (0, 16)
+        tensors[name] = np.pad(x, pads)
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
     sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
-    sizes |= {"intermediate_size": 64}
+    sizes |= {"intermediate_size": 64, "hidden_size": 64}
     raw = json.loads((LLAMA / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(raw | sizes | {"eos_token_id": None}))
     words = {f"t{i}": i for i in range(65)}  # the model knows 64
@@ -170,7 +174,7 @@ def test_one_chunk_has_no_rate(run):
 
 @pytest.mark.parametrize("weights", ["bf16", "fp8"])
 def test_bytes_per_token(example, folder, weights):
-    width, hidden, vocabulary, layers = 32, 64, 64, 2
+    width, hidden, vocabulary, layers = 64, 64, 64, 2
     shapes = [(128, width), (width, 64), (2 * hidden, width), (width, hidden)] * layers
     shapes.append((vocabulary, width))
     rows, elements = (sum(map(f, shapes)) for f in (lambda shape: shape[0], math.prod))
