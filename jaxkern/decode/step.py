@@ -49,8 +49,9 @@ def decode_step(
       cache: of as many sequences, and of the same model.
       tokens: int32 [B].
       implementation: "cuda", the kernel: for up to 8 sequences, and heads of 64 or 128 elements,
-        of which up to 8 share one of key and value; "xla", plain jax.numpy; a sequence of names, of
-        which the first runs that can; or None, which is ("cuda", "xla").
+        of which up to 8 share one of key and value, with a width and elements of all heads of up to
+        12,288 for one sequence, 8192 for four and 4096 for more; "xla", plain jax.numpy; a sequence
+        of names, of which the first runs that can; or None, which is ("cuda", "xla").
 
     Returns:
       Logits, float32 [B, V], and the cache.
