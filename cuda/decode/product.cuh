@@ -181,8 +181,9 @@ __device__ __forceinline__ int share_of_arrivals(int count, int i) {
 
 // A block of many rows, of whose chunks no warp has more than a slice: each warp goes from one of
 // its own to the next, and leaves no others.
-// NOTE: past chunks that it does not wait for, a warp must not come so far that the parity of a
-// stage says less than it needs to.
+// NOTE: the parity of a stage tells whether a chunk has come only if the one before it there has.
+// From one of a warp's chunks to the next there are four at most, and when that has come so have
+// all from kUnderWay before it on: there have to be 4 + kUnderWay stages.
 template <class Weight, int kTiles, int kBatch, class Stream, class Slot>
 __device__ __forceinline__ void multiply_own(Stream& stream, Slot& slot, const Vectors<kBatch>& x,
                                              int slice_bytes, const Chunks& chunks, int slices,
@@ -239,7 +240,7 @@ __device__ __forceinline__ void multiply_tiles(Stream& stream, Slot& slot, const
   constexpr int kSlices = kTiles <= 2 ? 2 : 1;
   float sum[kSlices][kTiles][4] = {};
   const int slice_bytes = rows * kSliceBytes;
-  // More than 64 rows: a chunk has three slices at most, and a warp one of any five chunks or more.
+  // More than 64 rows: a chunk has two to four slices.
   if constexpr (kTiles > 4 && Stream::kStages >= 4 + kUnderWay) {
     multiply_own<Weight>(stream, slot, x, slice_bytes, chunks, slices, sum);
   } else {
