@@ -1,6 +1,5 @@
-// What blocks send each other: bfloat16 values, and float32 sums, that tell whether they are there.
-//
-// And ranks, by which they draw tokens.
+// What blocks send each other: bfloat16 values, float32 sums, and ranks by which they draw tokens,
+// all of which tell whether they are there.
 //
 // Until a value comes, its place holds a NaN that no arithmetic gives. So whoever reads all values
 // has them, and no fence orders anything; counters only tell when it is worth to look. Who sent a
