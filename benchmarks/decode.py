@@ -277,7 +277,8 @@ METRICS = {"decode": "gbps", "generate": "tokens_per_s"}
 
 
 def main(argv: list[str]) -> int:
-    parser = common.options("Decode steps and generation, side by side.")
+    # A call is 20 ms: of fewer in a sample, the host's way into the first would be a part.
+    parser = common.options("Decode steps and generation, side by side.", seconds=0.2)
     chosen = parser.parse_args(argv)
     cases = [(shape.direction, shape) for shape in (QUICK if chosen.quick else SHAPES)]
     selected = common.select_cases(parser, chosen, cases, parse)
