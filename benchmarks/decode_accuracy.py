@@ -37,24 +37,19 @@ def divergence(exact: jax.Array, logits: jax.Array) -> jax.Array:
     return (jnp.exp(exact) * (exact - logits)).sum(-1)
 
 
-@functools.partial(jax.jit, static_argnums=2, donate_argnums=1)
-def decode_one(packed, cache, implementation, tokens, exact):
+@functools.partial(jax.jit, donate_argnums=1)
+def decode_one(packed, cache, tokens, exact):
     """The divergences after one token of each prompt, and the cache."""
-    logits, cache = decode.decode_step(packed, cache, tokens, implementation=implementation)
+    logits, cache = decode.decode_step(packed, cache, tokens)
     return divergence(exact, logits), cache
 
 
-def decoded(
-    packed: decode.PackedWeights,
-    tokens: np.ndarray,
-    exact: np.ndarray,
-    implementation: str | None = None,
-) -> float:
+def decoded(packed: decode.PackedWeights, tokens: np.ndarray, exact: np.ndarray) -> float:
     """The mean divergence of decode steps, for tokens [B, T] and exact logits [B, T, V]."""
     cache = decode.KVCache.create(packed.config, *tokens.shape)
     found = []
     for t in range(tokens.shape[1]):
-        one, cache = decode_one(packed, cache, implementation, tokens[:, t], exact[:, t])
+        one, cache = decode_one(packed, cache, tokens[:, t], exact[:, t])
         found.append(one)
     return float(jnp.stack(found).mean())
 

@@ -59,6 +59,11 @@ struct Consumer {
 
   // --- What others have sent ---------------------------------------------------------------------
 
+  // Columns that are looked for at once: those of common models, of several sequences what
+  // registers have room for.
+  static constexpr int kHiddenColumns = kBatch > 1 || kHeadDim == 64 ? 2048 : 4096;
+  static constexpr int kUnitColumns = kBatch > 1 ? kPartColumns : kHeadDim == 64 ? 8192 : 10240;
+
   // Words of what a phase has sent, as many as vectors have in kColumns columns: a thread has every
   // kConsumers-th from one on.
   template <int kColumns>
@@ -101,7 +106,7 @@ struct Consumer {
   }
   template <Phase kFrom>
   __device__ __forceinline__ void receive(int layer, int columns) {
-    Words<(kBatch > 1 || kHeadDim == 64) ? 2048 : 4096> words;
+    Words<kHiddenColumns> words;
     wait(kFrom, layer);
     receive<kFrom>(layer, 0, columns, words, false);
   }
@@ -346,7 +351,7 @@ struct Consumer {
   // so those of the next part are on their way while a part is multiplied.
   __device__ __forceinline__ void multiply_units(int layer, int block, bool first_block) {
     const Rows& rows = p.rows[kDown];
-    Words<(kBatch > 1) ? kPartColumns : kHeadDim == 64 ? 8192 : 10240> words;
+    Words<kUnitColumns> words;
     bool seen = false;
     if (first_block) wait(kGateUp, layer);
 #pragma unroll 1

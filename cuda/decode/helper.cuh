@@ -21,7 +21,7 @@ class Helper {
   using Sent = decode::Sent<kHeadDim, kBatch>;
 
  public:
-  static constexpr int kWarps = kBatch == 1 ? 1 : 3;
+  static constexpr int kWarps = kBatch == 1 ? 1 : 3;        // of those that the producer leaves
   static constexpr uint32_t kAfterOut = 0, kAfterDown = 1;  // parities of the barriers
 
   __device__ __forceinline__ static void run(const StepParams& p, Storage& shared, int warp) {

@@ -174,6 +174,7 @@ __device__ __forceinline__ void multiply_slices(const Vectors<kBatch>& x, int fi
 
 // Of eight arrivals, those of the i-th of `count` warps that share a chunk: as even as can be.
 __device__ __forceinline__ int share_of_arrivals(int count, int i) {
+  static_assert(kWarps == 8);
   constexpr uint64_t kQuotients = 0x0101010102020408, kRests = 0x0001020300020000;  // 8 by count
   const int bits = 8 * (count - 1);
   return static_cast<int>(kQuotients >> bits & 15) + (i < static_cast<int>(kRests >> bits & 15));

@@ -14,6 +14,10 @@ cudaError_t launch(const DecodeParams& params, cudaStream_t stream) {
     if (Step::shared_bytes(params) > tile::kMaxSharedBytes) {
       return launch<Weight, kHeadDim, kBatch, kFewer...>(params, stream);
     }
+  } else {
+    constexpr size_t kVectors = kBatch * max_values(kBatch) * sizeof(tile::bf16);
+    constexpr size_t kScratch = std::max(kVectors, sizeof(typename Step::Attention::Storage));
+    static_assert(sizeof(typename Step::Storage) + kScratch <= tile::kMaxSharedBytes);
   }
   return launch_decode_step_sm90<Step>(params, stream);
 }
