@@ -7,7 +7,8 @@
 // JAXKERN_WEIGHT: bf16 or e4m3. Arguments: a model with heads of JAXKERN_HEAD_DIM, sequences,
 // tokens of each after the last of 32 steps in a launch, and how tokens are drawn: greedy,
 // temperature, top_k, top_p or both. Prints microseconds a step, the median of half a second, and
-// TB/s of weights.
+// TB/s of weights. With -DJAXKERN_PROBES in $F also the microseconds a step that a block has of the
+// parts of each phase (cuda/decode/probe.cuh), which themselves take a few percent.
 #include <cstring>
 
 #include "benchmarks/harness.cuh"
@@ -109,6 +110,36 @@ struct Model {
   }
 };
 
+#ifdef JAXKERN_PROBES
+// The means over blocks that have a part of attention, and over those that have none.
+void print_probes(float us) {
+  uint32_t cycles[decode::kMaxMultiprocessors][decode::kPhases][decode::kParts];
+  bench::check(cudaMemcpyFromSymbol(cycles, decode::probed_cycles, sizeof(cycles)), "probes");
+  for (const bool attends : {true, false}) {
+    double sums[decode::kPhases][decode::kParts] = {}, all = 0.0;
+    for (const auto& block : cycles) {
+      if ((block[decode::kAttention][decode::kMultiply] > 0) != attends) continue;
+      for (int phase = 0; phase < decode::kPhases; ++phase) {
+        for (int part = 0; part < decode::kParts; ++part) {
+          sums[phase][part] += block[phase][part];
+          all += block[phase][part];
+        }
+      }
+    }
+    std::printf("%-14s   take   wait receive multiply   send\n",
+                attends ? "with attention" : "without it");
+    const char* const names[] = {"qkv", "attention", "out", "gate, up", "down", "head"};
+    for (int phase = 0; phase < decode::kPhases; ++phase) {
+      const double (&x)[decode::kParts] = sums[phase];
+      const double each = us / std::max(all, 1.0);
+      std::printf("  %-12s %6.1f %6.1f %7.1f %8.1f %6.1f\n", names[phase], each * x[decode::kTake],
+                  each * x[decode::kWait], each * x[decode::kReceive], each * x[decode::kMultiply],
+                  each * x[decode::kSend]);
+    }
+  }
+}
+#endif
+
 }  // namespace
 }  // namespace jaxkern
 
@@ -120,7 +151,7 @@ int main(int count, char** arguments) {
   bench::require(shape != std::end(kShapes) && shape->head_dim == JAXKERN_HEAD_DIM,
                  "no such model with heads of JAXKERN_HEAD_DIM");
   const int batch = std::atoi(arguments[2]), tokens = std::atoi(arguments[3]);
-  bench::require(batch >= 1 && batch <= decode::kMaxBatch, "sequences: wanted 1 to 8");
+  bench::require(batch >= 1 && batch <= decode::kMaxBatch, "sequences: wanted 1 to 16");
   bench::require(tokens >= kSteps, "tokens: wanted 32 or more");
   const Model model(*shape, batch, tokens, arguments[4]);
   cudaEvent_t start, end;
@@ -133,4 +164,7 @@ int main(int count, char** arguments) {
   const float us = bench::median(samples);
   std::printf("%s b%d ctx%d %s: %.1f us, %.2f TB/s\n", shape->name, batch, tokens, arguments[4], us,
               model.weight_bytes / us * 1e-6);
+#ifdef JAXKERN_PROBES
+  print_probes(us);
+#endif
 }

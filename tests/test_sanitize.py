@@ -104,6 +104,7 @@ DECODE = {  # model, weights, lengths, and how tokens are drawn
         (0, 1, 31, 32, 33, 300, 50, 7),
         {"temperature": 1.0, "top_k": 20, "top_p": 0.9},
     ),
+    "sixteen sequences": ("llama", "bf16", tuple(range(16)), {"temperature": 1.0, "top_p": 0.9}),
 }
 
 

@@ -59,10 +59,20 @@ struct Consumer {
 
   // --- What others have sent ---------------------------------------------------------------------
 
-  // Columns that are looked for at once: those of common models, of several sequences what
-  // registers have room for.
-  static constexpr int kHiddenColumns = kBatch > 1 || kHeadDim == 64 ? 2048 : 4096;
-  static constexpr int kUnitColumns = kBatch > 1 ? kPartColumns : kHeadDim == 64 ? 8192 : 10240;
+  // Columns that are looked for at once: those of common models, of several sequences those of a
+  // part, or what registers have room for beside a product.
+  __device__ static constexpr int columns_at_once(Phase phase) {
+    if (kBatch > 1) return kBatch > 8 ? kPartColumns / 2 : kPartColumns;
+    if (phase == kDown) return kHeadDim == 64 ? 8192 : 10240;
+    return kHeadDim == 64 ? 2048 : 4096;
+  }
+  // The phase that sends what a phase multiplies, and the layer in which it does.
+  __device__ static constexpr Phase source(Phase phase) {
+    return phase == kOut ? kAttention : phase == kGateUp ? kOut : phase == kDown ? kGateUp : kDown;
+  }
+  __device__ __forceinline__ static int source_layer(Phase phase, int layer) {
+    return phase == kQkv || phase == kHead ? layer - 1 : layer;
+  }
 
   // Words of what a phase has sent, as many as vectors have in kColumns columns: a thread has every
   // kConsumers-th from one on.
@@ -84,31 +94,30 @@ struct Consumer {
       return __all_sync(0xffffffffu, have_values(data));
     }
   };
-  template <Phase kFrom, int kColumns>
+  template <Phase kPhase, int kColumns>
   __device__ __forceinline__ void look(Words<kColumns>& words, int layer, int start,
                                        int end) const {
-    const auto* from = reinterpret_cast<const Word*>(sent(layer).results(kFrom));
+    const Sent<kHeadDim, kBatch> sent = this->sent(source_layer(kPhase, layer));
+    const auto* from = reinterpret_cast<const Word*>(sent.results(source(kPhase)));
     words.each(start, end, [&](Word& word, int index) { word = peek(from + index); });
   }
-  // Columns `first` to `first + columns` of what a phase has sent, as vectors, of which `words` may
-  // have seen the first ones. Helpers find out what normalises the hidden state.
-  template <Phase kFrom, int kColumns>
+  // Columns `first` to `first + columns` of the vectors that a phase multiplies, of which `words`
+  // may have seen the first ones. Helpers find out what normalises the hidden state.
+  template <Phase kPhase, int kColumns>
   __device__ __forceinline__ void receive(int layer, int first, int columns, Words<kColumns>& words,
-                                          bool seen) const {
+                                          bool seen) {
+    if (kPhase == kQkv && layer == 0) {
+      embed(first, columns);
+      return;
+    }
     const int begin = words_of(first), end = words_of(first + columns);
 #pragma unroll 1
     for (int start = begin; start < end; start += words.kCount * kConsumers) {
-      if (!seen) look<kFrom>(words, layer, start, end);
+      if (!seen) look<kPhase>(words, layer, start, end);
       seen = false;
-      while (!words.are_there()) look<kFrom>(words, layer, start, end);
+      while (!words.are_there()) look<kPhase>(words, layer, start, end);
       words.each(start, end, [&](const Word& word, int index) { x.words[index - begin] = word; });
     }
-  }
-  template <Phase kFrom>
-  __device__ __forceinline__ void receive(int layer, int columns) {
-    Words<kHiddenColumns> words;
-    wait(kFrom, layer);
-    receive<kFrom>(layer, 0, columns, words, false);
   }
   __device__ __forceinline__ int words_of(int columns) const {
     return batch() * columns / Word::kValues;
@@ -123,76 +132,78 @@ struct Consumer {
     }
   }
 
-  // The first hidden state: rows of the embedding.
-  __device__ __forceinline__ void embed() {
-    const int n = Team::sequence();
-    if (n < batch()) {
-      const int token = min(max(shared.draw.tokens[n], 0), p.model.vocabulary - 1);
-      const auto* row =
-          static_cast<const bf16*>(p.model.embedding) + int64_t{token} * p.model.width;
-      const auto* norm = static_cast<const bf16*>(p.model.norms);
-      constexpr int kWords = kBatch == 1 ? 2 : 4;  // at once
-      float squares = 0.0f;
+  // Columns of the first hidden state: rows of the embedding.
+  __device__ __forceinline__ void embed(int first, int columns) {
 #pragma unroll 1
-      for (int start = Team::lane(); start < p.model.width / Word::kValues;
-           start += kWords * Team::kLanes) {
-        Word values[kWords], weights[kWords];
-#pragma unroll
-        for (int i = 0; i < kWords; ++i) {
-          const int index = min(start + i * Team::kLanes, p.model.width / Word::kValues - 1);
-          values[i] = reinterpret_cast<const Word*>(row)[index];
-          weights[i] = reinterpret_cast<const Word*>(norm)[index];
-        }
-#pragma unroll
-        for (int i = 0; i < kWords; ++i) {
-          const int index = start + i * Team::kLanes;
-          if (index >= p.model.width / Word::kValues) continue;
-#pragma unroll
-          for (uint32_t& pair : values[i].data) {
-            const float2 value = tile::unpack<bf16>(pair);
-            const float2 weight = tile::unpack<bf16>(weights[i].data[&pair - values[i].data]);
-            squares += value.x * value.x + value.y * value.y;
-            pair = tile::pack<bf16>(value.x * weight.x * Weights::kVectorScale,
-                                    value.y * weight.y * Weights::kVectorScale);
-          }
-          x.word(n, index) = values[i];
-        }
-      }
-      const Rows& rows = p.rows[kOut];
-      const int block = blockIdx.x;
-      for (int unit = Team::lane(); unit < rows.units(block); unit += Team::kLanes) {
-        shared.residual[n][unit] = __bfloat162float(row[rows.first(block) + unit]);
-      }
-      squares = tile::warp_sum(squares);
-      if (lane() == 0) shared.squares[warp()] = squares;
+    for (int round = 0; round < Team::kRounds; ++round) {
+      const int n = Team::sequence(round);
+      if (n < batch()) embed_one(n, first, columns, shared.squares[n * Team::kSize]);
     }
     sync_consumers();
-    if (n < batch() && Team::leads()) {
-      const float sum =
-          tile::warp_sum(lane() < Team::kSize ? shared.squares[warp() + lane()] : 0.0f);
-      if (lane() == 0) shared.rstd[n] = rstd_of(p.model, sum);
+    const int n = threadIdx.x;
+    if (n < batch()) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int i = 0; i < Team::kSize; ++i) sum += shared.squares[n * Team::kSize + i];
+      shared.rstd[n] = rstd_of(p.model, sum);
     }
   }
+  // Of one sequence. `squares`: their sums, of the team's warps.
+  __device__ __forceinline__ void embed_one(int n, int first, int columns, float& squares) {
+    const int token = min(max(shared.draw.tokens[n], 0), p.model.vocabulary - 1);
+    const auto* row = static_cast<const bf16*>(p.model.embedding) + int64_t{token} * p.model.width;
+    const auto* norm = static_cast<const bf16*>(p.model.norms);
+    constexpr int kWords = kBatch == 1 ? 2 : 4;  // at once
+    float sum = 0.0f;
+#pragma unroll 1
+    for (int start = Team::lane(); start < p.model.width / Word::kValues;
+         start += kWords * Team::kLanes) {
+      Word values[kWords], weights[kWords];
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        const int index = min(start + i * Team::kLanes, p.model.width / Word::kValues - 1);
+        values[i] = reinterpret_cast<const Word*>(row)[index];
+        weights[i] = reinterpret_cast<const Word*>(norm)[index];
+      }
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        const int index = start + i * Team::kLanes;
+        if (index >= p.model.width / Word::kValues) continue;
+#pragma unroll
+        for (uint32_t& pair : values[i].data) {
+          const float2 value = tile::unpack<bf16>(pair);
+          const float2 weight = tile::unpack<bf16>(weights[i].data[&pair - values[i].data]);
+          sum += value.x * value.x + value.y * value.y;
+          pair = tile::pack<bf16>(value.x * weight.x * Weights::kVectorScale,
+                                  value.y * weight.y * Weights::kVectorScale);
+        }
+        const int place = index - first / Word::kValues;
+        if (place >= 0 && place < columns / Word::kValues) x.word(n, place) = values[i];
+      }
+    }
+    const Rows& rows = p.rows[kOut];
+    const int block = blockIdx.x;
+    for (int unit = Team::lane(); unit < rows.units(block); unit += Team::kLanes) {
+      shared.residual[n][unit] = __bfloat162float(row[rows.first(block) + unit]);
+    }
+    sum = tile::warp_sum(sum);
+    if (lane() == 0) (&squares)[Team::lane() / tile::kWarpSize] = sum;
+  }
 
-  // The vectors that a phase multiplies, except for hidden units.
+  // Until it is worth to look for what a phase multiplies.
+  template <Phase kPhase>
+  __device__ __forceinline__ void wait_for_source(int layer) {
+    if (kPhase != kQkv || layer > 0) wait(source(kPhase), source_layer(kPhase, layer));
+    shared.probe.take(kPhase, kWait);
+  }
+  // The vectors that a phase multiplies.
   template <Phase kPhase>
   __device__ __forceinline__ void gather(int layer) {
-    const int columns = p.rows[kPhase].K;
-    if constexpr (kPhase == kQkv) {
-      if (layer == 0) {
-        embed();
-      } else {
-        receive<kDown>(layer - 1, columns);
-      }
-    } else if constexpr (kPhase == kOut) {
-      receive<kAttention>(layer, columns);
-    } else if constexpr (kPhase == kGateUp) {
-      receive<kOut>(layer, columns);
-    } else {
-      static_assert(kPhase == kHead);
-      receive<kDown>(layer - 1, columns);
-    }
+    Words<columns_at_once(kPhase)> words;
+    wait_for_source<kPhase>(layer);
+    receive<kPhase>(layer, 0, p.rows[kPhase].K, words, false);
     sync_consumers();
+    shared.probe.take(kPhase, kReceive);
   }
 
   // --- What this block sends ---------------------------------------------------------------------
@@ -200,12 +211,13 @@ struct Consumer {
   // Where a lane begins among the results of a block and goes on: those of a sequence are of a team
   // of warps, or of its first, which then has the sum of their squares.
   struct Place {
-    int n, unit, step;
+    int unit, step;
   };
   __device__ __forceinline__ Place place(Phase phase) const {
-    const int n = Team::sequence();
-    if (gives_hidden(phase)) return {Team::leads() ? n : kBatch, lane(), tile::kWarpSize};
-    return {n, Team::lane(), Team::kLanes};
+    if (gives_hidden(phase)) {
+      return {Team::leads() ? lane() : kMaxRows, tile::kWarpSize};
+    }
+    return {Team::lane(), Team::kLanes};
   }
 
   // What a result needs besides the sum: a bias, or the weight of the norm that follows; and what
@@ -246,10 +258,19 @@ struct Consumer {
   // `first`: of the lane's first result, fetched before the sums were there.
   template <Phase kPhase>
   __device__ __forceinline__ void send_results(int layer, int block, const Constant& first) {
+    if (gives_hidden(kPhase) && !Team::leads()) return;
+#pragma unroll 1
+    for (int round = 0; round < Team::kRounds; ++round) {
+      const int n = Team::sequence(round);
+      if (n < batch()) send_results<kPhase>(layer, block, n, first);
+    }
+  }
+  template <Phase kPhase>
+  __device__ __forceinline__ void send_results(int layer, int block, int n, const Constant& first) {
     const Rows& rows = p.rows[kPhase];
     const Place place = this->place(kPhase);
-    const int units = rows.units(block), n = place.n;
-    if (n >= batch()) return;
+    const int units = rows.units(block);
+    const bool large = is_large(rows, block);
     wait_for_rstd<kPhase>(layer);
     bf16* to = sent(layer).results(kPhase);
     float sum_of_squares = 0.0f;
@@ -258,7 +279,7 @@ struct Consumer {
       const auto [bits, scale] =
           unit == place.unit ? first : this->constant<kPhase>(layer, block, unit);
       [[maybe_unused]] const float own = __bfloat162float(bits);
-      float value = shared.sums.total(n, unit) * scale[0];
+      float value = shared.sums.total(n, unit, large) * scale[0];
       if constexpr (gives_hidden(kPhase)) {
         value += shared.residual[n][unit];
         shared.residual[n][unit] = value;
@@ -269,7 +290,7 @@ struct Consumer {
         value = value * shared.rstd[n] + own;
       } else {
         const float factor = shared.rstd[n];
-        const float up = shared.sums.total(n, units + unit) * scale[1];
+        const float up = shared.sums.total(n, units + unit, large) * scale[1];
         value = gated(value * factor, up * factor) * Weights::kVectorScale;
       }
       send(to + result_place(rows, kPhase, batch(), n, rows.first(block) + unit),
@@ -284,20 +305,29 @@ struct Consumer {
     }
     if (lane() == 0 && place.unit < rows.most) arrive(header().counters[kPhase]);
   }
+  // Whether the sums of a block are in the places of those of many rows.
+  __device__ __forceinline__ bool is_large(const Rows& rows, int block) const {
+    return rows.units(block) * rows.unit_rows > decltype(shared.sums)::kHalfRows;
+  }
 
   __device__ __forceinline__ void store_logits(int block, const Constant& first) {
     const Rows& rows = p.rows[kHead];
-    const int n = Team::sequence();
-    if (n >= batch()) return;
+    const bool large = is_large(rows, block);
     wait_for_rstd<kHead>(0);
 #pragma unroll 1
-    for (int unit = Team::lane(); unit < rows.units(block); unit += Team::kLanes) {
-      const int token = rows.first(block) + unit;
-      const float scale = (unit == Team::lane() ? first : constant<kHead>(0, block, unit)).scale[0];
-      const float logit =
-          shared.status[n] == kOk ? shared.sums.total(n, unit) * scale * shared.rstd[n] : NAN;
-      p.model.logits[int64_t{n} * p.model.vocabulary + token] = logit;
-      draw.add(token, logit);
+    for (int round = 0; round < Team::kRounds; ++round) {
+      const int n = Team::sequence(round);
+      if (n >= batch()) return;
+#pragma unroll 1
+      for (int unit = Team::lane(); unit < rows.units(block); unit += Team::kLanes) {
+        const int token = rows.first(block) + unit;
+        const float scale =
+            (unit == Team::lane() ? first : constant<kHead>(0, block, unit)).scale[0];
+        const float sum = shared.sums.total(n, unit, large);
+        const float logit = shared.status[n] == kOk ? sum * scale * shared.rstd[n] : NAN;
+        p.model.logits[int64_t{n} * p.model.vocabulary + token] = logit;
+        draw.add(round, token, logit);
+      }
     }
   }
 
@@ -312,7 +342,9 @@ struct Consumer {
     gather<kPhase>(layer);
     held.multiply(x, rows, block, shared.sums);
     sync_consumers();
+    shared.probe.take(kPhase, kMultiply);
     send_results<kPhase>(layer, block, constant);
+    shared.probe.take(kPhase, kSend);
   }
 
   // Gathers vectors, multiplies the block's rows and hands on what they give.
@@ -323,13 +355,14 @@ struct Consumer {
     for (int block = blockIdx.x; block < rows.blocks; block += gridDim.x) {
       const Constant constant = this->constant<kPhase>(layer, block, place(kPhase).unit);
       const bool first = block == static_cast<int>(blockIdx.x);
-      if constexpr (kPhase == kDown) {
-        multiply_units(layer, block, first);
+      if constexpr (kBatch > 1 || kPhase == kDown) {
+        multiply_parts<kPhase>(layer, block, first);
       } else {
         if (first) gather<kPhase>(layer);
         multiply<kPhase>(block, rows.K, false);
       }
       sync_consumers();
+      shared.probe.take(kPhase, kMultiply);
       if constexpr (kPhase == kHead) {
         store_logits(block, constant);
         // The new keys and values are there for whoever knows of this block's next arrival. It
@@ -338,6 +371,7 @@ struct Consumer {
       } else {
         send_results<kPhase>(layer, block, constant);
       }
+      shared.probe.take(kPhase, kSend);
       if (block + gridDim.x < rows.blocks) sync_consumers();  // sums have been read
     }
   }
@@ -347,24 +381,28 @@ struct Consumer {
     decode::multiply<Weight>(tile::settled(shared.stream), slot, x, p.rows[kPhase], block,
                              columns / Weights::kColumns, shared.sums, more);
   }
-  // Hidden units, in as many parts as vectors have room for. All are there when the first ones are,
-  // so those of the next part are on their way while a part is multiplied.
-  __device__ __forceinline__ void multiply_units(int layer, int block, bool first_block) {
-    const Rows& rows = p.rows[kDown];
-    Words<kUnitColumns> words;
+  // In as many parts as vectors have room for. All are there when the first ones are, so those of
+  // the next part are on their way while a part is multiplied.
+  template <Phase kPhase>
+  __device__ __forceinline__ void multiply_parts(int layer, int block, bool first_block) {
+    const int columns = p.rows[kPhase].K;
+    Words<columns_at_once(kPhase)> words;
     bool seen = false;
-    if (first_block) wait(kGateUp, layer);
+    if (first_block) wait_for_source<kPhase>(layer);
 #pragma unroll 1
-    for (int first = 0; first < rows.K; first += p.part) {
-      const int count = min(p.part, rows.K - first), next = first + p.part;
-      if (first > 0) sync_consumers();  // vectors have been read
-      receive<kGateUp>(layer, first, count, words, seen);
-      sync_consumers();
-      seen = kBatch > 1 && next < rows.K;
-      if (seen) {
-        look<kGateUp>(words, layer, words_of(next), words_of(min(next + p.part, rows.K)));
+    for (int first = 0; first < columns; first += p.part) {
+      const int count = min(p.part, columns - first), next = first + p.part;
+      if (first_block || count < columns) {
+        if (first > 0) sync_consumers();  // vectors have been read
+        receive<kPhase>(layer, first, count, words, seen);
+        sync_consumers();
+        shared.probe.take(kPhase, kReceive);
       }
-      multiply<kDown>(block, count, first > 0);
+      seen = kBatch > 1 && kPhase == kDown && next < columns;
+      if (seen) {
+        look<kPhase>(words, layer, words_of(next), words_of(min(next + p.part, columns)));
+      }
+      multiply<kPhase>(block, count, first > 0);
     }
   }
 
@@ -378,10 +416,13 @@ struct Consumer {
       if (i > 0) sync_consumers();  // the storage has been read
       receive_heads(layer, unit, storage);
       sync_consumers();
+      shared.probe.take(kAttention, kWait);
       Attention::prepare(p.model, layer, unit, shared.rotation[unit.sequence], storage);
       sync_consumers();
+      shared.probe.take(kAttention, kReceive);
       Attention::attend(p.model, shared.stream, slot, unit, scale, storage);
       sync_consumers();
+      shared.probe.take(kAttention, kMultiply);
       const bool split = unit.splits > 1;
       const Sent<kHeadDim, kBatch> sent = this->sent(layer);
       bf16* partial = sent.partial(unit, unit.split);
@@ -402,6 +443,7 @@ struct Consumer {
                                 });
       }
       if (unit.split == 0 && threadIdx.x == 0) arrive(header().counters[kAttention]);
+      shared.probe.take(kAttention, kSend);
     }
   }
 

@@ -67,7 +67,7 @@ static_assert(kMaxVocabulary <= 1 << (64 - Tally::kMassBits));
 // In shared memory.
 template <int kBatch>
 struct DrawStorage {
-  Rank of_warps[kWarps], largest[kBatch];
+  Rank of_warps[kBatch * Team<kBatch>::kSize], largest[kBatch];
   uint64_t limit[kBatch];                // 0 before it is known
   Rank lowest[kBatch];                   // of the tokens that stay, as far as it is known
   uint64_t above[kBatch], kept[kBatch];  // tallies of ranks above it, and from it on
@@ -86,10 +86,17 @@ class Draw {
   __device__ __forceinline__ Draw(const StepParams& p, Storage& shared, uint64_t* scratch)
       : p_(p), how_(p.model.sampling), shared_(shared), histograms_(scratch) {}
 
-  __device__ __forceinline__ void begin() { best_ = 0; }
-  // One more logit, of the lane's sequence.
-  __device__ __forceinline__ void add(uint32_t token, float logit) {
-    best_ = max(best_, rank_of(logit, token));
+  __device__ __forceinline__ void begin() {
+#pragma unroll
+    for (Rank& best : best_) best = 0;
+  }
+  // One more logit, of the lane's sequence in a round.
+  __device__ __forceinline__ void add(int round, uint32_t token, float logit) {
+    const Rank rank = rank_of(logit, token);
+#pragma unroll
+    for (int i = 0; i < Team::kRounds; ++i) {  // registers have no index
+      if (i == round) best_[i] = max(best_[i], rank);
+    }
   }
 
   // When all have been added.
@@ -129,8 +136,11 @@ class Draw {
 
   // Of the lanes' logits.
   __device__ __forceinline__ void send_largest() {
-    const Rank largest = warp_max(best_);
-    if (lane() == 0) shared_.of_warps[warp()] = largest;
+#pragma unroll
+    for (int round = 0; round < Team::kRounds; ++round) {
+      const Rank largest = warp_max(best_[round]);
+      if (lane() == 0) shared_.of_warps[warp() + round * kWarps] = largest;
+    }
     sync_consumers();
     if (threadIdx.x < batch()) {
       Rank rank = 0;
@@ -182,12 +192,18 @@ class Draw {
 
   // --- Draws -------------------------------------------------------------------------------------
 
-  // Calls body(token, logit) for those that add() was given.
+  // Calls body(round, n) for the lane's sequences.
   template <class Body>
-  __device__ __forceinline__ void for_own(const Body& body) const {
+  __device__ __forceinline__ void for_sequences(const Body& body) const {
+#pragma unroll 1
+    for (int round = 0; round < Team::kRounds; ++round) {
+      if (const int n = Team::sequence(round); n < batch()) body(round, n);
+    }
+  }
+  // Calls body(token, logit) for those of a sequence that add() was given.
+  template <class Body>
+  __device__ __forceinline__ void for_own(int n, const Body& body) const {
     const Rows& rows = p_.rows[kHead];
-    const int n = Team::sequence();
-    if (n >= batch()) return;
 #pragma unroll 1
     for (int block = blockIdx.x; block < rows.blocks; block += p_.model.multiprocessors) {
       for (int unit = Team::lane(); unit < rows.units(block); unit += Team::kLanes) {
@@ -204,13 +220,14 @@ class Draw {
 
   __device__ __forceinline__ void add_noise(int step) {
     begin();
-    const int n = min(Team::sequence(), batch() - 1);
-    const auto key = reinterpret_cast<const uint2*>(how_.seeds)[step * batch() + n];
-    const float largest = logit_of(shared_.largest[n]);
-    const Rank lowest = shared_.lowest[n];
-    for_own([&](int token, float logit) {
-      if (rank_of(logit, token) < lowest) return;
-      add(token, scaled(logit, largest) + gumbel(key, token));
+    for_sequences([&](int round, int n) {
+      const auto key = reinterpret_cast<const uint2*>(how_.seeds)[step * batch() + n];
+      const float largest = logit_of(shared_.largest[n]);
+      const Rank lowest = shared_.lowest[n];
+      for_own(n, [&](int token, float logit) {
+        if (rank_of(logit, token) < lowest) return;
+        add(round, token, scaled(logit, largest) + gumbel(key, token));
+      });
     });
   }
 
@@ -271,16 +288,16 @@ class Draw {
     const int all = batch() * kBins, blocks = p_.model.multiprocessors;
     for (int i = threadIdx.x; i < all; i += kConsumers) histograms_[i] = 0;
     sync_consumers();
-    const int n = min(Team::sequence(), batch() - 1);
-    const float largest = logit_of(shared_.largest[n]);
-    const Rank lowest = shared_.lowest[n];
-    for_own([&](int token, float logit) {
-      const Rank rank = rank_of(logit, token);
-      if (shift < 56 && (rank ^ lowest) >> (shift + 8) != 0) return;
-      const float mass = fmaxf(__expf(scaled(logit, largest)), 0.0f);  // none of NaN
-      atomicAdd(
-          reinterpret_cast<unsigned long long*>(&histograms_[n * kBins + (rank >> shift) % kBins]),
-          static_cast<unsigned long long>(Tally::of(mass)));
+    for_sequences([&](int, int n) {
+      const float largest = logit_of(shared_.largest[n]);
+      const Rank lowest = shared_.lowest[n];
+      auto* bins = reinterpret_cast<unsigned long long*>(histograms_ + n * kBins);
+      for_own(n, [&](int token, float logit) {
+        const Rank rank = rank_of(logit, token);
+        if (shift < 56 && (rank ^ lowest) >> (shift + 8) != 0) return;
+        const float mass = fmaxf(__expf(scaled(logit, largest)), 0.0f);  // none of NaN
+        atomicAdd(&bins[(rank >> shift) % kBins], static_cast<unsigned long long>(Tally::of(mass)));
+      });
     });
     sync_consumers();
     uint64_t* to = histogram(shared_.rounds);
@@ -383,7 +400,7 @@ class Draw {
   const Sampling& how_;
   Storage& shared_;
   uint64_t* histograms_;
-  Rank best_;
+  Rank best_[Team::kRounds];
 };
 
 }  // namespace jaxkern::decode

@@ -6,14 +6,12 @@
 
 namespace jaxkern::decode {
 
-inline constexpr int kMaxBatch = 8;
+inline constexpr int kMaxBatch = 16;
 inline constexpr int kMaxGroup = 8;       // heads that share a kv head
 inline constexpr int kMaxSplits = 16;     // of the tokens of a sequence, in attention
 inline constexpr int kSplitTokens = 256;  // a split has at least so many, if there are
 inline constexpr int kMaxUnits = 8;       // of attention, a multiprocessor
 inline constexpr int kMaxMultiprocessors = 256;
-// Values of a vector, for which shared memory has room beside those of so many sequences.
-constexpr int max_values(int batch) { return batch == 1 ? 12288 : batch <= 4 ? 8192 : 4096; }
 inline constexpr int kBins = 256;               // of sampling's histograms
 inline constexpr int kMaxVocabulary = 1 << 20;  // that they have bits for
 

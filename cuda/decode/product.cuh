@@ -3,8 +3,11 @@
 // Rows are the 16 of mma.m16n8k16, sequences its 8 columns. All warps work on the same rows: slices
 // of 32 columns go round among them, and their sums are added up at the end of the block. Lane c of
 // four takes columns 8 c to 8 c + 7 of a slice, of both operands, for the k of two instructions:
-// which of the columns is which k does not matter to a sum.
+// which of the columns is which k does not matter to a sum. Up to 16 sequences are two
+// instructions' columns; then each half of the warps has half of the rows of a large block.
 #pragma once
+
+#include <algorithm>
 
 #include "cuda/decode/exchange.cuh"
 #include "cuda/decode/stream.cuh"
@@ -19,13 +22,19 @@ inline constexpr int kConsumers = kWarps * tile::kWarpSize;
 
 __device__ __forceinline__ void sync_consumers() { tile::ptx::named_barrier_sync(1, kConsumers); }
 
-// The warps that hand on what there is of a sequence, where each has its own.
+inline constexpr int kSequences = 8;  // the columns of an instruction
+
+// The warps that hand on what there is of a sequence, where each has its own, or one after the
+// other in some rounds.
 template <int kBatch>
 struct Team {
-  static constexpr int kSize = kWarps / kBatch;
+  static constexpr int kSize = kBatch < kWarps ? kWarps / kBatch : 1;
   static constexpr int kLanes = kSize * tile::kWarpSize;
+  static constexpr int kRounds = kBatch * kSize / kWarps;
   // The sequence and the lane of this thread.
-  __device__ __forceinline__ static int sequence() { return threadIdx.x / kLanes; }
+  __device__ __forceinline__ static int sequence(int round) {
+    return threadIdx.x / kLanes + round * (kWarps / kSize);
+  }
   __device__ __forceinline__ static int lane() { return threadIdx.x % kLanes; }
   // Whether this is the first warp.
   __device__ __forceinline__ static bool leads() { return lane() < tile::kWarpSize; }
@@ -81,66 +90,119 @@ struct Vectors {
   __device__ __forceinline__ Word& word(int n, int index) const {
     return words[vector_place(kBatch == 1 ? 1 : batch, n, index * Word::kValues) / Word::kValues];
   }
-  // What the lane needs of a slice: column g of B, sequence g, if there is one.
-  __device__ __forceinline__ uint4 operand(int slice) const {
+  static constexpr int kTiles = tile::ceil_div(kBatch, kSequences);  // of sequences
+
+  // What the lane needs of a slice: column g of B, sequence g of a tile's, if there is one.
+  __device__ __forceinline__ uint4 operand(int slice, int tile) const {
     constexpr int kSliceWords = kSlice / Word::kValues;
     const int lane = threadIdx.x % tile::kWarpSize;
-    const int n = kBatch == 1 ? 0 : min(lane / 4 % kBatch, batch - 1);
+    const int n = kBatch == 1 ? 0 : min(tile * kSequences + lane / 4 % kBatch, batch - 1);
     const int row = kBatch == 1 ? slice : slice * batch + n;
     return reinterpret_cast<const uint4*>(words)[row * kSliceWords + lane % 4];
   }
 };
 
-// The warps' sums of a block of rows, which is of whole tiles here.
-template <int kBatch>
-struct Sums {
-  static constexpr int kRows = tile::ceil_div(kMaxRows, 16) * 16;
-  float data[kWarps][kBatch][kRows];
+// How warps divide a block of kTiles tiles of rows: into slices, and more than 64 rows of many
+// sequences into two halves, as there is no room for all sums of all warps.
+template <int kBatch, int kTiles>
+struct Division {
+  static constexpr int kHalves = kBatch > kSequences&& kTiles > 4 ? 2 : 1;
+  static constexpr int kEach = kWarps / kHalves;                // warps that have slices in turn
+  static constexpr int kOwn = tile::ceil_div(kTiles, kHalves);  // tiles of a warp
+  // Which of those with the same rows this warp is, and the first of the rows.
+  __device__ __forceinline__ static int index() { return warp() % kEach; }
+  __device__ __forceinline__ static int half() { return warp() / kEach; }
+  __device__ __forceinline__ static int first_row() { return half() * kOwn * 16; }
 
-  __device__ __forceinline__ float total(int n, int row) const {
+ private:
+  __device__ __forceinline__ static int warp() { return threadIdx.x / tile::kWarpSize; }
+};
+
+// Sums of a block of up to kMaxRows rows, which is of whole tiles here, by those who have the same
+// rows.
+template <int kBatch, int kMaxRows>
+struct Sums {
+  static constexpr int kRows = tile::ceil_div(kMaxRows, 16) * 16, kHalfRows = 64;
+  static constexpr bool kHalves = kBatch > kSequences;
+  // What a warp stores at once, eight rows of four pairs of sequences, is in 32 banks.
+  static constexpr int kStride = kRows + (kBatch == 1 ? 0 : 4), kHalfStride = kStride / 2;
+  static_assert(kHalfStride >= kHalfRows);
+  float data[(kHalves ? kWarps / 2 : kWarps) * kBatch * kStride];
+
+  // `large`: whether the block has more than kHalfRows.
+  __device__ __forceinline__ static int place(int part, int n, int row, bool large) {
+    return (part * kBatch + n) * (kHalves && !large ? kHalfStride : kStride) + row;
+  }
+  __device__ __forceinline__ float total(int n, int row, bool large) const {
     float sum[kWarps];
 #pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) sum[warp] = data[warp][n][row];
+    for (int i = 0; i < kWarps; ++i) {
+      const bool exists = !kHalves || !large || i < kWarps / 2;
+      sum[i] = exists ? data[place(i, n, row, large)] : 0.0f;
+    }
 #pragma unroll
     for (int i = kWarps / 2; i > 0; i /= 2) {
 #pragma unroll
-      for (int warp = 0; warp < i; ++warp) sum[warp] += sum[warp + i];
+      for (int part = 0; part < i; ++part) sum[part] += sum[part + i];
     }
     return sum[0];
   }
 };
 
+// A warp's sums of tiles of rows and of sequences.
+template <int kBatch, int kTiles>
+using Accumulators = float[kTiles][Vectors<kBatch>::kTiles][4];
+
 // A warp's sums, which it may have in several parts; `more`: to what it has put there before.
-template <int kParts, int kTiles, int kBatch>
-__device__ __forceinline__ void put(const float (&sum)[kParts][kTiles][4], Sums<kBatch>& sums,
-                                    bool more) {
-  const int warp = threadIdx.x / tile::kWarpSize, lane = threadIdx.x % tile::kWarpSize;
+template <int kTiles, int kParts, int kOwn, int kBatch, int kMaxRows>
+__device__ __forceinline__ void put(const Accumulators<kBatch, kOwn> (&sum)[kParts],
+                                    Sums<kBatch, kMaxRows>& sums, bool more) {
+  using Division = decode::Division<kBatch, kTiles>;
+  static_assert(kOwn == Division::kOwn);
+  const int lane = threadIdx.x % tile::kWarpSize;
+  const auto each = [&](const auto& use) {  // use(place, sum)
 #pragma unroll
-  for (int t = 0; t < kTiles; ++t) {
+    for (int t = 0; t < kOwn; ++t) {
+      const int first = Division::first_row() + 16 * t;
+      if (Division::kHalves * kOwn > kTiles && first >= 16 * kTiles) break;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = 16 * t + 8 * (i / 2) + lane / 4, n = lane % 4 * 2 + i % 2;
-      float total = sum[0][t][i];
+      for (int s = 0; s < Vectors<kBatch>::kTiles; ++s) {
 #pragma unroll
-      for (int part = 1; part < kParts; ++part) total += sum[part][t][i];
-      if (n < kBatch) sums.data[warp][n][row] = (more ? sums.data[warp][n][row] : 0.0f) + total;
+        for (int i = 0; i < 4; ++i) {
+          const int row = first + 8 * (i / 2) + lane / 4, n = s * kSequences + lane % 4 * 2 + i % 2;
+          float total = sum[0][t][s][i];
+#pragma unroll
+          for (int part = 1; part < kParts; ++part) total += sum[part][t][s][i];
+          if (n < kBatch) use(sums.data[sums.place(Division::index(), n, row, kTiles > 4)], total);
+        }
+      }
     }
+  };
+  if (!more) {
+    each([](float& place, float total) { place = total; });
+  } else {
+    each([](float& place, float total) { place += total; });
   }
 }
 
-// sum[s] += kTiles tiles of the s-th of kSlices slices of the warp, from `first` on, whose weights
-// lie at from[s] for the lane. When registers have those it calls taken().
-template <class Weight, int kTiles, int kSlices, int kAll, int kBatch, class Taken>
+// sum[s] += kTiles tiles of the s-th of kSlices slices of the warp, which are kStep apart from
+// `first` on, whose weights lie at from[s] for the lane. When registers have those it calls
+// taken().
+template <class Weight, int kStep, int kTiles, int kSlices, int kAll, int kBatch, class Taken>
 __device__ __forceinline__ void multiply_slices(const Vectors<kBatch>& x, int first,
                                                 const char* const (&from)[kSlices],
-                                                float (&sum)[kAll][kTiles][4], const Taken& taken) {
-  constexpr int kParts = Weights<Weight>::kParts;
-  uint4 b[kSlices][kParts], low[kSlices][kTiles], high[kSlices][kTiles];
+                                                Accumulators<kBatch, kTiles> (&sum)[kAll],
+                                                const Taken& taken) {
+  constexpr int kParts = Weights<Weight>::kParts, kColumnTiles = Vectors<kBatch>::kTiles;
+  uint4 b[kSlices][kParts][kColumnTiles], low[kSlices][kTiles], high[kSlices][kTiles];
 #pragma unroll
   for (int s = 0; s < kSlices; ++s) {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      b[s][part] = x.operand((first + s * kWarps) * kParts + part);
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n) {
+        b[s][part][n] = x.operand((first + s * kStep) * kParts + part, n);
+      }
     }
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
@@ -162,12 +224,20 @@ __device__ __forceinline__ void multiply_slices(const Vectors<kBatch>& x, int fi
     each([&](int s, int t) {
       l[s][t] = Weights<Weight>::unpack(low[s][t], part);
       h[s][t] = Weights<Weight>::unpack(high[s][t], part);
-      const uint4 &a = l[s][t], &c = h[s][t], &v = b[s][part];
-      tile::ptx::mma_m16n8k16(sum[s][t], a.x, c.x, a.y, c.y, v.x, v.y);
+      const uint4 &a = l[s][t], &c = h[s][t];
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n) {
+        const uint4& v = b[s][part][n];
+        tile::ptx::mma_m16n8k16(sum[s][t][n], a.x, c.x, a.y, c.y, v.x, v.y);
+      }
     });
     each([&](int s, int t) {
-      const uint4 &a = l[s][t], &c = h[s][t], &v = b[s][part];
-      tile::ptx::mma_m16n8k16(sum[s][t], a.z, c.z, a.w, c.w, v.z, v.w);
+      const uint4 &a = l[s][t], &c = h[s][t];
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n) {
+        const uint4& v = b[s][part][n];
+        tile::ptx::mma_m16n8k16(sum[s][t][n], a.z, c.z, a.w, c.w, v.z, v.w);
+      }
     });
   }
 }
@@ -185,45 +255,52 @@ __device__ __forceinline__ int share_of_arrivals(int count, int i) {
 // NOTE: the parity of a stage tells whether a chunk has come only if the one before it there has.
 // From one of a warp's chunks to the next there are four at most, and when that has come so have
 // all from kUnderWay before it on: there have to be 4 + kUnderWay stages.
-template <class Weight, int kTiles, int kBatch, class Stream, class Slot>
+template <class Weight, class Division, int kTiles, int kBatch, class Stream, class Slot>
 __device__ __forceinline__ void multiply_own(Stream& stream, Slot& slot, const Vectors<kBatch>& x,
                                              int slice_bytes, const Chunks& chunks, int slices,
-                                             float (&sum)[1][kTiles][4]) {
-  const int warp = threadIdx.x / tile::kWarpSize, lane = threadIdx.x % tile::kWarpSize;
+                                             Accumulators<kBatch, kTiles> (&sum)[1]) {
+  const int lane = threadIdx.x % tile::kWarpSize;
+  const int offset = Division::first_row() * kSliceBytes + 16 * lane;
 #pragma unroll 1
-  for (int slice = warp; slice < slices; slice += kWarps) {
+  for (int slice = Division::index(); slice < slices; slice += Division::kEach) {
     const int chunk = __umulhi(slice, chunks.magic), at = slice - chunk * chunks.slices;
     const Slot own = {slot.count + chunk};
     own.wait_full(stream.ring);
-    const char* const from[] = {stream.chunks[own.stage()] + at * slice_bytes + 16 * lane};
-    multiply_slices<Weight, kTiles, 1>(x, slice, from, sum, [&] {
+    const char* const from[] = {stream.chunks[own.stage()] + at * slice_bytes + offset};
+    multiply_slices<Weight, Division::kEach, kTiles>(x, slice, from, sum, [&] {
       __syncwarp();
       const int count = min(chunks.slices, slices - chunk * chunks.slices);
-      if (lane == 0) stream.ring.empty[own.stage()].arrive(share_of_arrivals(count, at));
+      if (lane == 0) {
+        stream.ring.empty[own.stage()].arrive(share_of_arrivals(
+            count * Division::kHalves, at * Division::kHalves + Division::half()));
+      }
     });
   }
   slot.count += __umulhi(slices - 1, chunks.magic) + 1;
 }
 
 // A block of fewer rows: all warps go through all chunks.
-template <class Weight, int kTiles, int kSlices, int kBatch, class Stream, class Slot>
+template <class Weight, class Division, int kTiles, int kSlices, int kBatch, class Stream,
+          class Slot>
 __device__ __forceinline__ void multiply_all(Stream& stream, Slot& slot, const Vectors<kBatch>& x,
                                              int slice_bytes, int at_once, int slices,
-                                             float (&sum)[kSlices][kTiles][4]) {
-  const int warp = threadIdx.x / tile::kWarpSize, lane = threadIdx.x % tile::kWarpSize;
+                                             Accumulators<kBatch, kTiles> (&sum)[kSlices]) {
+  constexpr int kEach = Division::kEach;
+  const int offset =
+      Division::first_row() * kSliceBytes + 16 * static_cast<int>(threadIdx.x % tile::kWarpSize);
   bool ready = slot.is_full(stream.ring);
   for (int first = 0; first < slices; first += at_once, slot.advance()) {
     if (!ready) slot.wait_full(stream.ring);
-    const char* chunk = stream.chunks[slot.stage()] + 16 * lane;
+    const char* chunk = stream.chunks[slot.stage()] + offset;
     const int count = min(at_once, slices - first);
     const auto multiply = [&]<int kCount>(int i) {
       const char* from[kCount];
 #pragma unroll
-      for (int s = 0; s < kCount; ++s) from[s] = chunk + (i + s * kWarps) * slice_bytes;
-      multiply_slices<Weight, kTiles, kCount>(x, first + i, from, sum, [] {});
+      for (int s = 0; s < kCount; ++s) from[s] = chunk + (i + s * kEach) * slice_bytes;
+      multiply_slices<Weight, kEach, kTiles, kCount>(x, first + i, from, sum, [] {});
     };
-    int i = (warp - first) & (kWarps - 1);
-    for (; i + (kSlices - 1) * kWarps < count; i += kSlices * kWarps) {
+    int i = (Division::index() - first) & (kEach - 1);
+    for (; i + (kSlices - 1) * kEach < count; i += kSlices * kEach) {
       multiply.template operator()<kSlices>(i);
     }
     if (kSlices > 1 && i < count) multiply.template operator()<1>(i);
@@ -232,22 +309,23 @@ __device__ __forceinline__ void multiply_all(Stream& stream, Slot& slot, const V
   }
 }
 
-template <class Weight, int kTiles, int kBatch, class Stream, class Slot>
+template <class Weight, int kTiles, int kBatch, int kMaxRows, class Stream, class Slot>
 __device__ __forceinline__ void multiply_tiles(Stream& stream, Slot& slot, const Vectors<kBatch>& x,
                                                int rows, const Chunks& chunks, int slices,
-                                               Sums<kBatch>& sums, bool more) {
+                                               Sums<kBatch, kMaxRows>& sums, bool more) {
+  using Division = decode::Division<kBatch, kTiles>;
   // Instructions that wait for none of each other. A block of few rows has few: after a dependency
   // it lies in the ring already, and its products are what others wait for.
   constexpr int kSlices = kTiles <= 2 ? 2 : 1;
-  float sum[kSlices][kTiles][4] = {};
+  Accumulators<kBatch, Division::kOwn> sum[kSlices] = {};
   const int slice_bytes = rows * kSliceBytes;
   // More than 64 rows: a chunk has two to four slices.
   if constexpr (kTiles > 4 && Stream::kStages >= 4 + kUnderWay) {
-    multiply_own<Weight>(stream, slot, x, slice_bytes, chunks, slices, sum);
+    multiply_own<Weight, Division>(stream, slot, x, slice_bytes, chunks, slices, sum);
   } else {
-    multiply_all<Weight>(stream, slot, x, slice_bytes, chunks.slices, slices, sum);
+    multiply_all<Weight, Division>(stream, slot, x, slice_bytes, chunks.slices, slices, sum);
   }
-  put(sum, sums, more);
+  put<kTiles>(sum, sums, more);
 }
 
 // Weights of a block of up to kOctets times 8 rows, taken from the ring before the vectors are
@@ -259,8 +337,10 @@ struct HeldWeights {
   static_assert(kSlices % kParts == 0);
   uint4 weights[kSlices][kOctets];
 
-  static bool fit(const Rows& rows) {
-    return rows.unit_rows == 1 && rows.most <= 8 * kOctets && rows.K <= kSlices * kWarps * kSlice;
+  // `part`: columns of vectors that shared memory has room for.
+  static bool fit(const Rows& rows, int part) {
+    return rows.unit_rows == 1 && rows.most <= 8 * kOctets &&
+           rows.K <= std::min(part, kSlices * kWarps * kSlice);
   }
 
   // A warp takes slices that lie together, so it waits for two chunks at most, and leaves the
@@ -307,23 +387,26 @@ struct HeldWeights {
     slot.count += chunks;
   }
 
-  template <int kBatch>
+  template <int kBatch, int kMaxRows>
   __device__ __forceinline__ void multiply(const Vectors<kBatch>& x, const Rows& rows, int block,
-                                           Sums<kBatch>& sums) const {
+                                           Sums<kBatch, kMaxRows>& sums) const {
     const int slices = rows.units(block) > 0 ? rows.K / kSlice : 0;
-    float sum[2][kTiles][4] = {};
+    Accumulators<kBatch, kTiles> sum[2] = {};
 #pragma unroll
     for (int i = 0; i < kSlices; ++i) {
-      const uint4 b = x.operand(min(warp() * kSlices + i, max(slices - 1, 0)));
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-        const uint4 low = weights[i][2 * t];
-        const uint4 high = 2 * t + 1 < kOctets ? weights[i][2 * t + 1] : uint4{};
-        tile::ptx::mma_m16n8k16(sum[0][t], low.x, high.x, low.y, high.y, b.x, b.y);
-        tile::ptx::mma_m16n8k16(sum[1][t], low.z, high.z, low.w, high.w, b.z, b.w);
+      for (int n = 0; n < Vectors<kBatch>::kTiles; ++n) {
+        const uint4 b = x.operand(min(warp() * kSlices + i, max(slices - 1, 0)), n);
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+          const uint4 low = weights[i][2 * t];
+          const uint4 high = 2 * t + 1 < kOctets ? weights[i][2 * t + 1] : uint4{};
+          tile::ptx::mma_m16n8k16(sum[0][t][n], low.x, high.x, low.y, high.y, b.x, b.y);
+          tile::ptx::mma_m16n8k16(sum[1][t][n], low.z, high.z, low.w, high.w, b.z, b.w);
+        }
       }
     }
-    put(sum, sums, false);
+    put<kTiles>(sum, sums, false);
   }
 
  private:
@@ -331,10 +414,10 @@ struct HeldWeights {
 };
 
 // Into sums, once the consumers have synchronised; `more`: to what is there.
-template <class Weight, int kBatch, class Stream, class Slot>
+template <class Weight, int kBatch, int kMaxRows, class Stream, class Slot>
 __device__ __forceinline__ void multiply(Stream& stream, Slot& slot, const Vectors<kBatch>& x,
                                          const Rows& rows, int block, int slices,
-                                         Sums<kBatch>& sums, bool more) {
+                                         Sums<kBatch, kMaxRows>& sums, bool more) {
   const int count = rows.units(block) * rows.unit_rows;
   const auto tiles = [&]<int kTiles>() {
     multiply_tiles<Weight, kTiles>(stream, slot, x, count, rows.chunks_of(block), slices, sums,

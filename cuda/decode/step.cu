@@ -6,30 +6,33 @@
 
 namespace jaxkern::decode {
 
-// With as many stages as there is room for beside the model's vectors.
-template <class Weight, int kHeadDim, int kBatch, int kStages, int... kFewer>
+template <class Step>
+bool has_room(const DecodeParams& params) {
+  return Step::shared_bytes(params) <= tile::kMaxSharedBytes;
+}
+
+// For up to kBatch sequences.
+template <class Weight, int kHeadDim, int kBatch, int kStages, int... kOthers>
 cudaError_t launch(const DecodeParams& params, cudaStream_t stream) {
   using Step = DecodeStep<Weight, kHeadDim, kBatch, kStages>;
-  if constexpr (sizeof...(kFewer) > 0) {
-    if (Step::shared_bytes(params) > tile::kMaxSharedBytes) {
-      return launch<Weight, kHeadDim, kBatch, kFewer...>(params, stream);
+  if constexpr (sizeof...(kOthers) > 0) {
+    // Vectors of one sequence may be too wide for an instance that wants them whole.
+    if (params.batch > kBatch || !has_room<Step>(params)) {
+      return launch<Weight, kHeadDim, kOthers...>(params, stream);
     }
   } else {
-    constexpr size_t kVectors = kBatch * max_values(kBatch) * sizeof(tile::bf16);
-    constexpr size_t kScratch = std::max(kVectors, sizeof(typename Step::Attention::Storage));
-    static_assert(sizeof(typename Step::Storage) + kScratch <= tile::kMaxSharedBytes);
+    static_assert(kBatch == kMaxBatch);
   }
+  static_assert(kBatch == 1 || Step::bytes_with(kPartColumns) <= tile::kMaxSharedBytes);
   return launch_decode_step_sm90<Step>(params, stream);
 }
 
+// Sequences, and as many stages as there is room for beside their vectors.
 template <class Weight, int kHeadDim>
 cudaError_t launch_decode_step_of(const DecodeParams& params, cudaStream_t stream) {
   constexpr bool kSmall = kHeadDim == 64;
-  if (params.batch == 1) return launch<Weight, kHeadDim, 1, kSmall ? 12 : 11>(params, stream);
-  if (params.batch <= 4) {
-    return launch<Weight, kHeadDim, 4, kSmall ? 11 : 10, kSmall ? 8 : 7>(params, stream);
-  }
-  return launch<Weight, kHeadDim, kMaxBatch, kSmall ? 9 : 8, kSmall ? 7 : 6>(params, stream);
+  return launch<Weight, kHeadDim, 1, kSmall ? 12 : 11, 4, kSmall ? 11 : 10, 8, kSmall ? 9 : 8, 16,
+                kSmall ? 7 : 6>(params, stream);
 }
 
 template cudaError_t launch_decode_step_of<tile::JAXKERN_WEIGHT, JAXKERN_HEAD_DIM>(

@@ -36,31 +36,32 @@ struct DecodeStep {
   using Helper = decode::Helper<kHeadDim, kBatch, kStages>;
   static constexpr int kColumns = Weights<Weight>::kColumns;  // of a slice
 
-  // Columns of vectors that are in shared memory at once: all, or of hidden units a part. What
-  // several sequences leave is the ring's.
+  // Columns of vectors that are in shared memory at once: of one sequence all, but for hidden units
+  // in parts where they have to be.
   static int columns(const DecodeParams& p) {
     const int least = std::max(p.width, p.heads * p.head_dim);
+    if (kBatch > 1) return std::min(std::max(least, p.hidden), kPartColumns);
     const int room = (tile::kMaxSharedBytes - static_cast<int>(sizeof(Storage))) /
-                     (kBatch * static_cast<int>(sizeof(tile::bf16)));
-    const int most = kBatch == 1 ? room : std::max(least, kPartColumns);
-    const int parts = (p.hidden + most - 1) / most;
+                     static_cast<int>(sizeof(tile::bf16));
+    const int parts = (p.hidden + room - 1) / room;
     const int part = (p.hidden + parts * kColumns - 1) / (parts * kColumns) * kColumns;
     return std::max(part, least);
   }
 
   // What registers have room for, and how shared memory is divided.
   static void plan(StepParams& p) {
-    p.hold_qkv = HeldQkv<Weight>::fit(p.rows[kQkv]);
-    p.hold_out = HeldOut<Weight, kHeadDim>::fit(p.rows[kOut]);
     p.part = columns(p.model);
+    p.hold_qkv = HeldQkv<Weight>::fit(p.rows[kQkv], p.part);
+    p.hold_out = HeldOut<Weight, kHeadDim>::fit(p.rows[kOut], p.part);
   }
 
-  static int shared_bytes(const DecodeParams& p) {
-    const int vectors = kBatch * columns(p) * static_cast<int>(sizeof(tile::bf16));
+  static constexpr int bytes_with(int columns) {
+    const int vectors = kBatch * columns * static_cast<int>(sizeof(tile::bf16));
     const int attention = static_cast<int>(sizeof(typename Attention::Storage));
     const int histograms = kBatch * kBins * static_cast<int>(sizeof(uint64_t));
     return static_cast<int>(sizeof(Storage)) + std::max({vectors, attention, histograms});
   }
+  static int shared_bytes(const DecodeParams& p) { return bytes_with(columns(p)); }
 
   __device__ __forceinline__ static void produce(const StepParams& p, Storage& shared) {
     Producer producer(shared.stream);
@@ -91,7 +92,8 @@ struct DecodeStep {
     };
     // What comes before keys and values comes before the turn, if the ring has room for all of it.
     const auto chunks = [&](Phase phase) { return p.rows[phase].chunks_of(blockIdx.x).count; };
-    const bool ahead = chunks(kQkv) + (p.hold_out ? chunks(kOut) : 0) <= kStages;
+    const bool ahead =
+        p.rows[kQkv].K <= p.part && chunks(kQkv) + (p.hold_out ? chunks(kOut) : 0) <= kStages;
     const int steps = max(p.model.sampling.steps, 1);
     for (int step = 0; step < steps; ++step) {
       if (!ahead && !begins(step)) return;

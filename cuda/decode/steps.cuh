@@ -80,6 +80,7 @@ struct Steps : Consumer<Weight, kHeadDim, kBatch, kStages> {
       if (p.hold_qkv) {
         HeldQkv<Weight> held;
         held.take(tile::settled(shared.stream), slot, p.rows[kQkv], blockIdx.x);
+        shared.probe.take(kQkv, kTake);
         this->template multiply_held<kQkv>(layer, held);
       } else {
         this->template multiply_rows<kQkv>(layer);
@@ -88,6 +89,7 @@ struct Steps : Consumer<Weight, kHeadDim, kBatch, kStages> {
       if (p.hold_out) {
         HeldOut<Weight, kHeadDim> held;
         held.take(tile::settled(shared.stream), slot, p.rows[kOut], blockIdx.x);
+        shared.probe.take(kOut, kTake);
         attention(layer);
         this->template multiply_held<kOut>(layer, held);
       } else {
@@ -107,17 +109,20 @@ struct Steps : Consumer<Weight, kHeadDim, kBatch, kStages> {
   __device__ __forceinline__ void run() {
     const int steps = p.model.sampling.steps;
     begin();
+    shared.probe.begin();
     int count = 0;
 #pragma unroll 1
     while (true) {
       plan(count);  // while others' ranks are on their way
       sync_consumers();
       if (count > 0 && !draw.finish(count - 1)) break;
+      shared.probe.take(kHead, kTake);
       step(count);
       ++count;
       if (steps == 0) break;
       draw.start();
     }
+    shared.probe.end();
     const int n = thread();
     if (n == 0 && count < steps) {
       shared.ended = true;

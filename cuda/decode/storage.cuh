@@ -3,6 +3,7 @@
 
 #include "cuda/decode/attention.cuh"
 #include "cuda/decode/draw.cuh"
+#include "cuda/decode/probe.cuh"
 
 namespace jaxkern::decode {
 
@@ -10,12 +11,13 @@ namespace jaxkern::decode {
 template <int kHeadDim, int kBatch, int kStages>
 struct StepStorage {
   Stream<kStages, chunk_bytes(kHeadDim)> stream;
-  Sums<kBatch> sums;
-  float residual[kBatch][kMaxRows];  // hidden state of the rows that the block has of out, down
-  float rstd[kBatch];                // of the hidden state
-  float squares[kWarps];             // of the first one, sums of warps
-  float2 rotation[kBatch][kHeadDim / 2];  // cosines and sines of the positions
-  int lengths[kBatch], status[kBatch];    // lengths before the first step
+  decode::Sums<kBatch, max_rows(kHeadDim)> sums;
+  float residual[kBatch]
+                [max_rows(kHeadDim)];  // hidden state of the rows that the block has of out, down
+  float rstd[kBatch];                  // of the hidden state
+  float squares[kBatch * Team<kBatch>::kSize];  // of the first one, sums of warps
+  float2 rotation[kBatch][kHeadDim / 2];        // cosines and sines of the positions
+  int lengths[kBatch], status[kBatch];          // lengths before the first step
   Units units;
   DrawStorage<kBatch> draw;
   uint32_t before[kHead], layers;  // of the steps before this one, see WorkspaceHeader
@@ -25,6 +27,7 @@ struct StepStorage {
   // To helpers, when all may have sent the hidden state, and from them, when there is its `rstd`.
   // Twice a layer: of what out gave, and of what down gave.
   tile::Barrier hidden_sent, rstd_ready;
+  Probe probe;
   // Vectors of the products, and between them what attention needs. As large as is asked for.
   alignas(128) char scratch[];
 };
@@ -71,7 +74,7 @@ struct Sent {
   }
 };
 
-// Of hidden units of several sequences that are multiplied at once.
+// Columns of several sequences that are multiplied at once.
 inline constexpr int kPartColumns = 2048;
 
 // What registers have room for: of qkv, and of out beside what attention needs.

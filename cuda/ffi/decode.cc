@@ -104,9 +104,6 @@ ffi::Error decode_step(
   checks.that(H == 64 || H == 128, "keys", "have heads of " + std::to_string(H), "64 or 128")
       .that(B <= decode::kMaxBatch, "tokens", "has " + std::to_string(B),
             "at most " + std::to_string(decode::kMaxBatch));
-  const int64_t widest = std::max(D, N * H), most = decode::max_values(static_cast<int>(B));
-  checks.that(widest <= most, "out", "has rows or columns of " + std::to_string(widest) + " values",
-              "at most " + std::to_string(most) + " for " + std::to_string(B) + " sequences");
   checks.that(N % K == 0 && N / K <= decode::kMaxGroup, "out",
               "has " + std::to_string(N) + " heads",
               "a multiple of keys' " + std::to_string(K) + ", of up to " +

@@ -289,28 +289,45 @@ int main() {
   test_model<Step128>("blocks of 136 rows", {1, 256, 500, 2, 1, 128, 8960, 64, true, false}, {9},
                       2);
   test_model<Step128>("qwen3", {2, 512, 1000, 8, 2, 128, 1120, 512, false, true}, {31}, 3);
-  test_model<decode::DecodeStep<bf16, 64, 4, 8>>("two sequences", llama, {17, 400}, 2);
-  test_model<decode::DecodeStep<bf16, 64, 4, 11>>("four small sequences", small, {0, 7, 31, 8}, 2);
-  test_model<decode::DecodeStep<bf16, 64, 8, 9>>("eight sequences", llama,
-                                                 {0, 1, 31, 32, 255, 256, 257, 900}, 2);
-  test_model<decode::DecodeStep<bf16, 64, 8, 7>>("hidden units in parts",
-                                                 {1, 512, 500, 8, 8, 64, 8192, 64, false, false},
-                                                 {1, 2, 3, 4, 5, 6, 7}, 2);
-  test_model<decode::DecodeStep<bf16, 128, 8, 8>>("five sequences", qwen, {3, 500, 64, 0, 255}, 2);
-  test_model<decode::DecodeStep<bf16, 128, 8, 6>>(
-      "six stages", {1, 256, 500, 2, 1, 128, 8960, 64, true, false}, {9, 8, 7, 6, 5, 4, 3, 2}, 2);
-  test_model<decode::DecodeStep<bf16, 128, 4, 10>>(
+  using decode::DecodeStep;
+  const Shape units_in_parts = {1, 512, 500, 8, 8, 64, 8192, 64, false, false};
+  test_model<DecodeStep<bf16, 64, 4, 11>>("two sequences", llama, {17, 400}, 2);
+  test_model<DecodeStep<bf16, 64, 4, 11>>("four small sequences", small, {0, 7, 31, 8}, 2);
+  test_model<DecodeStep<bf16, 64, 4, 11>>("all in parts", long_rows, {3}, 2);
+  test_model<DecodeStep<bf16, 128, 4, 10>>(
       "parts that are not even", {1, 256, 500, 2, 1, 128, 5152, 64, false, true}, {9, 8, 7}, 2);
+  test_model<DecodeStep<bf16, 64, 8, 9>>("eight sequences", llama,
+                                         {0, 1, 31, 32, 255, 256, 257, 900}, 2);
+  test_model<DecodeStep<bf16, 64, 8, 9>>("hidden units in parts", units_in_parts,
+                                         {1, 2, 3, 4, 5, 6, 7}, 2);
+  test_model<DecodeStep<bf16, 128, 8, 8>>("five sequences", qwen, {3, 500, 64, 0, 255}, 2);
+  test_model<DecodeStep<bf16, 128, 8, 8>>("wide, five sequences",
+                                          {1, 4096, 20'000, 32, 8, 128, 1120, 64, false, false},
+                                          {3, 9, 0, 1, 20}, 2);
+  test_model<DecodeStep<bf16, 64, 16, 7>>(
+      "16 sequences", llama, {0, 1, 31, 32, 255, 256, 257, 900, 5, 64, 63, 500, 33, 2, 3, 4}, 2);
+  test_model<DecodeStep<bf16, 64, 16, 7>>("nine small sequences", small,
+                                          {0, 7, 31, 8, 3, 2, 1, 0, 20}, 2);
+  test_model<DecodeStep<bf16, 64, 16, 7>>("eleven sequences in parts", units_in_parts,
+                                          {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11}, 2);
+  test_model<DecodeStep<bf16, 128, 16, 6>>("blocks of 136 rows, 13 sequences",
+                                           {1, 256, 500, 2, 1, 128, 8960, 64, true, false},
+                                           {9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 1, 2, 3}, 2);
+  test_model<DecodeStep<bf16, 128, 16, 6>>("wide, ten sequences",
+                                           {1, 4096, 13'000, 32, 8, 128, 1120, 64, false, false},
+                                           {9, 8, 7, 6, 5, 4, 3, 2, 1, 0}, 2);
 
   using tile::e4m3;
-  test_model<decode::DecodeStep<e4m3, 64, 1, 12>>("FP8, llama, 255", llama, {255}, 3);
-  test_model<decode::DecodeStep<e4m3, 64, 1, 12>>("FP8, long rows", long_rows, {3}, 2);
-  test_model<decode::DecodeStep<e4m3, 64, 1, 12>>("FP8, small", small, {5}, 4);
-  test_model<decode::DecodeStep<e4m3, 128, 1, 11>>(
+  test_model<DecodeStep<e4m3, 64, 1, 12>>("FP8, llama, 255", llama, {255}, 3);
+  test_model<DecodeStep<e4m3, 64, 1, 12>>("FP8, long rows", long_rows, {3}, 2);
+  test_model<DecodeStep<e4m3, 64, 1, 12>>("FP8, small", small, {5}, 4);
+  test_model<DecodeStep<e4m3, 128, 1, 11>>(
       "FP8, qwen", {2, 768, 1000, 6, 1, 128, 1152, 512, true, false}, {300}, 2);
-  test_model<decode::DecodeStep<e4m3, 64, 4, 11>>("FP8, four sequences", small, {0, 7, 31, 8}, 2);
-  test_model<decode::DecodeStep<e4m3, 64, 8, 9>>("FP8, hidden units in parts",
-                                                 {1, 512, 500, 8, 8, 64, 8192, 64, false, false},
-                                                 {1, 2, 3, 4, 5, 6, 7}, 2);
+  test_model<DecodeStep<e4m3, 64, 4, 11>>("FP8, four sequences", small, {0, 7, 31, 8}, 2);
+  test_model<DecodeStep<e4m3, 64, 8, 9>>("FP8, hidden units in parts", units_in_parts,
+                                         {1, 2, 3, 4, 5, 6, 7}, 2);
+  test_model<DecodeStep<e4m3, 128, 16, 6>>("FP8, twelve sequences",
+                                           {1, 256, 500, 2, 1, 128, 8960, 64, true, false},
+                                           {9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 1, 2}, 2);
   return test::finish();
 }

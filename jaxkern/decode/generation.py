@@ -84,27 +84,36 @@ def generate(
             f"context {context}"
         )
     if lengths is not None:
-        lengths = jnp.clip(_checks.int32("lengths", lengths, (batch,)), 1, t)
+        lengths = _checks.int32("lengths", lengths, (batch,))
     how = Sampling.create(temperature, top_k, top_p, key)
     stops = stop_tokens_of(packed.config, stop_tokens)
     implementation = _dispatch.as_static(implementation)
+    arguments = packed, prompt, lengths
+    if callback is None:
+        return _generate(*arguments, how, stops, max_new_tokens, implementation)
 
-    state = _start(packed, prompt, lengths, t - 1 + max_new_tokens, implementation)
-    if isinstance(state.token, jax.core.Tracer) and callback is not None:
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((*arguments, how))):
         raise ValueError("callback is given under a transformation such as jax.jit, wanted None")
-    chunk = max_new_tokens if callback is None else _CHUNK
+    state = _start(*arguments, max_new_tokens, implementation)
     chunks = []
-    for first in range(0, max_new_tokens, chunk):
-        n = min(chunk, max_new_tokens - first)
+    for first in range(0, max_new_tokens, _CHUNK):
+        n = min(_CHUNK, max_new_tokens - first)
         state, tokens = _steps(packed, state, how, stops, n, implementation)
         chunks.append(tokens)
-        if callback is not None:
-            callback(np.asarray(tokens))
-        if callback is not None and state.done.all():
+        callback(np.asarray(tokens))
+        if state.done.all():
             rest = max_new_tokens - first - n
             chunks.append(jnp.broadcast_to(state.token[:, None], (batch, rest)))
             break
     tokens = jnp.concatenate(chunks, axis=1)
+    return GeneratedTokens(tokens, _lengths(tokens, stops), state.cache.status)
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def _generate(packed, prompt, lengths, how, stops, n, implementation):
+    """All of `generate` but its checks."""
+    state = _start(packed, prompt, lengths, n, implementation)
+    state, tokens = _steps(packed, state, how, stops, n, implementation)
     return GeneratedTokens(tokens, _lengths(tokens, stops), state.cache.status)
 
 
@@ -116,11 +125,11 @@ class _State(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _start(packed, prompt, lengths, max_length, implementation):
-    """The state after all but the last token of each prompt."""
+def _start(packed, prompt, lengths, n, implementation):
+    """The state after all but the last token of each prompt, with room for n more."""
     batch, t = prompt.shape
-    cache = KVCache.create(packed.config, batch, max_length)
-    before = None if lengths is None else lengths - 1
+    cache = KVCache.create(packed.config, batch, t - 1 + n)
+    before = None if lengths is None else jnp.clip(lengths, 1, t) - 1
     if t > 1:
         cache = prefill(packed, cache, prompt[:, :-1], before, implementation=implementation)
     last = jnp.full(batch, t - 1) if before is None else before

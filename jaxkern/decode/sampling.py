@@ -100,10 +100,14 @@ def _filtered(logits, scaled, top_k, top_p):
 )
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: greedily, or by `sample` with keys for each place."""
+    """How tokens are drawn: greedily, or by `sample` with keys for each place.
 
-    temperature: jax.Array
-    top_p: jax.Array | None
+    Numbers are numpy's, which a compiled function takes as they are: to make a jax.Array of one is
+    a computation of its own, for which `generate` would wait.
+    """
+
+    temperature: np.float32 | jax.Array
+    top_p: np.float32 | jax.Array | None
     key: jax.Array | None
     top_k: int | None
     greedy: bool
@@ -118,12 +122,12 @@ class Sampling:
         if top_p is not None:
             if not _is_number(top_p) or not 0 < top_p <= 1:
                 raise ValueError(f"top_p is {top_p!r}, wanted a Python number above 0, 1 at most")
-            top_p = jnp.float32(top_p)
+            top_p = np.float32(top_p)
         if temperature and key is None:
             raise ValueError(f"key is None, wanted one of jax.random for temperature {temperature}")
         key = None if key is None else _threefry(key)
         greedily = temperature < _checks.FLOAT32.tiny  # nothing to divide float32 numbers by
-        return cls(jnp.float32(temperature), top_p, key, top_k, greedily)
+        return cls(np.float32(temperature), top_p, key, top_k, greedily)
 
     def __call__(self, logits: jax.Array, i: ArrayLike) -> jax.Array:
         """The tokens after i others."""
@@ -143,7 +147,7 @@ def _is_number(x):
     return isinstance(x, int | float | np.integer | np.floating) and not isinstance(x, bool)
 
 
-def stop_tokens_of(config: Any, stop_tokens: Any) -> jax.Array:
+def stop_tokens_of(config: Any, stop_tokens: Any) -> np.ndarray:
     """int32 [S]. ValueError if one is none of the vocabulary."""
     if not isinstance(stop_tokens, Collection):
         raise ValueError(f"stop_tokens is {stop_tokens!r}, wanted a collection of integers")
@@ -152,4 +156,4 @@ def stop_tokens_of(config: Any, stop_tokens: Any) -> jax.Array:
             raise ValueError(
                 f"stop_tokens has {token!r}, wanted integers from 0 to {config.vocabulary - 1}"
             )
-    return jnp.array(list(stop_tokens), jnp.int32)
+    return np.array(list(stop_tokens), np.int32)

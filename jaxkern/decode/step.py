@@ -22,9 +22,7 @@ _OP = "decode_step"
 
 # What the kernel takes, as in cuda/decode/params.h: sequences, heads that share a kv head, and
 # units of attention that a multiprocessor has.
-_MAX_BATCH, _MAX_GROUP, _MAX_UNITS = 8, 8, 8
-# Values of a vector, for which shared memory has room beside that of other sequences.
-_MAX_VALUES = {1: 12_288, 4: 8192, 8: 4096}
+_MAX_BATCH, _MAX_GROUP, _MAX_UNITS = 16, 8, 8
 # And fewer tokens than this, where it draws with noise.
 _MAX_VOCABULARY = 1 << 20
 
@@ -48,10 +46,9 @@ def decode_step(
       packed: from `pack_weights`.
       cache: of as many sequences, and of the same model.
       tokens: int32 [B].
-      implementation: "cuda", the kernel: for up to 8 sequences, and heads of 64 or 128 elements,
-        of which up to 8 share one of key and value, with a width and elements of all heads of up to
-        12,288 for one sequence, 8192 for four and 4096 for more; "xla", plain jax.numpy; a sequence
-        of names, of which the first runs that can; or None, which is ("cuda", "xla").
+      implementation: "cuda", the kernel: for up to 16 sequences, and heads of 64 or 128 elements,
+        of which up to 8 share one of key and value; "xla", plain jax.numpy; a sequence of names, of
+        which the first runs that can; or None, which is ("cuda", "xla").
 
     Returns:
       Logits, float32 [B, V], and the cache.
@@ -183,11 +180,6 @@ def _unsupported(packed, cache):
         return f"{shared}, supported are {_MAX_GROUP} for each"
     if cache.batch > _MAX_BATCH:
         return f"there are {cache.batch} sequences, supported are up to {_MAX_BATCH}"
-    values = max(config.width, config.heads * config.head_dim)
-    most = next(most for batch, most in _MAX_VALUES.items() if cache.batch <= batch)
-    if values > most:
-        vectors = f"vectors have {values} values, supported are up to {most}"
-        return f"{vectors} for {cache.batch} sequences"
     count, multiprocessors = cache.batch * config.kv_heads, packed.multiprocessors
     if count > (most := _MAX_UNITS * multiprocessors):
         return f"there are {count} kv_heads of all sequences, supported are {most}"

@@ -15,6 +15,8 @@ from jaxkern.testing import relative_error
 
 pytestmark = pytest.mark.gpu
 
+SEVEN = 0, 31, 32, 33, 255, 256, 500  # lengths
+
 LIMIT = 0.012  # of the relative error of logits, as in test_step.py
 
 CASES = {
@@ -70,9 +72,7 @@ def tokens_of(name, steps, batch):
 
 
 @pytest.mark.parametrize("name", ["llama", "llama3", "qwen2", "qwen3", "wide", "1.5b"])
-@pytest.mark.parametrize(
-    "lengths", [(0,), (255,), (900,), (3, 400), (0, 31, 32, 33, 255, 256, 500)]
-)
+@pytest.mark.parametrize("lengths", [(0,), (255,), (900,), (3, 400), SEVEN, (*SEVEN, 1, 64, 2)])
 def test_logits(name, lengths):
     check_steps(name, "bf16", lengths)
 
@@ -84,7 +84,7 @@ def test_far_positions(lengths):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "wide", "1.5b"])
-@pytest.mark.parametrize("lengths", [(255,), (3, 400), (0, 31, 32, 33, 255, 256, 500)])
+@pytest.mark.parametrize("lengths", [(255,), (3, 400), SEVEN, (*SEVEN, *SEVEN, 2, 3)])
 def test_fp8_logits(name, lengths):
     check_steps(name, "fp8", lengths)
 
@@ -146,7 +146,8 @@ FILTERS = MODES[2:6]
     [
         *(("wide", 1, options) for options in MODES),
         *(("qwen2", 3, options) for options in FILTERS),
-        *(("1.5b", 8, options) for options in (MODES[0], FILTERS[-1])),
+        *(("1.5b", batch, MODES[0]) for batch in (8, 16)),
+        *(("1.5b", batch, FILTERS[-1]) for batch in (8, 11)),
     ],
 )
 def test_steps(name, batch, options):

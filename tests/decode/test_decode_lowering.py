@@ -141,13 +141,8 @@ def test_default():
     ("changes", "batch", "reason"),
     [
         ({"head_dim": 32}, 1, "head_dim is 32, supported are 64 and 128"),
-        ({}, 9, "there are 9 sequences, supported are up to 8"),
+        ({}, 17, "there are 17 sequences, supported are up to 16"),
         ({"heads": 9, "kv_heads": 1}, 1, "9 heads share 1 kv_heads"),
-        (
-            {"heads": 72, "kv_heads": 12},
-            5,
-            "vectors have 4608 values, supported are up to 4096 for 5 sequences",
-        ),
         ({"heads": 16, "kv_heads": 16}, 2, "there are 32 kv_heads of all sequences"),
         ({"width": 416}, 1, "width is 416, supported is up to 384"),
     ],
