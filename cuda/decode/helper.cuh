@@ -76,6 +76,10 @@ class Helper {
     return tile::warp_sum(sum);
   }
 
+  // They stay where all layers have their own.
+  __device__ __forceinline__ void clear_result(tile::bf16* place) const {
+    if (p_.model.debug == nullptr) clear(place);
+  }
   // The places of this block's results of a phase.
   __device__ __forceinline__ void clear_results(const Sent& sent, Phase phase) const {
     const Rows& rows = p_.rows[phase];
@@ -83,8 +87,8 @@ class Helper {
       for (int block = blockIdx.x; block < rows.blocks; block += p_.model.multiprocessors) {
 #pragma unroll 1
         for (int unit = lane(); unit < rows.units(block); unit += tile::kWarpSize) {
-          clear(sent.results(phase) +
-                result_place(rows, phase, batch(), n, rows.first(block) + unit));
+          clear_result(sent.results(phase) +
+                       result_place(rows, phase, batch(), n, rows.first(block) + unit));
         }
         if ((phase == kOut || phase == kDown) && lane() == 0) {
           clear(sent.squares(phase) + n * p_.squares_stride + block);
@@ -99,7 +103,7 @@ class Helper {
       if (unit.tokens == 0 || unit.sequence % kWarps != warp_) continue;
 #pragma unroll 1
       for (int d = lane(); d < group * kHeadDim; d += tile::kWarpSize) {
-        if (unit.split == 0) clear(sent.head(unit, d));
+        if (unit.split == 0) clear_result(sent.head(unit, d));
         if (unit.splits > 1) clear(sent.partial(unit, unit.split) + d);
       }
       if (unit.splits > 1 && lane() < group) clear(sent.log(unit, unit.split) + lane());

@@ -71,6 +71,11 @@ struct DecodeParams {
   void *keys, *values;           // the cache, bfloat16
   float* logits;                 // [B, V], of the last step
   void* workspace;
+  // Or null: for debugging, what all layers' phases hand on, bfloat16 of which all bits are set
+  // before. One phase after the other [layers', ...], each as in plan.h; layers' is the power of
+  // two from L on, and a layer is where its number since the first step is, from -1 on. The
+  // workspace has to be as before the first step.
+  void* debug;
   Sampling sampling;
 };
 

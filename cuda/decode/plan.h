@@ -7,14 +7,15 @@
 
 namespace jaxkern::decode {
 
-// An array of what blocks send, twice, for layers in turn.
+// An array of what blocks send, twice, for layers in turn; or as often as is a power of two.
 template <class T>
 struct Places {
   T* data;
-  int64_t size;  // of one
+  int64_t size;   // of one
+  uint32_t mask;  // how many, less one
 
 #ifdef __CUDACC__
-  __device__ __forceinline__ T* of(uint32_t layer) const { return data + (layer & 1) * size; }
+  __device__ __forceinline__ T* of(uint32_t layer) const { return data + (layer & mask) * size; }
 #endif
 };
 

@@ -1,6 +1,8 @@
 // Launches the decode step.
 #pragma once
 
+#include <bit>
+
 #include "cuda/decode/step_sm90.cuh"
 #include "cuda/host/launch.h"
 
@@ -23,7 +25,7 @@ inline StepParams plan_step(const DecodeParams& model, int64_t* workspace_bytes 
 
   int64_t bytes = sizeof(WorkspaceHeader);
   const auto reserve = [&]<class T>(Places<T>& places, int64_t size) {
-    places = {reinterpret_cast<T*>(static_cast<char*>(model.workspace) + bytes), size};
+    places = {reinterpret_cast<T*>(static_cast<char*>(model.workspace) + bytes), size, 1};
     bytes += 2 * size * static_cast<int64_t>(sizeof(T));
   };
   const int64_t batch = model.batch, splits = batch * kMaxSplits;
@@ -40,6 +42,14 @@ inline StepParams plan_step(const DecodeParams& model, int64_t* workspace_bytes 
   reserve(p.down_squares, batch * p.squares_stride);
   reserve(p.logs, splits * model.heads);
   if (workspace_bytes != nullptr) *workspace_bytes = bytes;
+  if (model.debug != nullptr) {
+    auto* debug = static_cast<tile::bf16*>(model.debug);
+    const uint32_t layers = std::bit_ceil(static_cast<uint32_t>(model.layers));
+    for (Places<tile::bf16>& places : p.results) {
+      places = {debug, places.size, layers - 1};
+      debug += layers * places.size;
+    }
+  }
   return p;
 }
 

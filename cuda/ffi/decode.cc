@@ -1,3 +1,5 @@
+#include <bit>
+
 #include "cuda/decode/launch.h"
 #include "cuda/decode/rows.h"
 #include "cuda/ffi/common.h"
@@ -18,10 +20,11 @@ ffi::Error decode_step(
     ffi::AnyBuffer out_scale, ffi::AnyBuffer gate_up_scale, ffi::AnyBuffer down_scale,
     ffi::AnyBuffer head_scale, ffi::AnyBuffer frequencies, ffi::AnyBuffer qkv_bias,
     ffi::AnyBuffer qk_norms, ffi::AnyBuffer stop_tokens, ffi::AnyBuffer seeds,
-    ffi::AnyBuffer sampling, ffi::Result<ffi::AnyBuffer> drawn, ffi::Result<ffi::AnyBuffer> logits,
-    ffi::Result<ffi::AnyBuffer> new_lengths, ffi::Result<ffi::AnyBuffer> new_status,
-    ffi::Result<ffi::AnyBuffer> new_keys, ffi::Result<ffi::AnyBuffer> new_values,
-    ffi::Result<ffi::AnyBuffer> new_workspace, ffi::Result<ffi::AnyBuffer> new_done, float epsilon,
+    ffi::AnyBuffer sampling, ffi::AnyBuffer debug, ffi::Result<ffi::AnyBuffer> drawn,
+    ffi::Result<ffi::AnyBuffer> logits, ffi::Result<ffi::AnyBuffer> new_lengths,
+    ffi::Result<ffi::AnyBuffer> new_status, ffi::Result<ffi::AnyBuffer> new_keys,
+    ffi::Result<ffi::AnyBuffer> new_values, ffi::Result<ffi::AnyBuffer> new_workspace,
+    ffi::Result<ffi::AnyBuffer> new_done, ffi::Result<ffi::AnyBuffer> new_debug, float epsilon,
     int32_t multiprocessors, int32_t top_k, bool top_p) {
   Checks checks("decode_step");
   checks.rank("keys", keys, 7).rank("embedding", embedding, 2).rank("out", out, 2);
@@ -44,6 +47,7 @@ ffi::Error decode_step(
   const int64_t all = (N + 2 * K) * H;
   const int64_t steps = drawn->dimensions()[1];
   const bool draws = steps > 0, noisy = seeds.element_count() > 0;
+  const bool debugs = debug.element_count() > 0;
   const bool has_bias = qkv_bias.element_count() > 0, has_norms = qk_norms.element_count() > 0;
   checks.shape("keys", keys, {L, B, K, T / 8, H / 32, 8, 32})
       .shape("values", values, {L, B, K, T / 32, H, 32})
@@ -64,6 +68,14 @@ ffi::Error decode_step(
       .dtype("frequencies", frequencies, {F32});
   if (has_bias) checks.shape("qkv_bias", qkv_bias, {L, all});
   if (has_norms) checks.shape("qk_norms", qk_norms, {L, 2, H});
+  if (debugs) {
+    const auto layers = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(L)));
+    checks.shape("debug", debug, {layers * B * (all + N * H + 2 * D + F)})
+        .dtype("debug", debug, {BF16})
+        .that(new_debug->untyped_data() == debug.untyped_data(), "debug", "is not aliased",
+              "results in its place")
+        .that(!draws, "debug", "is given with steps that draw tokens", "a step that does not");
+  }
   if (noisy) {
     checks.shape("seeds", seeds, {steps, B, 2}).shape("sampling", sampling, {2});
     checks.dtype("sampling", sampling, {F32}).dtype("seeds", seeds, {U32});
@@ -166,6 +178,7 @@ ffi::Error decode_step(
   params.values = values.untyped_data();
   params.logits = logits->typed_data<float>();
   params.workspace = workspace.untyped_data();
+  params.debug = debugs ? debug.untyped_data() : nullptr;
   if (draws) {
     decode::Sampling& how = params.sampling;
     how.steps = static_cast<int>(steps);
@@ -216,6 +229,7 @@ JAXKERN_DEFINE_HANDLER(DecodeStep, decode_step,
                            .Arg<ffi::AnyBuffer>()  // stop_tokens
                            .Arg<ffi::AnyBuffer>()  // seeds
                            .Arg<ffi::AnyBuffer>()  // sampling
+                           .Arg<ffi::AnyBuffer>()  // debug
                            .Ret<ffi::AnyBuffer>()  // drawn
                            .Ret<ffi::AnyBuffer>()  // logits
                            .Ret<ffi::AnyBuffer>()  // lengths
@@ -224,6 +238,7 @@ JAXKERN_DEFINE_HANDLER(DecodeStep, decode_step,
                            .Ret<ffi::AnyBuffer>()  // values
                            .Ret<ffi::AnyBuffer>()  // workspace
                            .Ret<ffi::AnyBuffer>()  // done
+                           .Ret<ffi::AnyBuffer>()  // debug
                            .Attr<float>("epsilon")
                            .Attr<int32_t>("multiprocessors")
                            .Attr<int32_t>("top_k")

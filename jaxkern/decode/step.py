@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from jaxkern import _checks, _dispatch, _ffi
 from jaxkern.decode.cache import KVCache, Status, pack_keys, pack_values, status_of
-from jaxkern.decode.layout import largest_block
+from jaxkern.decode.layout import ROW, largest_block
 from jaxkern.decode.pack import PackedWeights
 from jaxkern.decode.sampling import Sampling, stop_tokens_of
 from jaxkern.ops.attention import dot_product_attention
@@ -32,8 +32,9 @@ def decode_step(
     cache: KVCache,
     tokens: ArrayLike,
     *,
+    debug: bool = False,
     implementation: str | Sequence[str] | None = None,
-) -> tuple[jax.Array, KVCache]:
+) -> tuple[jax.Array, KVCache] | tuple[jax.Array, KVCache, dict[str, jax.Array]]:
     """The logits that follow one more token of each sequence, and the cache with it.
 
     Donate the cache in jax.jit (donate_argnums) for it to be written in place.
@@ -46,12 +47,16 @@ def decode_step(
       packed: from `pack_weights`.
       cache: of as many sequences, and of the same model.
       tokens: int32 [B].
+      debug: whether to return also what the phases of all layers hand on.
       implementation: "cuda", the kernel: for up to 16 sequences, and heads of 64 or 128 elements,
         of which up to 8 share one of key and value; "xla", plain jax.numpy; a sequence of names, of
         which the first runs that can; or None, which is ("cuda", "xla").
 
     Returns:
-      Logits, float32 [B, V], and the cache.
+      Logits, float32 [B, V], and the cache. With debug also a dict of bfloat16 arrays: "qkv"
+      [L, B, (N + 2 K) H], by kv head as PackedWeights.qkv, before norms and rotation; "attention"
+      [L, B, N H]; "gate_up" [L, B, F]; and of "out" and "down" [L, B, D] the hidden state that they
+      give, times the weights of the norm that follows it.
 
     Raises:
       ValueError: arguments that do not fit together, or an unknown implementation.
@@ -59,9 +64,10 @@ def decode_step(
       ExceptionGroup: no implementation of a sequence can.
     """
     tokens = _checks.int32("tokens", tokens, (cache.batch,))
+    debug = _checks.flag("debug", debug)
     _check_cache(packed, cache)
     choice = _dispatch.choose(_OP, implementation, _unsupported(packed, cache))
-    return _decode_step(packed, cache, tokens, choice)
+    return _decode_step(packed, cache, tokens, choice, debug)
 
 
 class DecodedTokens(NamedTuple):
@@ -238,26 +244,53 @@ def _draw_kernel(packed, cache, tokens, done, how, stop_tokens, first, n):
         parameters = jnp.stack([how.temperature, top_p])
         filters = how.top_k or 0, how.top_p is not None
     done = done.astype(jnp.int32)
-    drawn, _, done, cache = _call(
+    drawn, _, done, cache, _ = _call(
         packed, cache, tokens, done, n, stop_tokens, seeds, parameters, *filters
     )
     return DecodedTokens(drawn, done.astype(bool), cache)
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def _decode_step(packed, cache, tokens, choice):
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _decode_step(packed, cache, tokens, choice, debug):
+    kernel = functools.partial(_kernel, debug=debug)
+    otherwise = functools.partial(reference.decode_step, debug=debug)
     if not choice.kernel:
-        return reference.decode_step(packed, cache, tokens)
+        return otherwise(packed, cache, tokens)
     if not choice.fallback:
-        return _kernel(packed, cache, tokens)
-    return jax.lax.platform_dependent(
-        packed, cache, tokens, cuda=_kernel, default=reference.decode_step
-    )
+        return kernel(packed, cache, tokens)
+    return jax.lax.platform_dependent(packed, cache, tokens, cuda=kernel, default=otherwise)
 
 
-def _kernel(packed, cache, tokens):
-    _, logits, _, cache = _call(packed, cache, tokens, jnp.zeros(cache.batch, jnp.int32))
-    return logits, cache
+def _kernel(packed, cache, tokens, debug):
+    config, batch = packed.config, cache.batch
+    done = jnp.zeros(batch, jnp.int32)
+    if not debug:
+        _, logits, _, cache, _ = _call(packed, cache, tokens, done)
+        return logits, cache
+    # As before the first step of all.
+    cache = dataclasses.replace(cache, workspace=jnp.full_like(cache.workspace, -1))
+    heads = config.heads * config.head_dim
+    outputs = heads + 2 * config.kv_heads * config.head_dim
+    sizes = {
+        "qkv": outputs,
+        "attention": heads,
+        "out": config.width,
+        "gate_up": config.hidden,
+        "down": config.width,
+    }
+    layers = 1 << (config.layers - 1).bit_length()
+    count = layers * batch * sum(sizes.values())
+    nothing = jax.lax.bitcast_convert_type(jnp.full(count, 0xFFFF, jnp.uint16), jnp.bfloat16)
+    _, logits, _, cache, sent = _call(packed, cache, tokens, done, debug=nothing)
+    ends = np.cumsum([layers * batch * size for size in sizes.values()])
+    phases = {}
+    for (name, size), x in zip(sizes.items(), jnp.split(sent, ends[:-1]), strict=True):
+        if name != "qkv":  # vectors lie side by side, and of FP8 weights they are larger
+            x = jnp.swapaxes(x.reshape(layers, size // ROW, batch, ROW), 1, 2)
+            x *= 2.0**-64 if packed.weights == "fp8" else 1.0
+        # A layer is where the number of layers before it is, from -1 on.
+        phases[name] = jnp.roll(x.reshape(layers, batch, size), 1, 0)[: config.layers]
+    return logits, cache, phases
 
 
 def _call(
@@ -271,19 +304,16 @@ def _call(
     parameters=None,
     top_k=0,
     top_p=False,
+    debug=None,
 ):
-    """Tokens drawn in n steps, the last logits, done and the cache. n = 0: one step, no token."""
+    """Tokens drawn in n steps, the last logits, done, the cache and debug. n = 0: one step, no
+    token.
+    """
     config, batch = packed.config, cache.batch
     none = jnp.zeros(0, jnp.bfloat16)
     matrices = packed.qkv, packed.out, packed.gate_up, packed.down, packed.head
     state = cache.lengths, cache.status, cache.keys, cache.values, cache.workspace, done
-    results = [
-        ((batch, n), np.dtype(np.int32)),
-        ((batch, config.vocabulary), np.dtype(np.float32)),
-    ]
-    drawn, logits, *state, done = _ffi.call(
-        "jaxkern.decode_step",
-        results + [(x.shape, x.dtype) for x in state],
+    operands = [
         tokens,
         *state,
         packed.embedding,
@@ -296,7 +326,21 @@ def _call(
         jnp.zeros(0, jnp.int32) if stop_tokens is None else stop_tokens,
         jnp.zeros(0, jnp.uint32) if seeds is None else seeds,
         jnp.zeros(0, jnp.float32) if parameters is None else parameters,
-        aliases={i: i + 1 for i in range(1, 7)},
+        none if debug is None else debug,
+    ]
+    results = [
+        ((batch, n), np.dtype(np.int32)),
+        ((batch, config.vocabulary), np.dtype(np.float32)),
+        *((x.shape, x.dtype) for x in (*state, operands[-1])),
+    ]
+    aliases = {i: i + 1 for i in range(1, 7)}
+    if debug is not None:
+        aliases[len(operands) - 1] = len(results) - 1
+    drawn, logits, *state, done, debug = _ffi.call(
+        "jaxkern.decode_step",
+        results,
+        *operands,
+        aliases=aliases,
         epsilon=np.float32(config.norm_epsilon),
         multiprocessors=np.int32(packed.multiprocessors),
         top_k=np.int32(min(top_k, config.vocabulary)),
@@ -304,7 +348,7 @@ def _call(
     )
     names = ("lengths", "status", "keys", "values", "workspace")
     cache = dataclasses.replace(cache, **dict(zip(names, state, strict=True)))
-    return drawn, logits, done, cache
+    return drawn, logits, done, cache, debug
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))

@@ -21,22 +21,10 @@ class Rows(NamedTuple):
 
 
 def decode_step(packed, cache, tokens, *, debug=False):
-    """jaxkern.decode.decode_step, without its checks.
-
-    Args:
-      packed: PackedWeights.
-      cache: KVCache.
-      tokens: int32 [B].
-      debug: return what the phases gave as well.
-
-    Returns:
-      The logits, float32 [B, V], and the cache. With debug also a dict: "embed" [B, D], "qkv"
-      [L, B, (N + 2 K) H] before q and k are normalised and rotated, "attention" [L, B, N H], "out"
-      [L, B, D], "gate_up" [L, B, F], "down" [L, B, D].
-    """
+    """jaxkern.decode.decode_step, without its checks."""
     config = packed.config
     positions = cache.lengths
-    h = embedded = embed(packed.embedding, tokens)
+    h = embed(packed.embedding, tokens)
 
     def layer(carry, i, weights):
         h, cache = carry
@@ -45,7 +33,8 @@ def decode_step(packed, cache, tokens, *, debug=False):
         query, key, value = heads(config, x, positions, weights, packed.frequencies)
         cache = cache.append(i, key, value)
         phases["attention"] = x = attention(query, *cache.read(i), positions)
-        phases["out"] = h = out(h, x, weights)
+        h = out(h, x, weights)
+        phases["out"] = scaled(h, weights["norms"][1])
         phases["gate_up"] = x = gate_up(config, h, weights)
         phases["down"] = h = down(h, x, weights)
         return (h, cache), phases if debug else None
@@ -54,7 +43,9 @@ def decode_step(packed, cache, tokens, *, debug=False):
     logits = head(config, h, packed.norms[-1], packed.head.unpack())
     cache = cache.advance(tokens)
     logits = jnp.where(cache.status[:, None] == 0, logits, jnp.nan)
-    return (logits, cache, {"embed": embedded, **phases}) if debug else (logits, cache)
+    if not debug:
+        return logits, cache
+    return logits, cache, phases | {"down": scaled(phases["down"], packed.norms[2::2, None])}
 
 
 def decode_steps(packed, cache, tokens, done, draw, stop_tokens, first, n):
@@ -166,10 +157,13 @@ def head(config, h, norm, rows):
     return _of_normalized(config, h, norm, rows)
 
 
+def scaled(h, norm):
+    """What is multiplied of h: h times the weights of the norm, both rounded."""
+    return _rounded(_rounded(h).astype(jnp.float32) * norm.astype(jnp.float32))
+
+
 def _of_normalized(config, h, norm, rows):
-    x = _rounded(h)
-    scaled = _rounded(x.astype(jnp.float32) * norm.astype(jnp.float32))
-    return _product(scaled, rows) * _rstd(x, config.norm_epsilon)
+    return _product(scaled(h, norm), rows) * _rstd(_rounded(h), config.norm_epsilon)
 
 
 def _rstd(x, epsilon):

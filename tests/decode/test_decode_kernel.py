@@ -103,6 +103,28 @@ def check_steps(name, weights, lengths):
                 assert relative_error(x[n, :length], y[n, :length]) < LIMIT
 
 
+@pytest.mark.parametrize("weights", ["bf16", "fp8"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "1.5b"])
+@pytest.mark.parametrize("lengths", [(300,), (3, 400), (*SEVEN, 1, 64, 2)])
+def test_phases(name, weights, lengths):
+    """What each phase of each layer hands on is what the oracle's does."""
+    cache, tokens = random_cache(name, lengths), tokens_of(name, 1, len(lengths))[0]
+    run = functools.partial(decode_step, packed(name, weights), cache, tokens, debug=True)
+    (logits, after, got), (_, _, wanted) = (run(implementation=i) for i in ("cuda", "xla"))
+    assert got.keys() == wanted.keys()
+    for phase, layers in wanted.items():
+        for layer, values in enumerate(layers):
+            assert relative_error(got[phase][layer], values) < LIMIT, (phase, layer)
+    plain, cache = decode_step(packed(name, weights), cache, tokens, implementation="cuda")
+    np.testing.assert_array_equal(logits, plain)
+    # What debug leaves is fit for more steps.
+    results = [
+        decode_step(packed(name, weights), x, tokens, implementation="cuda")[0]
+        for x in (after, cache)
+    ]
+    np.testing.assert_array_equal(*results)
+
+
 def test_repeats_bitwise():
     cache, tokens = random_cache("wide", (300, 7)), tokens_of("wide", 6, 2)
     first, *others = (run(packed("wide"), cache, tokens, "cuda") for _ in range(3))

@@ -54,6 +54,7 @@ def test_call():
         "0xi32",
         "0xui32",
         "0xf32",
+        "0xbf16",
     ]
     assert attributes(line)["multiprocessors"] == "3 : i32"
     aliases = re.findall(r"output_tuple_indices = \[(\d)\], operand_index = (\d)", line)
@@ -102,7 +103,7 @@ def test_steps(options, noise, top_k, top_p):
     assert calls["decode_step"] == 1
     line = custom_call_lines(run, *arguments(LLAMA, 2))["decode_step"]
     operands, results = types(line)
-    assert operands[-3:] == ["2xi32", *noise]
+    assert operands[-4:-1] == ["2xi32", *noise]
     assert results[0] == "2x7xi32"
     assert attributes(line)["top_k"] == f"{top_k} : i32"
     assert attributes(line)["top_p"] == top_p
@@ -113,8 +114,24 @@ def test_what_models_have_besides(name):
     config = dataclasses.replace(CONFIGS[name], head_dim=128)
     operands, _ = types(custom_call_lines(decode_step, *arguments(config, 1))["decode_step"])
     n = (config.heads + 2 * config.kv_heads) * 128
-    assert operands[-5] == (f"{config.layers}x{n}xbf16" if config.qkv_bias else "0xbf16")
-    assert operands[-4] == (f"{config.layers}x2x128xbf16" if config.qk_norm else "0xbf16")
+    assert operands[-6] == (f"{config.layers}x{n}xbf16" if config.qkv_bias else "0xbf16")
+    assert operands[-5] == (f"{config.layers}x2x128xbf16" if config.qk_norm else "0xbf16")
+
+
+def test_debug():
+    """Places for what phases hand on, of a power of two of layers, which the kernel fills."""
+    config = dataclasses.replace(CONFIGS["qwen3"], head_dim=64)
+    run = functools.partial(decode_step, debug=True)
+    line = custom_call_lines(run, *arguments(config, 2))["decode_step"]
+    operands, results = types(line)
+    values = (2 * config.heads + 2 * config.kv_heads) * 64 + 2 * config.width + config.hidden
+    assert operands[-1] == results[-1] == f"{4 * 2 * values}xbf16"
+    assert "output_tuple_indices = [8], operand_index = 25" in line
+    *_, phases = jax.eval_shape(
+        functools.partial(run, implementation="cuda"), *arguments(config, 2)
+    )
+    *_, wanted = jax.eval_shape(functools.partial(run, implementation="xla"), *arguments(config, 2))
+    assert phases == wanted
 
 
 def test_generate():

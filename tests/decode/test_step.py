@@ -191,28 +191,31 @@ def test_phases():
     config, _, tokens, *_ = problem("qwen2")
     weights = packed("qwen2")
     cache = prefill(weights, KVCache.create(config, BATCH, T), tokens[:, :9])
-    run = jax.jit(reference.decode_step, static_argnames="debug")
-    logits, new, phases = run(weights, cache, tokens[:, 9], debug=True)
+    logits, new, phases = decode_step(weights, cache, tokens[:, 9], debug=True)
     plain, _ = decode_step(weights, cache, tokens[:, 9])
     np.testing.assert_array_equal(logits, plain)
-    lead = config.layers, BATCH
     sizes = {
-        "qkv": ((config.heads + 2 * config.kv_heads) * config.head_dim, jnp.bfloat16),
-        "attention": (config.heads * config.head_dim, jnp.bfloat16),
-        "out": (config.width, jnp.float32),
-        "gate_up": (config.hidden, jnp.bfloat16),
-        "down": (config.width, jnp.float32),
+        "qkv": (config.heads + 2 * config.kv_heads) * config.head_dim,
+        "attention": config.heads * config.head_dim,
+        "out": config.width,
+        "gate_up": config.hidden,
+        "down": config.width,
     }
-    for name, (size, dtype) in sizes.items():
-        assert (phases[name].shape, phases[name].dtype) == ((*lead, size), dtype)
-    assert (phases["embed"] == weights.embedding[tokens[:, 9]]).all()
-    rows = weights.out.unpack().values.astype(jnp.float32)
-    h = phases["embed"] + phases["attention"][0].astype(jnp.float32) @ rows[0].T
-    np.testing.assert_allclose(phases["out"][0], h, atol=1e-5)
-    rows = weights.down.unpack().values.astype(jnp.float32)
-    h = phases["out"][1] + phases["gate_up"][1].astype(jnp.float32) @ rows[1].T
-    np.testing.assert_allclose(phases["down"][1], h, atol=1e-5)
-    head = reference.head(config, phases["down"][-1], weights.norms[-1], weights.head.unpack())
+    for name, size in sizes.items():
+        assert phases[name].shape == (config.layers, BATCH, size)
+        assert phases[name].dtype == jnp.bfloat16
+
+    def float32(x):
+        return x.astype(jnp.float32)
+
+    h = float32(weights.embedding[tokens[:, 9]])
+    for layer in range(config.layers):
+        for name, before, norm in (("out", "attention", 1), ("down", "gate_up", 2)):
+            rows = float32(getattr(weights, name).unpack().values[layer])
+            h += float32(phases[before][layer]) @ rows.T
+            wanted = float32(h.astype(jnp.bfloat16)) * float32(weights.norms[2 * layer + norm])
+            np.testing.assert_allclose(float32(phases[name][layer]), wanted, rtol=2**-6)
+    head = reference.head(config, h, weights.norms[-1], weights.head.unpack())
     np.testing.assert_allclose(logits, head, atol=1e-5)
     heads = phases["qkv"][0].reshape(BATCH, config.kv_heads, -1, config.head_dim)
     np.testing.assert_array_equal(new.read(0)[1][:, 9], heads[:, :, -1])
