@@ -278,7 +278,7 @@ METRICS = {"decode": "gbps", "generate": "tokens_per_s"}
 
 def main(argv: list[str]) -> int:
     # A call is 20 ms: of fewer in a sample, the host's way into the first would be a part.
-    parser = common.options("Decode steps and generation, side by side.", seconds=0.2)
+    parser = common.options("Decode steps and generation, side by side.", seconds=0.5)
     chosen = parser.parse_args(argv)
     cases = [(shape.direction, shape) for shape in (QUICK if chosen.quick else SHAPES)]
     selected = common.select_cases(parser, chosen, cases, parse)
@@ -296,7 +296,8 @@ def main(argv: list[str]) -> int:
         }
     try:
         providers = common.pick_providers(parser, chosen.providers, known, default)
-        common.share_memory()
+        if worker:
+            common.share_memory()
         also = ["flax", *(("torch", "transformers") if worker else ())]
         run = common.start_run(parser, "decode.py", argv, also)
         status = 0

@@ -128,7 +128,7 @@ void print_probes(float us) {
     }
     std::printf("%-14s   take   wait receive multiply   send\n",
                 attends ? "with attention" : "without it");
-    const char* const names[] = {"qkv", "attention", "out", "gate, up", "down", "head"};
+    const char* const names[] = {"qkv", "attention", "out", "gate_up", "down", "head"};
     for (int phase = 0; phase < decode::kPhases; ++phase) {
       const double (&x)[decode::kParts] = sums[phase];
       const double each = us / std::max(all, 1.0);

@@ -403,6 +403,7 @@ struct Consumer {
         look<kPhase>(words, layer, words_of(next), words_of(min(next + p.part, columns)));
       }
       multiply<kPhase>(block, count, first > 0);
+      shared.probe.take(kPhase, kMultiply);
     }
   }
 
