@@ -11,7 +11,6 @@ others; in all they are the time of the step, of which the probes themselves tak
 from __future__ import annotations
 
 import argparse
-import functools
 import pathlib
 import re
 import subprocess
@@ -43,10 +42,11 @@ def run(*command: str | pathlib.Path) -> str:
     return done.stdout
 
 
-@functools.cache
 def program(folder: str, weights: str, head_dim: int) -> pathlib.Path:
-    """decode_kernel.cu for such weights and heads."""
-    path = pathlib.Path(folder, f"{weights}_{head_dim}")
+    """decode_kernel.cu for such weights and heads, compiled if it is not in the folder."""
+    path = pathlib.Path(folder, f"decode_phases_{weights}_{head_dim}")
+    if path.exists():
+        return path
     defines = [f"-DJAXKERN_WEIGHT={WEIGHTS[weights]}", f"-DJAXKERN_HEAD_DIM={head_dim}"]
     defines.append("-DJAXKERN_PROBES")
     run(sys.executable, "tools/nvcc.py", "benchmarks/decode_kernel.cu", path, *defines)
@@ -69,6 +69,7 @@ def main(argv: list[str]) -> int:
         description="Microseconds of the parts of a decode step's phases.", allow_abbrev=False
     )
     parser.add_argument("--case", action="append", help="default: " + "; ".join(CASES))
+    parser.add_argument("--programs", metavar="FOLDER", help="where to keep the programs")
     common.add_destination(parser)
     chosen = parser.parse_args(argv)
     try:
@@ -78,10 +79,10 @@ def main(argv: list[str]) -> int:
     if not all(isinstance(shape, Step) for shape in shapes):
         parser.error("--case: wanted steps, not generations")
     identity = common.start_run(parser, "decode_phases.py", argv)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
         for shape in shapes:
             case = shape.case("decode")
-            kernel = program(folder, shape.weights, shape.config.head_dim)
+            kernel = program(chosen.programs or temporary, shape.weights, shape.config.head_dim)
             text = run(kernel, shape.model, str(shape.batch), str(shape.context), "greedy")
             print(text)
             rows = [
