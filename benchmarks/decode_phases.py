@@ -54,14 +54,15 @@ def program(folder: str, weights: str, head_dim: int) -> pathlib.Path:
 
 
 def parts_of(text: str) -> Iterator[tuple[str, float]]:
-    """Names and microseconds of what decode_kernel.cu prints."""
+    """Names and microseconds of what decode_kernel.cu prints, but for parts that there are not."""
     where, names = "", []
     for line in text.splitlines():
         if found := TABLE.fullmatch(line):
             where, names = found[1], found[2].split()
         elif found := ROW.fullmatch(line):
-            for name, value in zip(names, found[2].split(), strict=True):
-                yield f"{where} {found[1]} {name}", float(value)
+            for name, value in zip(names, map(float, found[2].split()), strict=True):
+                if value:
+                    yield f"{where} {found[1]} {name}", value
 
 
 def main(argv: list[str]) -> int:

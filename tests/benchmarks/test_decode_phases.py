@@ -17,7 +17,6 @@ def test_parts():
     assert dict(decode_phases.parts_of(PRINTED)) == {
         "with attention qkv take": 7.2,
         "with attention qkv wait": 32.0,
-        "with attention gate_up take": 0.0,
         "with attention gate_up wait": 6.4,
         "without it qkv take": 7.5,
         "without it qkv wait": 27.1,
