@@ -11,34 +11,12 @@
 
 #include "cuda/decode/exchange.cuh"
 #include "cuda/decode/stream.cuh"
+#include "cuda/decode/warps.cuh"
 #include "cuda/tile/ptx/matrix.cuh"
 #include "cuda/tile/ptx/special.cuh"
 #include "cuda/tile/types.cuh"
 
 namespace jaxkern::decode {
-
-inline constexpr int kWarps = 8;  // that multiply
-inline constexpr int kConsumers = kWarps * tile::kWarpSize;
-
-__device__ __forceinline__ void sync_consumers() { tile::ptx::named_barrier_sync(1, kConsumers); }
-
-inline constexpr int kSequences = 8;  // the columns of an instruction
-
-// The warps that hand on what there is of a sequence, where each has its own, or one after the
-// other in some rounds.
-template <int kBatch>
-struct Team {
-  static constexpr int kSize = kBatch < kWarps ? kWarps / kBatch : 1;
-  static constexpr int kLanes = kSize * tile::kWarpSize;
-  static constexpr int kRounds = kBatch * kSize / kWarps;
-  // The sequence and the lane of this thread.
-  __device__ __forceinline__ static int sequence(int round) {
-    return threadIdx.x / kLanes + round * (kWarps / kSize);
-  }
-  __device__ __forceinline__ static int lane() { return threadIdx.x % kLanes; }
-  // Whether this is the first warp.
-  __device__ __forceinline__ static bool leads() { return lane() < tile::kWarpSize; }
-};
 
 // Weights as they lie in a lane's 16 bytes of a slice, and as operands for 32 columns each.
 template <class T>
@@ -90,8 +68,6 @@ struct Vectors {
   __device__ __forceinline__ Word& word(int n, int index) const {
     return words[vector_place(kBatch == 1 ? 1 : batch, n, index * Word::kValues) / Word::kValues];
   }
-  static constexpr int kTiles = tile::ceil_div(kBatch, kSequences);  // of sequences
-
   // What the lane needs of a slice: column g of B, sequence g of a tile's, if there is one.
   __device__ __forceinline__ uint4 operand(int slice, int tile) const {
     constexpr int kSliceWords = kSlice / Word::kValues;
@@ -102,89 +78,6 @@ struct Vectors {
   }
 };
 
-// How warps divide a block of kTiles tiles of rows: into slices, and more than 64 rows of many
-// sequences into two halves, as there is no room for all sums of all warps.
-template <int kBatch, int kTiles>
-struct Division {
-  static constexpr int kHalves = kBatch > kSequences&& kTiles > 4 ? 2 : 1;
-  static constexpr int kEach = kWarps / kHalves;                // warps that have slices in turn
-  static constexpr int kOwn = tile::ceil_div(kTiles, kHalves);  // tiles of a warp
-  // Which of those with the same rows this warp is, and the first of the rows.
-  __device__ __forceinline__ static int index() { return warp() % kEach; }
-  __device__ __forceinline__ static int half() { return warp() / kEach; }
-  __device__ __forceinline__ static int first_row() { return half() * kOwn * 16; }
-
- private:
-  __device__ __forceinline__ static int warp() { return threadIdx.x / tile::kWarpSize; }
-};
-
-// Sums of a block of up to kMaxRows rows, which is of whole tiles here, by those who have the same
-// rows.
-template <int kBatch, int kMaxRows>
-struct Sums {
-  static constexpr int kRows = tile::ceil_div(kMaxRows, 16) * 16, kHalfRows = 64;
-  static constexpr bool kHalves = kBatch > kSequences;
-  // What a warp stores at once, eight rows of four pairs of sequences, is in 32 banks.
-  static constexpr int kStride = kRows + (kBatch == 1 ? 0 : 4), kHalfStride = kStride / 2;
-  static_assert(kHalfStride >= kHalfRows);
-  float data[(kHalves ? kWarps / 2 : kWarps) * kBatch * kStride];
-
-  // `large`: whether the block has more than kHalfRows.
-  __device__ __forceinline__ static int place(int part, int n, int row, bool large) {
-    return (part * kBatch + n) * (kHalves && !large ? kHalfStride : kStride) + row;
-  }
-  __device__ __forceinline__ float total(int n, int row, bool large) const {
-    float sum[kWarps];
-#pragma unroll
-    for (int i = 0; i < kWarps; ++i) {
-      const bool exists = !kHalves || !large || i < kWarps / 2;
-      sum[i] = exists ? data[place(i, n, row, large)] : 0.0f;
-    }
-#pragma unroll
-    for (int i = kWarps / 2; i > 0; i /= 2) {
-#pragma unroll
-      for (int part = 0; part < i; ++part) sum[part] += sum[part + i];
-    }
-    return sum[0];
-  }
-};
-
-// A warp's sums of tiles of rows and of sequences.
-template <int kBatch, int kTiles>
-using Accumulators = float[kTiles][Vectors<kBatch>::kTiles][4];
-
-// A warp's sums, which it may have in several parts; `more`: to what it has put there before.
-template <int kTiles, int kParts, int kOwn, int kBatch, int kMaxRows>
-__device__ __forceinline__ void put(const Accumulators<kBatch, kOwn> (&sum)[kParts],
-                                    Sums<kBatch, kMaxRows>& sums, bool more) {
-  using Division = decode::Division<kBatch, kTiles>;
-  static_assert(kOwn == Division::kOwn);
-  const int lane = threadIdx.x % tile::kWarpSize;
-  const auto each = [&](const auto& use) {  // use(place, sum)
-#pragma unroll
-    for (int t = 0; t < kOwn; ++t) {
-      const int first = Division::first_row() + 16 * t;
-      if (Division::kHalves * kOwn > kTiles && first >= 16 * kTiles) break;
-#pragma unroll
-      for (int s = 0; s < Vectors<kBatch>::kTiles; ++s) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int row = first + 8 * (i / 2) + lane / 4, n = s * kSequences + lane % 4 * 2 + i % 2;
-          float total = sum[0][t][s][i];
-#pragma unroll
-          for (int part = 1; part < kParts; ++part) total += sum[part][t][s][i];
-          if (n < kBatch) use(sums.data[sums.place(Division::index(), n, row, kTiles > 4)], total);
-        }
-      }
-    }
-  };
-  if (!more) {
-    each([](float& place, float total) { place = total; });
-  } else {
-    each([](float& place, float total) { place += total; });
-  }
-}
-
 // sum[s] += kTiles tiles of the s-th of kSlices slices of the warp, which are kStep apart from
 // `first` on, whose weights lie at from[s] for the lane. When registers have those it calls
 // taken().
@@ -193,7 +86,7 @@ __device__ __forceinline__ void multiply_slices(const Vectors<kBatch>& x, int fi
                                                 const char* const (&from)[kSlices],
                                                 Accumulators<kBatch, kTiles> (&sum)[kAll],
                                                 const Taken& taken) {
-  constexpr int kParts = Weights<Weight>::kParts, kColumnTiles = Vectors<kBatch>::kTiles;
+  constexpr int kParts = Weights<Weight>::kParts, kColumnTiles = kSequenceTiles<kBatch>;
   uint4 b[kSlices][kParts][kColumnTiles], low[kSlices][kTiles], high[kSlices][kTiles];
 #pragma unroll
   for (int s = 0; s < kSlices; ++s) {
@@ -395,7 +288,7 @@ struct HeldWeights {
 #pragma unroll
     for (int i = 0; i < kSlices; ++i) {
 #pragma unroll
-      for (int n = 0; n < Vectors<kBatch>::kTiles; ++n) {
+      for (int n = 0; n < kSequenceTiles<kBatch>; ++n) {
         const uint4 b = x.operand(min(warp() * kSlices + i, max(slices - 1, 0)), n);
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {

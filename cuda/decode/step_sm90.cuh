@@ -113,7 +113,7 @@ struct DecodeStep {
   __device__ __forceinline__ static void consume(const StepParams& p, Storage& shared) {
     const Vectors<kBatch> x = {reinterpret_cast<Word*>(shared.scratch), p.model.batch};
     Draw<kBatch> draw(p, shared.draw, reinterpret_cast<uint64_t*>(shared.scratch));
-    Steps<Weight, kHeadDim, kBatch, kStages>{{p, shared, x, draw}}.run();
+    Steps<Weight, kHeadDim, kBatch, kStages>{{{p, shared, x}, draw}}.run();
   }
 };
 
