@@ -1,4 +1,4 @@
-"""quantize: FP8 values of a matrix, or of its transpose, with power-of-two scales."""
+"""quantize: a matrix in FP8 with power-of-two scales, or its transpose; or in four bits."""
 
 import functools
 import math
@@ -12,6 +12,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxkern import _checks, _dispatch, _ffi, _partitioning, _stack
 from jaxkern.ops import scales
+from jaxkern.ops.quantize_four_bit import FORMATS as FOUR_BIT_FORMATS
+from jaxkern.ops.quantize_four_bit import quantize_four_bit
 from jaxkern.ops.quantized_array import QuantizedArray
 from jaxkern.reference import activation, norm
 from jaxkern.reference import quantize as reference
@@ -29,27 +31,51 @@ def quantize(
     *,
     scaling: str = "row",
     orientation: str = "natural",
+    group_size: int | None = None,
+    zero_point: bool = False,
+    search: bool = False,
+    key: jax.Array | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> QuantizedArray | tuple[QuantizedArray, QuantizedArray]:
-    """x in an FP8 format, with a power of two as the scale of each block.
+    """x in a format of eight or of four bits, with a scale for each block.
 
-    Exactly: amax is the largest |x| of a block; its scale is the smallest 2^e, e >= -126, with
-    amax / 2^e at most the largest number of the format, which is 448 or 57344; the values are
-    x / 2^e, saturated and rounded to the nearest, ties to even. A block that holds a NaN or an
-    infinity has the scale NaN, and NaN as all its values. Subnormal numbers count like any other.
+    FP8 has powers of two as scales. Exactly: amax is the largest |x| of a block; its scale is the
+    smallest 2^e, e >= -126, with amax / 2^e at most the largest number of the format, which is 448
+    or 57344; the values are x / 2^e, saturated and rounded to the nearest, ties to even. A block
+    that holds a NaN or an infinity has the scale NaN, and NaN as all its values. Subnormal numbers
+    count like any other.
 
     Dividing by a power of two is exact: the values are rounded once, and the "128x128" values of
     x^T are those of x transposed. It moves the exponent only, so the values of a floating-point
     format are as precise as with any other scale.
 
+    Formats of four bits are for weights [N, K], with blocks along K, and have no kernel yet:
+
+    - "nvfp4": e2m1 values, float8_e4m3fn scales of 16 of them, and a float32 scale of the matrix,
+      amax / (448 * 6). A block's is its amax / 6 / that, to the nearest.
+    - "mxfp4": e2m1 values, float8_e8m0fnu scales of 32: 2^(floor(log2(amax)) - 2), as in the OCP's
+      Microscaling Formats (MX) 1.0. What is above 6 then becomes 6.
+    - "int4": integers from -8 to 7, bfloat16 scales of groups: amax / 7. With zero points a group's
+      range, zero included, is -8 to 7, and the integer that stands for zero is kept.
+
+    Values are to the nearest, ties to even, and e2m1 keeps the sign of zero. A block with a NaN or
+    an infinity has the scale NaN, and zeros as values.
+
     Args:
-      x: [..., R, C], bfloat16, float16 or float32.
-      format: float8_e4m3fn or float8_e5m2.
-      scaling: what has a scale of its own: "tensor", each matrix; "row", each row; "1x128", each
-        128 columns of a row; "128x128", each block of that size. The last blocks of a row or a
+      x: [..., R, C], bfloat16, float16 or float32. For formats of four bits C is a multiple of the
+        block.
+      format: float8_e4m3fn or float8_e5m2, "nvfp4", "mxfp4" or "int4".
+      scaling: of FP8: what has a scale of its own: "tensor", each matrix; "row", each row; "1x128",
+        each 128 columns of a row; "128x128", each block of that size. The last blocks of a row or a
         column may be smaller.
-      orientation: "natural" quantises x, "transposed" x^T, of which `scaling` then speaks, and
-        "both" each of them, which reads x no more often than "transposed" does.
+      orientation: of FP8: "natural" quantises x, "transposed" x^T, of which `scaling` then speaks,
+        and "both" each of them, which reads x no more often than "transposed" does.
+      group_size: columns of a group of "int4": 32, 64 or 128. None is 128.
+      zero_point: of "int4": whether groups have one.
+      search: of four bits: take, for each block, the one of some scales around which has the least
+        squared error.
+      key: of four bits: of jax.random, for rounding up or down at random, with the mean kept. None
+        rounds to the nearest.
       implementation: "cuda", "xla", or a sequence of them to take the first that supports the
         call. None is ("cuda", "xla"). "cuda" is a kernel for compute capability 9.0, used where the
         computation is lowered for CUDA. "xla" is plain jax.numpy. Both give the same bits.
@@ -58,7 +84,7 @@ def quantize(
       A QuantizedArray [..., R, C] for "natural", [..., C, R] for "transposed", and both of them
       for "both". Its scale is float32, for a matrix [R, C] of the shape [..., 1, 1] ("tensor"),
       [..., R, 1] ("row"), [..., R, ceil(C / 128)] ("1x128") or
-      [..., ceil(R / 128), ceil(C / 128)] ("128x128").
+      [..., ceil(R / 128), ceil(C / 128)] ("128x128"); that of four bits is [..., R, C / block].
 
     Raises:
       ValueError: arguments that do not fit together, or an unknown implementation.
@@ -66,7 +92,25 @@ def quantize(
         kernel cannot run the call, or when such a call is lowered for another platform.
       ExceptionGroup: no implementation of a sequence can.
     """
-    (array,) = of_source(_OP, matrices({"x": x}), format, scaling, orientation, implementation)
+    inputs = matrices({"x": x})
+    if isinstance(format, str) and format in FOUR_BIT_FORMATS:
+        for name, got, wanted in (
+            ("scaling", scaling, "row"),
+            ("orientation", orientation, "natural"),
+        ):
+            if got != wanted:
+                raise ValueError(f"{name} is {got!r}, wanted the default for {format!r}")
+        options = group_size, zero_point, search, key, implementation
+        return quantize_four_bit(*inputs, format, *options)
+    for name, got in (
+        ("group_size", group_size),
+        ("zero_point", zero_point),
+        ("search", search),
+        ("key", key),
+    ):
+        if got is not None and got is not False:
+            raise ValueError(f"{name} is {got!r}, wanted the default for FP8")
+    (array,) = of_source(_OP, inputs, format, scaling, orientation, implementation)
     return array
 
 
