@@ -12,3 +12,4 @@ from jaxkern.ops.quantize_rms_norm import quantize_rms_norm as quantize_rms_norm
 from jaxkern.ops.quantize_swiglu import quantize_swiglu as quantize_swiglu
 from jaxkern.ops.quantize_swiglu import quantize_swiglu_grad as quantize_swiglu_grad
 from jaxkern.ops.quantized_array import QuantizedArray as QuantizedArray
+from jaxkern.ops.quantized_matmul import quantized_matmul as quantized_matmul
