@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,21 +10,17 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxkern import _checks, _dispatch, _partitioning
+from jaxkern.ops import four_bit_weight
+from jaxkern.ops.packed_weight import PackedWeight
 from jaxkern.ops.quantized_array import QuantizedArray
-from jaxkern.reference import four_bit
 
 _OP = "quantized_matmul"
 _DTYPES = ("bfloat16", "float16", "float32")
-_GROUPS = (32, 64, 128)
-
-# Of e2m1 values, by the dtype of their scale: elements of a block, and whether a float32 scale of
-# all belongs to them.
-_E2M1_SCALES = {np.dtype(four_bit.E4M3): (16, True), np.dtype(four_bit.E8M0): (32, False)}
 
 
 def quantized_matmul(
     x: ArrayLike,
-    w: QuantizedArray,
+    w: QuantizedArray | PackedWeight,
     *,
     preferred_element_type: DTypeLike | None = None,
     implementation: str | Sequence[str] | None = None,
@@ -36,7 +32,8 @@ def quantized_matmul(
 
     Args:
       x: [..., K], bfloat16, float16 or float32.
-      w: [N, K], of the format "nvfp4", "mxfp4" or "int4".
+      w: [N, K], of the format "nvfp4", "mxfp4" or "int4"; or what `jaxkern.pack_weight` makes of
+        it, which is the same weight.
       preferred_element_type: of the result: bfloat16, float16 or float32. None is x's.
       implementation: "cuda", "xla", or a sequence of them to take the first that supports the
         call. None is ("cuda", "xla"). There is no kernel yet; "xla" is plain jax.numpy.
@@ -52,58 +49,15 @@ def quantized_matmul(
     x = _checks.array("x", x)
     if x.dtype.name not in _DTYPES:
         raise ValueError(f"x has dtype {x.dtype}, wanted one of {', '.join(_DTYPES)}")
-    check_weight("w", w)
+    four_bit_weight.check("w", w)
+    if w.ndim != 2:
+        raise ValueError(f"w has shape {w.shape}, wanted (N, K)")
     if x.ndim == 0 or x.shape[-1] != w.shape[-1]:
         raise ValueError(f"x has shape {x.shape}, wanted (..., {w.shape[-1]}) for w's {w.shape}")
     wanted = x.dtype if preferred_element_type is None else preferred_element_type
     dtype = _checks.dtype("preferred_element_type", wanted, _DTYPES)
     _dispatch.choose(_OP, implementation, "there is no kernel for it yet")
     return _quantized_matmul(Config(dtype, x.dtype), x, w)
-
-
-def check_weight(name: str, w: Any) -> None:
-    """ValueError unless w is a matrix of four bits as `quantize` gives it."""
-    if not isinstance(w, QuantizedArray):
-        raise ValueError(f"{name} is a {type(w).__name__}, wanted a QuantizedArray")
-    values, scale = w.values, w.scale
-    if values.ndim != 2 or scale.ndim != 2:
-        shapes = f"values of shape {values.shape} and scale of {scale.shape}"
-        raise ValueError(f"{name} has {shapes}, wanted two axes each")
-    rows, columns = values.shape
-    integers = values.dtype == jnp.int4
-    if values.dtype == four_bit.E2M1:
-        found = _E2M1_SCALES.get(np.dtype(scale.dtype))
-        if found is None:
-            raise ValueError(
-                f"{name}.scale has dtype {scale.dtype}, wanted float8_e4m3fn or float8_e8m0fnu for "
-                f"values of {values.dtype}"
-            )
-        block, whole = found
-        blocks = {columns / block}
-    elif integers:
-        if scale.dtype != jnp.bfloat16:
-            raise ValueError(f"{name}.scale has dtype {scale.dtype}, wanted bfloat16 for int4")
-        blocks, whole = {columns / group for group in _GROUPS}, False
-    else:
-        raise ValueError(f"{name}.values has dtype {values.dtype}, wanted float4_e2m1fn or int4")
-    if scale.shape[0] != rows or scale.shape[1] not in blocks:
-        sizes = " or ".join(f"{size:g}" for size in sorted(blocks))
-        raise ValueError(f"{name}.scale has shape {scale.shape}, wanted ({rows}, {sizes})")
-    for field, shape, dtype, wanted in (
-        ("tensor_scale", (1, 1), jnp.float32, whole),
-        ("zero_point", scale.shape, jnp.int4, integers and w.zero_point is not None),
-    ):
-        given = getattr(w, field)
-        if given is None and not wanted:
-            continue
-        if given is None or not wanted:
-            got, need = ("None", "one") if wanted else ("given", "None")
-            raise ValueError(f"{name}.{field} is {got}, wanted {need} for {values.dtype}")
-        if (given.shape, given.dtype) != (shape, dtype):
-            raise ValueError(
-                f"{name}.{field} is {given.dtype}{list(given.shape)}, wanted "
-                f"{jnp.dtype(dtype)}{list(shape)}"
-            )
 
 
 class Config(NamedTuple):
@@ -139,6 +93,8 @@ def _product(dtype, x, over, w, to):
         )
         return (out.astype(dtype),)
 
-    axes = [(*lead, f"b{over}"), ("bn", "bk")], [(*lead, f"b{to}")]
-    (out,) = _partitioning.on_auto_mesh(run, *axes)(x, w.values, w)
+    largest = w.data if isinstance(w, PackedWeight) else w.values
+    of_weight = ("bn", "bk", "words")[: largest.ndim]
+    axes = [(*lead, f"b{over}"), of_weight], [(*lead, f"b{to}")]
+    (out,) = _partitioning.on_auto_mesh(run, *axes)(x, largest, w)
     return out

@@ -18,7 +18,8 @@ _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
 _LARGEST_CODE = 126  # of e4m3: 448
-_MANTISSA_BITS, _BIAS = 23, 127  # of float32
+_MANTISSA_BITS = 23  # of float32
+_INFINITY = 0xFF << _MANTISSA_BITS
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
 # Parts of the largest magnitude that a search tries to represent, as steps of a block's scale: of
@@ -152,9 +153,12 @@ def _blocks(x, size):
 
 def _amax(blocks):
     """The largest magnitude of each block, and whether all of it are finite; zero where not."""
-    amax = jnp.abs(blocks).max(-1)
-    finite = jnp.isfinite(amax)
-    return jnp.where(finite, amax, 0), finite
+    # NOTE: of the bits, as XLA for CPUs may lose a NaN in the maximum of numbers.
+    bits = jax.lax.bitcast_convert_type(blocks, jnp.int32) & 0x7FFFFFFF
+    bits = bits.max(-1)
+    finite = bits < _INFINITY
+    amax = jax.lax.bitcast_convert_type(jnp.where(finite, bits, 0), jnp.float32)
+    return amax, finite
 
 
 def _best(first, others, error):

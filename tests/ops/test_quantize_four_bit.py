@@ -161,6 +161,17 @@ def test_zeros_and_what_is_not_finite(name, search):
     np.testing.assert_array_equal(back[alone], others[alone])
 
 
+@formats
+def test_a_nan_anywhere(name):
+    """Wherever in its block it is."""
+    x = np.repeat(normal((1, 128)), 128, 0)
+    np.fill_diagonal(x, np.nan)
+    got = run(name, x)
+    size = 128 // got.scale.shape[1]
+    wanted = np.arange(128)[:, None] // size == np.arange(128 // size)
+    np.testing.assert_array_equal(np.isnan(np.float32(got.scale)), wanted)
+
+
 def test_small_blocks():
     """An e4m3 scale that is rounded to zero makes zeros."""
     x = np.full((1, 32), 1e-6, np.float32)

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxkern import quantize, quantized_matmul
+from jaxkern import pack_weight, quantize, quantized_matmul
 
 FORMATS = {
     "nvfp4": {},
@@ -63,6 +63,21 @@ def test_gradient(name, dtype):
     np.testing.assert_allclose(float64(dx), wanted, rtol=2**-8, atol=1e-4)
 
 
+@formats
+def test_packed(name):
+    """The same weight in another order."""
+    x, w = normal(5, K, dtype="bfloat16"), weight(name)
+    packed = pack_weight(w)
+    np.testing.assert_array_equal(
+        float64(quantized_matmul(x, packed)), float64(quantized_matmul(x, w))
+    )
+    of_packed, wanted = (
+        jax.grad(lambda x, w=w: quantized_matmul(x, w).astype(jnp.float32).sum())(x)
+        for w in (packed, w)
+    )
+    np.testing.assert_array_equal(float64(of_packed), float64(wanted))
+
+
 def test_what_is_kept_for_the_gradient():
     """Four bits of the weight, not what they stand for."""
     x, w = normal(4, K, dtype="bfloat16"), weight("nvfp4")
@@ -86,13 +101,15 @@ def test_transforms(name):
 
 
 @formats
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
-def test_rows_of_the_weight_stay_where_they_are(name, kind):
+def test_rows_of_the_weight_stay_where_they_are(name, kind, packed):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
-    x, w = normal(4, K), weight(name)
+    x, w = normal(4, K), weight(name, (512, K))
+    w = pack_weight(w) if packed else w
 
     def put(a):
-        return jax.device_put(a, NamedSharding(mesh, P("x" if a.shape[0] == N else None, None)))
+        return jax.device_put(a, NamedSharding(mesh, P("x" if a.shape[0] > 1 else None)))
 
     with jax.set_mesh(mesh):
         sharded = jax.tree.map(put, w)
@@ -105,9 +122,9 @@ def test_rows_of_the_weight_stay_where_they_are(name, kind):
 
 def test_errors():
     x, w, integers = normal(5, K), weight("nvfp4"), weight("int4 with zero points")
-    change = dataclasses.replace
+    change, packed = dataclasses.replace, pack_weight(w)
     for wrong, message in (
-        (w.values, "w is a .*, wanted a QuantizedArray"),
+        (w.values, "w is a .*, wanted a QuantizedArray or a PackedWeight"),
         (quantize(normal(N, K)), "w.values has dtype float8_e4m3fn, wanted float4_e2m1fn or int4"),
         (change(w, scale=w.scale[:, 1:]), r"w.scale has shape \(24, 7\), wanted \(24, 8\)"),
         (change(w, scale=w.scale[1:]), r"w.scale has shape \(23, 8\), wanted \(24, 8\)"),
@@ -119,7 +136,15 @@ def test_errors():
         (change(integers, scale=w.scale), "w.scale has dtype float8_e4m3fn, wanted bfloat16"),
         (change(integers, zero_point=integers.zero_point[1:]), r"w.zero_point is int4\[23, 2\]"),
         (change(integers, tensor_scale=w.tensor_scale), "w.tensor_scale is given, wanted None"),
-        (weight("nvfp4", (2, N, K)), "wanted two axes each"),
+        (weight("nvfp4", (2, N, K)), r"w has shape \(2, 24, 128\), wanted \(N, K\)"),
+        (
+            change(packed, data=packed.data[..., 1:]),
+            r"w.data is uint32\[1, 1, 1151\], wanted uint32",
+        ),
+        (change(packed, data=packed.data.view(jnp.int32)), "w.data is int32"),
+        (change(packed, row_scale=packed.row_scale[1:]), r"w.row_scale is float32\[63\], wanted"),
+        (change(packed, tensor_scale=packed.row_scale), r"w.tensor_scale is float32\[64\], wanted"),
+        (change(packed, rows=65), r"wanted uint32\[2, 1, 1152\]"),
     ):
         with pytest.raises(ValueError, match=message):
             quantized_matmul(x, wrong)
