@@ -9,7 +9,7 @@ from flax import nnx
 
 from jaxkern import _flax, dot_product_attention
 from jaxkern.models.config import Config
-from jaxkern.nnx import Fp8Linear, RMSNorm
+from jaxkern.nnx import Fp8Linear, QuantizedLinear, RMSNorm
 from jaxkern.reference.rotary import frequencies, rotate
 
 
@@ -183,6 +183,8 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 logits [..., vocabulary] of `hidden` [..., width], which are not rounded."""
+        if isinstance(self.head, QuantizedLinear):
+            return self.head(hidden, preferred_element_type=jnp.float32)
         if self.head is None:
             kernel = self.embed.embedding[...].T
         else:
