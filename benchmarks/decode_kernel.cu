@@ -8,7 +8,7 @@
 // tokens of each after the last of 32 steps in a launch, and how tokens are drawn: greedy,
 // temperature, top_k, top_p or both. Prints microseconds a step, the median of half a second, and
 // TB/s of weights. With -DJAXKERN_PROBES in $F also the microseconds a step that a block has of the
-// parts of each phase (cuda/decode/probe.cuh), which themselves take a few percent.
+// parts of each phase (cuda/decode/probe.cuh), which themselves take about 1%.
 #include <cstring>
 
 #include "benchmarks/harness.cuh"

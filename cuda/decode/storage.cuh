@@ -12,9 +12,9 @@ template <int kHeadDim, int kBatch, int kStages>
 struct StepStorage {
   Stream<kStages, chunk_bytes(kHeadDim)> stream;
   decode::Sums<kBatch, max_rows(kHeadDim)> sums;
-  float residual[kBatch]
-                [max_rows(kHeadDim)];  // hidden state of the rows that the block has of out, down
-  float rstd[kBatch];                  // of the hidden state
+  // Hidden state of the rows that the block has of out and of down.
+  float residual[kBatch][max_rows(kHeadDim)];
+  float rstd[kBatch];                           // of the hidden state
   float squares[kBatch * Team<kBatch>::kSize];  // of the first one, sums of warps
   float2 rotation[kBatch][kHeadDim / 2];        // cosines and sines of the positions
   int lengths[kBatch], status[kBatch];          // lengths before the first step

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from four_bit import FORMATS
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -17,12 +18,6 @@ E2M1, E4M3, E8M0 = (
     ml_dtypes.float8_e4m3fn,
     ml_dtypes.float8_e8m0fnu,
 )
-FORMATS = {
-    "nvfp4": {},
-    "mxfp4": {},
-    "int4": {"group_size": 32},
-    "int4 with zero points": {"group_size": 64, "zero_point": True},
-}
 formats = pytest.mark.parametrize("name", FORMATS)
 
 
@@ -221,7 +216,7 @@ def test_rounding_at_random(name):
     assert inside.mean() > 0.5
     assert len(np.unique(back[:, 0])) <= 2 < len(np.unique(nearest[0]))
     off = np.abs(back.mean(0) - x.mean(0)) / unit.mean(0)
-    assert off[inside.all(0)].max() < 6 * 1.0 / np.sqrt(len(x))
+    assert off[inside.all(0)].max() < 6 / np.sqrt(len(x))
 
 
 @formats

@@ -7,17 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from four_bit import FORMATS
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxkern import pack_weight, quantize, quantized_matmul
 
-FORMATS = {
-    "nvfp4": {},
-    "mxfp4": {},
-    "int4": {"group_size": 32},
-    "int4 with zero points": {"group_size": 64, "zero_point": True},
-}
 formats = pytest.mark.parametrize("name", FORMATS)
 N, K = 24, 128
 
