@@ -99,7 +99,7 @@ def test_transforms(name):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
 def test_rows_of_the_weight_stay_where_they_are(name, kind, packed):
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
+    mesh = jax.make_mesh((8,), ("x",), (kind,), devices=jax.devices("cpu"))
     x, w = normal(4, K), weight(name, (512, K))
     w = pack_weight(w) if packed else w
 
