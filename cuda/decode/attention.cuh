@@ -269,8 +269,10 @@ struct Attention {
 #pragma unroll
       for (int t = 0; t < kWarpTokens / 8; ++t) {
         const uint4 b = *reinterpret_cast<const uint4*>(mine + (s * 8 + 2 * t) * kSliceBytes);
-        tile::ptx::mma_m16n8k16(score[t], query.x, 0, query.y, 0, b.x, b.y);
-        tile::ptx::mma_m16n8k16(score[t], query.z, 0, query.w, 0, b.z, b.w);
+        tile::ptx::mma_m16n8k16<tile::ElementType<tile::bf16>>(score[t], query.x, 0, query.y, 0,
+                                                               b.x, b.y);
+        tile::ptx::mma_m16n8k16<tile::ElementType<tile::bf16>>(score[t], query.z, 0, query.w, 0,
+                                                               b.z, b.w);
       }
     }
     float now = most;
@@ -311,10 +313,12 @@ struct Attention {
       out[m][1] *= right;
       out[m][2] *= left;
       out[m][3] *= right;
-      tile::ptx::mma_m16n8k16(out[m], a.x & exists[0], b.x & exists[0], a.y & exists[1],
-                              b.y & exists[1], weights[0], weights[1]);
-      tile::ptx::mma_m16n8k16(out[m], a.z & exists[2], b.z & exists[2], a.w & exists[3],
-                              b.w & exists[3], weights[2], weights[3]);
+      tile::ptx::mma_m16n8k16<tile::ElementType<tile::bf16>>(
+          out[m], a.x & exists[0], b.x & exists[0], a.y & exists[1], b.y & exists[1], weights[0],
+          weights[1]);
+      tile::ptx::mma_m16n8k16<tile::ElementType<tile::bf16>>(
+          out[m], a.z & exists[2], b.z & exists[2], a.w & exists[3], b.w & exists[3], weights[2],
+          weights[3]);
     }
   }
 

@@ -121,7 +121,8 @@ __device__ __forceinline__ void multiply_slices(const Vectors<kBatch>& x, int fi
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n) {
         const uint4& v = b[s][part][n];
-        tile::ptx::mma_m16n8k16(sum[s][t][n], a.x, c.x, a.y, c.y, v.x, v.y);
+        tile::ptx::mma_m16n8k16<tile::ElementType<tile::bf16>>(sum[s][t][n], a.x, c.x, a.y, c.y,
+                                                               v.x, v.y);
       }
     });
     each([&](int s, int t) {
@@ -129,7 +130,8 @@ __device__ __forceinline__ void multiply_slices(const Vectors<kBatch>& x, int fi
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n) {
         const uint4& v = b[s][part][n];
-        tile::ptx::mma_m16n8k16(sum[s][t][n], a.z, c.z, a.w, c.w, v.z, v.w);
+        tile::ptx::mma_m16n8k16<tile::ElementType<tile::bf16>>(sum[s][t][n], a.z, c.z, a.w, c.w,
+                                                               v.z, v.w);
       }
     });
   }
@@ -294,8 +296,10 @@ struct HeldWeights {
         for (int t = 0; t < kTiles; ++t) {
           const uint4 low = weights[i][2 * t];
           const uint4 high = 2 * t + 1 < kOctets ? weights[i][2 * t + 1] : uint4{};
-          tile::ptx::mma_m16n8k16(sum[0][t][n], low.x, high.x, low.y, high.y, b.x, b.y);
-          tile::ptx::mma_m16n8k16(sum[1][t][n], low.z, high.z, low.w, high.w, b.z, b.w);
+          tile::ptx::mma_m16n8k16<tile::ElementType<tile::bf16>>(sum[0][t][n], low.x, high.x, low.y,
+                                                                 high.y, b.x, b.y);
+          tile::ptx::mma_m16n8k16<tile::ElementType<tile::bf16>>(sum[1][t][n], low.z, high.z, low.w,
+                                                                 high.w, b.z, b.w);
         }
       }
     }

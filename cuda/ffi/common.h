@@ -38,6 +38,8 @@ inline std::string dtype_name(ffi::DataType dtype) {
       return "float8_e4m3fn";
     case ffi::DataType::F8E5M2:
       return "float8_e5m2";
+    case ffi::DataType::U32:
+      return "uint32";
     default:
       return "another type";
   }

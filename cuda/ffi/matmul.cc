@@ -9,6 +9,7 @@ constexpr auto BF16 = ffi::DataType::BF16;
 constexpr auto F16 = ffi::DataType::F16;
 constexpr auto F8E4M3FN = ffi::DataType::F8E4M3FN;
 constexpr auto F8E5M2 = ffi::DataType::F8E5M2;
+constexpr auto U32 = ffi::DataType::U32;
 
 // The scales of B matrices (rows, K) have the shape that `scaling` says.
 void check_scales(Checks& checks, std::string_view name, const ffi::AnyBuffer& scales,
@@ -73,6 +74,58 @@ ffi::Error scaled_matmul(cudaStream_t stream, ffi::AnyBuffer lhs, ffi::AnyBuffer
   return launch_error("scaled_matmul", launch_scaled_matmul(params, stream));
 }
 
+// Columns that share a scale: what the format has, or for integers one of three numbers.
+bool is_block(FourBitFormat format, int32_t block) {
+  if (format == FourBitFormat::kNvfp4) return block == 16;
+  if (format == FourBitFormat::kMxfp4) return block == 32;
+  return block == 32 || block == 64 || block == 128;
+}
+
+ffi::Error quantized_matmul(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer data,
+                            ffi::AnyBuffer row_scale, ffi::Result<ffi::AnyBuffer> out,
+                            int32_t format_code, int32_t block, bool zero_points) {
+  Checks checks("quantized_matmul");
+  if (checks.rank("x", x, 3).rank("data", data, 4).failed()) return checks.error();
+  const int64_t B = x.dimensions()[0], M = x.dimensions()[1], K = x.dimensions()[2];
+  const int64_t strips = data.dimensions()[1], panels = data.dimensions()[2];
+  const int64_t N = strips * kFourBitRows;
+  const auto format = FourBitFormat(format_code);
+  checks.that(format_code >= 0 && format_code <= 2, "format", std::to_string(format_code), "0 to 2")
+      .that(is_block(format, block), "block", std::to_string(block), "one of the format");
+  if (checks.failed()) return checks.error();
+  const FourBitWeight w = {
+      .format = format,
+      .blocks = kFourBitColumns / block,
+      .zero_points = zero_points,
+      .data = data.untyped_data(),
+      .row_scale = static_cast<const float*>(row_scale.untyped_data()),
+  };
+  checks.dtype("x", x, {BF16, F16})
+      .that(M <= kMostFewRows, "x", "has M " + std::to_string(M),
+            "at most " + std::to_string(kMostFewRows))
+      .that(K == panels * kFourBitColumns, "x", "has K " + std::to_string(K),
+            std::to_string(panels * kFourBitColumns))
+      .shape("data", data, {B, strips, panels, w.tile_bytes() / 4})
+      .dtype("data", data, {U32})
+      .shape("row_scale", row_scale, {B, N})
+      .dtype("row_scale", row_scale, {F32})
+      .shape("out", *out, {B, M, N})
+      .dtype("out", *out, {BF16, F16, F32});
+  if (checks.failed() || B * M * N == 0) return checks.error();
+  const QuantizedMatmulParams params = {
+      .x_dtype = to_dtype(x.element_type()),
+      .out_dtype = to_dtype(out->element_type()),
+      .B = B,
+      .M = M,
+      .N = N,
+      .K = K,
+      .x = x.untyped_data(),
+      .w = w,
+      .out = out->untyped_data(),
+  };
+  return launch_error("quantized_matmul", launch_quantized_matmul(params, stream));
+}
+
 }  // namespace
 
 JAXKERN_DEFINE_HANDLER(ScaledMatmul, scaled_matmul,
@@ -87,5 +140,16 @@ JAXKERN_DEFINE_HANDLER(ScaledMatmul, scaled_matmul,
                            .Attr<int32_t>("lhs_scaling")
                            .Attr<int32_t>("rhs_scaling")
                            .Attr<bool>("fast_accumulation"));
+
+JAXKERN_DEFINE_HANDLER(QuantizedMatmul, quantized_matmul,
+                       ffi::Ffi::Bind()
+                           .Ctx<Stream>()
+                           .Arg<ffi::AnyBuffer>()  // x
+                           .Arg<ffi::AnyBuffer>()  // data
+                           .Arg<ffi::AnyBuffer>()  // row_scale
+                           .Ret<ffi::AnyBuffer>()  // out
+                           .Attr<int32_t>("format")
+                           .Attr<int32_t>("block")
+                           .Attr<bool>("zero_points"));
 
 }  // namespace jaxkern

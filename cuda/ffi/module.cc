@@ -22,6 +22,7 @@ namespace nb = nanobind;
   TARGET("jaxkern.quantize_rms_norm", QuantizeRmsNorm)       \
   TARGET("jaxkern.quantize_swiglu", QuantizeSwiglu)          \
   TARGET("jaxkern.quantize_swiglu_grad", QuantizeSwigluGrad) \
+  TARGET("jaxkern.quantized_matmul", QuantizedMatmul)        \
   TARGET("jaxkern.rms_norm_fwd", RmsNormFwd)                 \
   TARGET("jaxkern.rms_norm_bwd", RmsNormBwd)                 \
   TARGET("jaxkern.scaled_matmul", ScaledMatmul)

@@ -70,17 +70,29 @@ cudaError_t make_matrix_map(CUtensorMap* map, CUtensorMapDataType dtype, const v
   return encode_map(map, dtype, 2, data, sizes, strides, box, CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
-cudaError_t make_panel_map(CUtensorMap* map, const void* data, int64_t rows, int64_t cols,
-                           int box_rows, int* box_panels) {
-  if (cols % kPanelBytes != 0) *box_panels = 1;
-  const int64_t panels = *box_panels > 1 ? cols / kPanelBytes : 1;
-  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(cols / panels),
-                               static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(panels)};
-  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(cols), kPanelBytes};
-  const cuuint32_t box[3] = {kPanelBytes, static_cast<cuuint32_t>(box_rows),
+cudaError_t make_panel_map(CUtensorMap* map, CUtensorMapDataType dtype, const void* data,
+                           int64_t rows, int64_t cols, int box_rows, int* box_panels) {
+  const cuuint64_t bytes = static_cast<cuuint64_t>(cols) * element_bytes(dtype);
+  if (bytes % kPanelBytes != 0) *box_panels = 1;
+  const cuuint64_t panels = *box_panels > 1 ? bytes / kPanelBytes : 1;
+  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(cols) / panels,
+                               static_cast<cuuint64_t>(rows), panels};
+  const cuuint64_t strides[2] = {bytes, kPanelBytes};
+  const cuuint32_t box[3] = {panel_cols(dtype), static_cast<cuuint32_t>(box_rows),
                              static_cast<cuuint32_t>(*box_panels)};
-  return encode_map(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, data, sizes, strides, box,
-                    CU_TENSOR_MAP_SWIZZLE_128B);
+  return encode_map(map, dtype, 3, data, sizes, strides, box, CU_TENSOR_MAP_SWIZZLE_128B);
+}
+
+cudaError_t make_block_map(CUtensorMap* map, const void* data, int64_t rows, int64_t cols,
+                           int block_bytes, int box_rows, int box_cols) {
+  const cuuint32_t words = static_cast<cuuint32_t>(block_bytes) / sizeof(uint64_t);
+  const cuuint64_t sizes[3] = {words, static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t block = words * sizeof(uint64_t);
+  const cuuint64_t strides[2] = {block, block * sizes[1]};
+  const cuuint32_t box[3] = {words, static_cast<cuuint32_t>(box_cols),
+                             static_cast<cuuint32_t>(box_rows)};
+  return encode_map(map, CU_TENSOR_MAP_DATA_TYPE_UINT64, 3, data, sizes, strides, box,
+                    CU_TENSOR_MAP_SWIZZLE_NONE);
 }
 
 cudaError_t make_row_map(CUtensorMap* map, const float* data, int64_t rows, int64_t cols,

@@ -21,11 +21,16 @@ cudaError_t make_tensor_map(CUtensorMap* map, CUtensorMapDataType dtype, const v
 cudaError_t make_matrix_map(CUtensorMap* map, CUtensorMapDataType dtype, const void* data,
                             int64_t rows, int64_t cols, int box_rows);
 
-// The same of 8-bit elements, for copies of several boxes side by side: `*box_panels` of them, one
-// after another in memory, whose coordinates are (0, row, panel); or, where no whole number of
-// panels makes a row, just one of them, at (col, row, 0), and `*box_panels` becomes 1.
-cudaError_t make_panel_map(CUtensorMap* map, const void* data, int64_t rows, int64_t cols,
-                           int box_rows, int* box_panels);
+// The same, for copies of several boxes side by side: `*box_panels` of them, one after another in
+// memory, whose coordinates are (0, row, panel); or, where no whole number of panels makes a row,
+// just one of them, at (col, row, 0), and `*box_panels` becomes 1.
+cudaError_t make_panel_map(CUtensorMap* map, CUtensorMapDataType dtype, const void* data,
+                           int64_t rows, int64_t cols, int box_rows, int* box_panels);
+
+// Describes contiguous (rows, cols) blocks of `block_bytes` each, a multiple of 16 up to 2,048, and
+// a box of `box_rows` by `box_cols` of them, whose coordinates are (0, col, row). No swizzle.
+cudaError_t make_block_map(CUtensorMap* map, const void* data, int64_t rows, int64_t cols,
+                           int block_bytes, int box_rows, int box_cols);
 
 // Describes a contiguous (rows, cols) float32 tensor and a box of `box_cols` of one row. cols is a
 // multiple of 4.

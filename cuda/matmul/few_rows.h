@@ -73,9 +73,11 @@ cudaError_t launch_few_rows_plan_sm90(const ScaledMatmulParams& params, cudaStre
   if (M > Matmul::kTokens || plan.rows > Matmul::kRows) return cudaErrorInvalidValue;
   typename Matmul::Params p = {};
   p.lhs_box = p.rhs_box = Matmul::kPanels;
-  if (cudaError_t error = make_panel_map(&p.lhs, params.lhs, B * M, K, Matmul::kTokens, &p.lhs_box))
+  if (cudaError_t error = make_panel_map(&p.lhs, CU_TENSOR_MAP_DATA_TYPE_UINT8, params.lhs, B * M,
+                                         K, Matmul::kTokens, &p.lhs_box))
     return error;
-  if (cudaError_t error = make_panel_map(&p.rhs, params.rhs, B * N, K, plan.rows, &p.rhs_box))
+  if (cudaError_t error = make_panel_map(&p.rhs, CU_TENSOR_MAP_DATA_TYPE_UINT8, params.rhs, B * N,
+                                         K, plan.rows, &p.rhs_box))
     return error;
   if constexpr (Matmul::kBlocks) {
     if (cudaError_t error = make_row_map(&p.lhs_rows, params.lhs_scale, B * K_blocks,

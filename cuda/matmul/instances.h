@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "cuda/matmul/four_bit.h"
 #include "cuda/matmul/params.h"
 #include "cuda/tile/types.cuh"
 
@@ -31,5 +32,10 @@ cudaError_t launch_scaled_matmul_of(const ScaledMatmulParams& params, cudaStream
 // e4m3 by e4m3, at most kTokens rows of lhs, rhs not kBlock1x128.
 template <int kTokens>
 cudaError_t launch_scaled_matmul_few_rows(const ScaledMatmulParams& params, cudaStream_t stream);
+
+// Weights of the format, at most 32 rows of x.
+template <FourBitFormat kFormat>
+cudaError_t launch_quantized_matmul_few_rows(const QuantizedMatmulParams& params,
+                                             cudaStream_t stream);
 
 }  // namespace jaxkern

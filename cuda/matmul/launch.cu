@@ -33,4 +33,16 @@ cudaError_t launch_scaled_matmul(const ScaledMatmulParams& params, cudaStream_t 
   return launch_scaled_matmul_of<e4m3, e4m3>(params, stream);
 }
 
+cudaError_t launch_quantized_matmul(const QuantizedMatmulParams& params, cudaStream_t stream) {
+  switch (params.w.format) {
+    case FourBitFormat::kNvfp4:
+      return launch_quantized_matmul_few_rows<FourBitFormat::kNvfp4>(params, stream);
+    case FourBitFormat::kMxfp4:
+      return launch_quantized_matmul_few_rows<FourBitFormat::kMxfp4>(params, stream);
+    case FourBitFormat::kInt4:
+      return launch_quantized_matmul_few_rows<FourBitFormat::kInt4>(params, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
 }  // namespace jaxkern

@@ -136,7 +136,9 @@ void test_panels(int rows, int cols, int box_rows, tile::tma::PanelCorner at) {
   const test::Array<e4m3> in(x), out(wanted.size());
   CUtensorMap map;
   int box_panels = kPanels;
-  test::check(make_panel_map(&map, in.data(), rows, cols, box_rows, &box_panels), "map");
+  test::check(make_panel_map(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, in.data(), rows, cols, box_rows,
+                             &box_panels),
+              "map");
   const std::string what = std::to_string(kPanels) + " panels of " + std::to_string(box_rows) +
                            " rows of " + std::to_string(rows) + " x " + std::to_string(cols);
   test::expect(box_panels == (cols % 128 == 0 ? kPanels : 1), what + ": panels of a box");

@@ -19,7 +19,7 @@ _E2M1_SCALES = {np.dtype(four_bit.E4M3): (16, True), np.dtype(four_bit.E8M0): (3
 def pack_weight(w: QuantizedArray) -> PackedWeight:
     """A weight of four bits in the order in which the kernels read it; `unpack` undoes it.
 
-    It can be compiled, and rows and columns may be sharded by whole tiles of 64 x 128.
+    It can be compiled, and rows and columns may be sharded by whole tiles of 16 x 128.
 
     Args:
       w: [..., N, K], of the format "nvfp4", "mxfp4" or "int4" of `jaxkern.quantize`. A value of

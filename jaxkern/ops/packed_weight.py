@@ -1,24 +1,24 @@
 """PackedWeight: a weight of four bits in the order in which kernels read it.
 
-Tiles are of 64 rows and 128 columns, and everything of one lies together: the values, then the
-scales, then the zero points. A tile is the operand A of eight products by wgmma.m64nNk16, or by
-mma.m16n8k16 of four warps. In what follows warp w, lane 4 g + c and step s belong together where
-the tile's rows are 16 w + g and 16 w + 8 + g, and its columns 16 s + 2 c + 0, 1, 8 and 9.
+Tiles are of 16 rows and 128 columns, and everything of one lies together: the values, then the
+scales, then the zero points. A warp takes a tile as the operand A of eight products by
+mma.m16n8k16, or four warps take one each for wgmma.m64nNk16. In what follows lane 4 g + c and step
+s belong together where the tile's rows are g and g + 8, and its columns 16 s + 2 c + 0, 1, 8 and 9.
 
-Values: uint32 [w, s / 4, lane, s % 4]. A word has the eight of a lane and a step: in the lower half
+Values: uint32 [s / 4, lane, s % 4]. A word has the eight of a lane and a step: in the lower half
 those of even columns, in the upper half those of odd ones. In each half value i is that of row i %
 2 and columns from 8 (i / 2) on. Its bits, from the half's highest:
 
-    e2m1:     s0 s3 a3 s1 b3 c3 s2 a0 b0 c0 a1 b1 c1 a2 b2 c2
+    e2m1:     s0 c3 s3 s1 a3 b3 s2 a0 b0 c0 a1 b1 c1 a2 b2 c2
     integers: value 3, 2, 1 and 0, to each of which 8 is added
 
-Here s is the sign and a, b, c the rest of e2m1: for values 0, 1 and 2, shifted left by 3 i, one
-mask leaves a bfloat16 number of 2^-126 of the value.
+Here s is the sign and a, b, c the rest of e2m1. Value 0 is where bfloat16 has it for 2^-126 of the
+value, values 1 and 2 are 3 and 6 bits from there, and value 3 is what is left.
 
-Scales: [w, g, row % 16 / 8, block], of the blocks of a tile's columns. Of NVFP4 a byte is one of
-"e5m3": (1 + m / 8) 2^(e - 10), for which 4 bits to the left there are bfloat16's, and 0 where the
-scale is 0. Of MXFP4 it is the exponent of the row's largest scale, less that of this one. 255
-stands for NaN. Of integers scales are bfloat16, and zero points bfloat16 numbers 136 larger.
+Scales: [g, block, row / 8], of the blocks of a tile's columns. Of NVFP4 a byte is one of "e5m3":
+(1 + m / 8) 2^(e - 10), for which 4 bits to the left there are bfloat16's, and 0 where the scale is
+0. Of MXFP4 it is the exponent of the row's largest scale, less that of this one. 255 stands for
+NaN. Of integers scales are bfloat16, and zero points bfloat16 numbers 136 larger.
 """
 
 import dataclasses
@@ -34,14 +34,12 @@ from jaxkern.ops import scales
 from jaxkern.ops.quantized_array import QuantizedArray
 from jaxkern.reference import four_bit
 
-ROWS, COLUMNS = 64, 128  # of a tile
+ROWS, COLUMNS = 16, 128  # of a tile
 _VALUE_WORDS = ROWS * COLUMNS // 8
 _NAN = 255
 
-# How far a sign and the rest of e2m1, of which value 3 has the highest bit elsewhere, are shifted.
-_SIGN_SHIFTS = (15, 12, 9, 14)
-_REST_SHIFTS = (6, 3, 0, 10)
-_LAST_HIGH_SHIFT = 13
+# Where the bits of the values of a half are, from the sign on.
+_E2M1_BITS = ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (13, 11, 10, 14))
 
 
 @functools.partial(
@@ -54,8 +52,8 @@ class PackedWeight:
     """A weight [..., N, K] as `pack_weight` makes it. A pytree of arrays.
 
     Attributes:
-      data: uint32 [..., ceil(N / 64), ceil(K / 128), words], a tile's, as this module has them.
-      row_scale: float32 [..., ceil(N / 64) * 64]: what rows are multiplied by besides; NaN where a
+      data: uint32 [..., ceil(N / 16), ceil(K / 128), words], a tile's, as this module has them.
+      row_scale: float32 [..., ceil(N / 16) * 16]: what rows are multiplied by besides; NaN where a
         scale of the row is.
       tensor_scale: of NVFP4, float32 [..., 1, 1], or None.
       format: "nvfp4", "mxfp4" or "int4".
@@ -190,30 +188,29 @@ def _unpacked(w):
 
 
 def _value_words(codes, format):
-    """Words [..., N / 64, K / 128, 1024] of codes [..., N, K] of four bits, int32."""
+    """Words [..., N / 16, K / 128, 256] of codes [..., N, K] of four bits, int32."""
     *lead, rows, columns = codes.shape
-    x = codes.astype(jnp.uint32).reshape(*lead, rows // 64, 4, 2, 8, columns // 128, 8, 2, 4, 2)
-    # tile row, w, i % 2, g, tile column, s, i / 2, c, odd -> tile, w, s, g, c, i, odd
+    x = codes.astype(jnp.uint32).reshape(*lead, rows // 16, 2, 8, columns // 128, 2, 4, 2, 4, 2)
+    # From tile row, i % 2, g, tile column, s / 4, s % 4, i / 2, c and odd to tile, s / 4, g, c,
+    # s % 4, i and odd.
     n = len(lead)
-    order = [n + axis for axis in (0, 4, 1, 5, 3, 7, 6, 2, 8)]
+    order = [n + axis for axis in (0, 3, 4, 2, 7, 5, 6, 1, 8)]
     x = x.transpose(*range(n), *order)
     x = x.reshape(*x.shape[: n + 6], 4, 2)
     halves = sum(_spread(x[..., i, :], i, format) for i in range(4))
     words = halves[..., 0] | halves[..., 1] << 16
-    words = words.reshape(*words.shape[: n + 3], 2, 4, 32)  # s / 4, s % 4, lane
-    return words.swapaxes(-1, -2).reshape(*words.shape[: n + 2], _VALUE_WORDS)
+    return words.reshape(*words.shape[: n + 2], _VALUE_WORDS)
 
 
 def _codes(words, format):
     """The inverse of _value_words."""
     *lead, high, wide, _ = words.shape
     n = len(lead)
-    x = words.reshape(*lead, high, wide, 4, 2, 32, 4).swapaxes(-1, -2)
-    x = x.reshape(*lead, high, wide, 4, 8, 8, 4)  # tile, w, s, g, c
+    x = words.reshape(*lead, high, wide, 2, 8, 4, 4)  # tile, s / 4, g, c, s % 4
     halves = jnp.stack([x & 0xFFFF, x >> 16], -1)
     x = jnp.stack([_gathered(halves, i, format) for i in range(4)], -2)
     x = x.reshape(*x.shape[: n + 6], 2, 2, 2)  # i / 2, i % 2, odd
-    back = [n + axis for axis in (0, 2, 7, 4, 1, 3, 6, 5, 8)]
+    back = [n + axis for axis in (0, 7, 3, 1, 2, 5, 6, 4, 8)]
     x = x.transpose(*range(n), *back)
     return x.reshape(*lead, high * ROWS, wide * COLUMNS).astype(jnp.int32)
 
@@ -222,28 +219,22 @@ def _spread(code, i, format):
     """The bits of value i in its half."""
     if format == "int4":
         return code << 4 * i
-    sign, rest = code >> 3, code & 7
-    if i < 3:
-        return sign << _SIGN_SHIFTS[i] | rest << _REST_SHIFTS[i]
-    return sign << _SIGN_SHIFTS[i] | rest >> 2 << _LAST_HIGH_SHIFT | (rest & 3) << _REST_SHIFTS[i]
+    return sum((code >> 3 - j & 1) << place for j, place in enumerate(_E2M1_BITS[i]))
 
 
 def _gathered(half, i, format):
     """The inverse of _spread."""
     if format == "int4":
         return half >> 4 * i & 15
-    sign = half >> _SIGN_SHIFTS[i] & 1
-    if i < 3:
-        return sign << 3 | half >> _REST_SHIFTS[i] & 7
-    return sign << 3 | (half >> _LAST_HIGH_SHIFT & 1) << 2 | half >> _REST_SHIFTS[i] & 3
+    return sum((half >> place & 1) << 3 - j for j, place in enumerate(_E2M1_BITS[i]))
 
 
 def _scale_words(x, wide, bits):
-    """Words [..., N / 64, wide, _] of numbers [..., N, blocks] of so many bits."""
+    """Words [..., N / 16, wide, _] of numbers [..., N, blocks] of so many bits."""
     *lead, rows, blocks = x.shape
     n, each = len(lead), 32 // bits
-    x = x.astype(jnp.uint32).reshape(*lead, rows // ROWS, 4, 2, 8, wide, blocks // wide)
-    x = x.transpose(*range(n), *(n + axis for axis in (0, 4, 1, 3, 2, 5)))
+    x = x.astype(jnp.uint32).reshape(*lead, rows // ROWS, 2, 8, wide, blocks // wide)
+    x = x.transpose(*range(n), *(n + axis for axis in (0, 3, 2, 4, 1)))
     x = x.reshape(*lead, rows // ROWS, wide, -1, each)
     return sum(x[..., i] << bits * i for i in range(each))
 
@@ -253,8 +244,8 @@ def _scales(words, bits):
     *lead, high, wide, count = words.shape
     n, each = len(lead), 32 // bits
     x = jnp.stack([words >> bits * i & (1 << bits) - 1 for i in range(each)], -1)
-    x = x.reshape(*lead, high, wide, 4, 8, 2, count * each // ROWS)
-    x = x.transpose(*range(n), *(n + axis for axis in (0, 2, 4, 3, 1, 5)))
+    x = x.reshape(*lead, high, wide, 8, count * each // ROWS, 2)
+    x = x.transpose(*range(n), *(n + axis for axis in (0, 4, 2, 1, 3)))
     return x.reshape(*lead, high * ROWS, -1).astype(jnp.int32)
 
 

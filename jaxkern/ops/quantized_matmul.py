@@ -1,6 +1,7 @@
 """quantized_matmul: x times a weight that is kept in four bits."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,13 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxkern import _checks, _dispatch, _partitioning
+from jaxkern import _checks, _dispatch, _ffi, _partitioning, _stack
 from jaxkern.ops import four_bit_weight
-from jaxkern.ops.packed_weight import PackedWeight
+from jaxkern.ops.packed_weight import COLUMNS, ROWS, PackedWeight
 from jaxkern.ops.quantized_array import QuantizedArray
 
 _OP = "quantized_matmul"
 _DTYPES = ("bfloat16", "float16", "float32")
+_SINGLE = np.dtype("float32")
+_MOST_ROWS = 32  # of x, for the kernel
+_FORMATS = ("nvfp4", "mxfp4", "int4")  # the numbers of the kernel's attribute
 
 
 def quantized_matmul(
@@ -35,15 +39,17 @@ def quantized_matmul(
       w: [N, K], of the format "nvfp4", "mxfp4" or "int4"; or what `jaxkern.pack_weight` makes of
         it, which is the same weight.
       preferred_element_type: of the result: bfloat16, float16 or float32. None is x's.
-      implementation: "cuda", "xla", or a sequence of them to take the first that supports the
-        call. None is ("cuda", "xla"). There is no kernel yet; "xla" is plain jax.numpy.
+      implementation: "cuda" (kernels: a packed w, and up to 32 rows of x in bfloat16 or float16),
+        "xla" (plain jax.numpy), or a sequence of them to take the first that supports the call.
+        None is ("cuda", "xla"). Gradients are plain jax.numpy.
 
     Returns:
       [..., N].
 
     Raises:
       ValueError: arguments that do not fit together, or an unknown implementation.
-      NotImplementedError: implementation "cuda".
+      NotImplementedError: implementation "cuda" where the kernel cannot run the call, or when such
+        a call is lowered for another platform.
       ExceptionGroup: no implementation of a sequence can.
     """
     x = _checks.array("x", x)
@@ -56,18 +62,32 @@ def quantized_matmul(
         raise ValueError(f"x has shape {x.shape}, wanted (..., {w.shape[-1]}) for w's {w.shape}")
     wanted = x.dtype if preferred_element_type is None else preferred_element_type
     dtype = _checks.dtype("preferred_element_type", wanted, _DTYPES)
-    _dispatch.choose(_OP, implementation, "there is no kernel for it yet")
-    return _quantized_matmul(Config(dtype, x.dtype), x, w)
+    choice = _dispatch.choose(_OP, implementation, _unsupported(x, w))
+    return _quantized_matmul(Config(dtype, x.dtype, choice.kernel, choice.fallback), x, w)
+
+
+def _unsupported(x, w):
+    """Why the kernel cannot take these arguments, or None."""
+    if not isinstance(w, PackedWeight):
+        return "w is a QuantizedArray, wanted what pack_weight makes of it"
+    if x.dtype == _SINGLE:
+        return "x has dtype float32, wanted bfloat16 or float16"
+    rows = math.prod(x.shape[:-1])
+    return f"x has {rows} rows, wanted at most {_MOST_ROWS}" if rows > _MOST_ROWS else None
 
 
 class Config(NamedTuple):
     dtype: np.dtype  # of the result
     input_dtype: np.dtype
+    kernel: bool
+    fallback: bool  # to the reference, where the lowering is not for CUDA
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 @functools.partial(jax.jit, static_argnums=0)
 def _quantized_matmul(config, x, w):
+    if config.kernel:
+        return _by_tiles(config, x, w)
     return _product(config.dtype, x, "k", w, "n")
 
 
@@ -98,3 +118,111 @@ def _product(dtype, x, over, w, to):
     axes = [(*lead, f"b{over}"), of_weight], [(*lead, f"b{to}")]
     (out,) = _partitioning.on_auto_mesh(run, *axes)(x, largest, w)
     return out
+
+
+# --- Kernel ---------------------------------------------------------------------------------------
+
+
+class TilesConfig(NamedTuple):
+    dtype: np.dtype  # of the result
+    format: str
+    block: int
+    zero_points: bool
+    fallback: bool
+
+    @staticmethod
+    def axes(x_rank, data_rank, *others):
+        """Names of the axes of the operands, and of the result.
+
+        The leading axes of a weight are the first ones of x.
+        """
+        lead = tuple(f"b{i}" for i in range(x_rank - 2))
+        of_weight = lead[: data_rank - 3]
+        operands = (
+            (*lead, "bk", "columns"),
+            (*of_weight, "bn", "bk", "words"),
+            (*of_weight, "bn", "rows"),
+            (*of_weight, "one", "another"),
+        )
+        return operands[: 2 + len(others)], ((*lead, "bn", "rows"),)
+
+
+def _by_tiles(config, x, w):
+    """The product by an op of whole tiles, whose rows and columns are axes of their own."""
+    wide = w.data.shape[-2] * COLUMNS
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, wide - w.columns)])
+    operands = (
+        _partitioning.split_axes(x, (x.ndim - 1,), COLUMNS),
+        w.data,
+        _partitioning.split_axes(w.row_scale, (w.row_scale.ndim - 1,), ROWS),
+        *(() if w.tensor_scale is None else (w.tensor_scale,)),
+    )
+    tiles = TilesConfig(config.dtype, w.format, w.block, w.zero_points, config.fallback)
+    operand_axes, _ = tiles.axes(*(a.ndim for a in operands))
+    (out,) = _op(tiles)(*_partitioning.alike(operands, operand_axes))
+    return out.reshape(*x.shape[:-1], -1)[..., : w.rows]
+
+
+@functools.cache
+def _op(config):
+    # Sums over a sharded K are float32 up to their end, where the rounding belongs.
+    shares = config._replace(dtype=_SINGLE)
+
+    def vmapped(op, axis_size, in_batched, operands):
+        if not any(in_batched[1:]) and operands[1].ndim == 3:
+            return op(*operands)  # examples are more rows of one product
+        return op(*_stack.broadcast_unbatched(axis_size, in_batched, operands))
+
+    return _stack.kernel_op(
+        _OP,
+        functools.partial(by_kernel, config),
+        functools.partial(by_reference, config),
+        config.axes,
+        fallback=config.fallback,
+        vmap=vmapped,
+        shares=_stack.Shares(
+            lambda _: functools.partial(by_kernel, shares),
+            lambda _: functools.partial(by_reference, shares),
+            lambda results, *_: tuple(x.astype(config.dtype) for x in results),
+        ),
+    )
+
+
+def by_kernel(config, x, data, row_scale, *_):
+    """The product by the kernel, some rows of x at a time."""
+    *lead, high, wide, words = data.shape
+    batch, rows = math.prod(lead), math.prod(x.shape[len(lead) : -2])
+    whole = x.reshape(batch, rows, wide * COLUMNS)
+    outs = []
+    for first in range(0, rows, _MOST_ROWS):
+        some = whole[:, first : first + _MOST_ROWS]
+        outs += _ffi.call(
+            "jaxkern.quantized_matmul",
+            [((batch, some.shape[1], high * ROWS), config.dtype)],
+            some,
+            data.reshape(batch, high, wide, words),
+            row_scale.reshape(batch, high * ROWS),
+            format=np.int32(_FORMATS.index(config.format)),
+            block=np.int32(config.block),
+            zero_points=np.bool_(config.zero_points),
+        )
+    return (jnp.concatenate(outs, 1).reshape(*x.shape[:-2], high, ROWS),)
+
+
+def by_reference(config, x, data, row_scale, *tensor_scale):
+    """The product by the reference."""
+    *lead, high, wide, _ = data.shape
+    row_scale = row_scale.reshape(*lead, high * ROWS)
+    size = high * ROWS, wide * COLUMNS
+    (tensor_scale,) = tensor_scale or (None,)
+    weight = PackedWeight(
+        data, row_scale, tensor_scale, config.format, config.block, config.zero_points, *size
+    )
+    rows = x.shape[len(lead) : -2]
+    out = jnp.einsum(
+        "...mk,...nk->...mn",
+        x.reshape(*lead, math.prod(rows), size[1]).astype(jnp.float32),
+        weight.dequantize(),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return (out.astype(config.dtype).reshape(*x.shape[:-2], high, ROWS),)

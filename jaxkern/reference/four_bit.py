@@ -183,7 +183,8 @@ def _e2m1(blocks, scale, finite, noise):
         low, high = (_magnitude(jnp.minimum(code + i, 7)) * scale for i in range(2))
         code += _blocks(noise, blocks.shape[-1]) * (high - low) < magnitude - low
         code = jnp.minimum(code, 7)
-    code = jnp.where(finite[..., None] & (scale > 0), code, 0)
+    # A product of a small scale may be flushed to zero, which a magnitude of zero then reaches.
+    code = jnp.where(finite[..., None] & (scale > 0) & (magnitude > 0), code, 0)
     code |= jnp.signbit(blocks) * 8
     return jax.lax.bitcast_convert_type(code.astype(jnp.uint4), E2M1)
 

@@ -134,12 +134,12 @@ def test_errors():
         (weight("nvfp4", (2, N, K)), r"w has shape \(2, 24, 128\), wanted \(N, K\)"),
         (
             change(packed, data=packed.data[..., 1:]),
-            r"w.data is uint32\[1, 1, 1151\], wanted uint32",
+            r"w.data is uint32\[2, 1, 287\], wanted uint32\[2, 1, 288\]",
         ),
         (change(packed, data=packed.data.view(jnp.int32)), "w.data is int32"),
-        (change(packed, row_scale=packed.row_scale[1:]), r"w.row_scale is float32\[63\], wanted"),
-        (change(packed, tensor_scale=packed.row_scale), r"w.tensor_scale is float32\[64\], wanted"),
-        (change(packed, rows=65), r"wanted uint32\[2, 1, 1152\]"),
+        (change(packed, row_scale=packed.row_scale[1:]), r"w.row_scale is float32\[31\], wanted"),
+        (change(packed, tensor_scale=packed.row_scale), r"w.tensor_scale is float32\[32\], wanted"),
+        (change(packed, rows=33), r"wanted uint32\[3, 1, 288\]"),
     ):
         with pytest.raises(ValueError, match=message):
             quantized_matmul(x, wrong)

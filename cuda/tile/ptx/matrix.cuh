@@ -34,16 +34,18 @@ __device__ __forceinline__ void ldmatrix_x4(const void* row, uint32_t& r0, uint3
                : "memory");
 }
 
-// D(16 x 8) += A(16 x 16) B(16 x 8) of bfloat16, by a warp. Lane 4 g + c has, of A, columns
+// D(16 x 8) += A(16 x 16) B(16 x 8) of 16-bit elements, by a warp. Lane 4 g + c has, of A, columns
 // 2 c, 2 c + 1 of rows g, g + 8 and then columns 2 c + 8, 2 c + 9 of both; of B, rows 2 c, 2 c + 1
-// and 2 c + 8, 2 c + 9 of column g; of D, columns 2 c, 2 c + 1 of rows g and g + 8.
+// and 2 c + 8, 2 c + 9 of column g; of D, columns 2 c, 2 c + 1 of rows g and g + 8. `Type::kName`
+// is the PTX element type.
+template <class Type>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                              uint32_t a3, uint32_t b0, uint32_t b1) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "mma.sync.aligned.m16n8k16.row.col.f32.%10.%10.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "C"(Type::kName));
 }
 
 }  // namespace jaxkern::tile::ptx

@@ -2,6 +2,8 @@
 // wide reductions.
 #pragma once
 
+#include <cstdint>
+
 namespace jaxkern::tile::ptx {
 
 template <int kRegisters>
@@ -34,6 +36,13 @@ __device__ __forceinline__ void reduce_add_v4(float* global, const float* x) {
                :
                : "l"(global), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
                : "memory");
+}
+
+// (x & mask) | bits, one instruction: of two constants the compiler would make two.
+__device__ __forceinline__ uint32_t select_or(uint32_t x, uint32_t mask, uint32_t bits) {
+  uint32_t y;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(x), "r"(mask), "r"(bits));
+  return y;
 }
 
 // The compiler works this out here, not where it is used; nor does it keep what follows from it.

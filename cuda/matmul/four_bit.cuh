@@ -1,0 +1,157 @@
+// Weights of four bits as the operand A of tensor cores.
+//
+// A word that packed_weight.py describes holds eight of them, which are a lane's of one step: 16
+// rows by 16 columns for m16n8k16. expand() makes T of them, bfloat16 or float16, times the scale
+// of their block. Values of e2m1 are moved to where T has sign, exponent and mantissa; that leaves
+// 2^-126 or 2^-14 of them, and scales are so much larger that products are normal numbers; what
+// remains, kSumScale, is for sums. Products of e2m1 and e4m3 are exact in both types, those of
+// integers and their scales are rounded.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/matmul/four_bit.h"
+#include "cuda/tile/ptx/special.cuh"
+#include "cuda/tile/types.cuh"
+
+namespace jaxkern {
+
+// --- Values --------------------------------------------------------------------------------------
+
+template <class T>
+using PairOf = std::conditional_t<std::is_same_v<T, tile::bf16>, __nv_bfloat162, __half2>;
+
+template <class T>
+__device__ __forceinline__ PairOf<T>& as_pair(uint32_t& x) {
+  return *reinterpret_cast<PairOf<T>*>(&x);
+}
+template <class T>
+__device__ __forceinline__ PairOf<T> both(T x) {
+  return {x, x};
+}
+
+// e2m1, 2^-126 of its value in bfloat16, 2^-14 in float16.
+template <class T>
+__device__ __forceinline__ void expand_e2m1(uint32_t word, uint32_t (&a)[4]);
+
+template <>
+__device__ __forceinline__ void expand_e2m1<tile::bf16>(uint32_t word, uint32_t (&a)[4]) {
+  constexpr uint32_t kAll = 0x81c081c0;
+  a[0] = word & kAll;
+  a[1] = word << 3 & kAll;
+  a[2] = word << 6 & kAll;
+  // Of the bits 6, 5, 3 and 2 a product makes copies, none over another: c stays, a and b move by
+  // 5, the sign by 10.
+  a[3] = (word >> 8 & 0x006c006c) * (1 + (1 << 5) + (1 << 10)) & kAll;
+}
+template <>
+__device__ __forceinline__ void expand_e2m1<tile::f16>(uint32_t word, uint32_t (&a)[4]) {
+  constexpr uint32_t kSign = 0x80008000, kRest = 0x0e000e00;
+  a[0] = (word & kSign) | (word << 3 & kRest);
+  a[1] = (word << 3 & kSign) | (word << 6 & kRest);
+  a[2] = (word << 6 & kSign) | (word << 9 & kRest);
+  a[3] = (word << 2 & kSign) | (word & 0x0c000c00) | (word >> 5 & 0x02000200);
+}
+
+// Integers and 8, 128 or 1024 larger.
+template <class T>
+__device__ __forceinline__ void expand_integers(uint32_t word, uint32_t (&a)[4]) {
+  constexpr uint32_t kLarger = std::is_same_v<T, tile::bf16> ? 0x43004300 : 0x64006400;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) a[i] = tile::ptx::select_or(word >> 4 * i, 0x000f000f, kLarger);
+}
+
+// a times the scales of rows g and g + 8, the halves of a word.
+template <class T>
+__device__ __forceinline__ void scale_rows(uint32_t (&a)[4], uint32_t scales) {
+  const PairOf<T> rows = as_pair<T>(scales);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    as_pair<T>(a[i]) = __hmul2(as_pair<T>(a[i]), both<T>(i % 2 == 0 ? rows.x : rows.y));
+  }
+}
+
+// --- Formats -------------------------------------------------------------------------------------
+
+// What a lane has of a tile besides values. load() fetches it, expand() makes the operand of a
+// step.
+template <FourBitFormat kFormat, class T>
+struct FourBit;
+
+template <class T>
+struct FourBit<FourBitFormat::kNvfp4, T> {
+  static constexpr bool kBf16 = std::is_same_v<T, tile::bf16>;
+  static constexpr float kSumScale = kBf16 ? 0x1p20f : 0x1p7f;
+  uint4 codes;  // [step][row / 8]
+  // NOTE: a factor that the compiler does not know: a shift would be for the pipe of logic, which
+  // has most to do.
+  uint32_t sixteen;
+
+  __device__ __forceinline__ void load(const FourBitWeight& w, const char* scales) {
+    codes = reinterpret_cast<const uint4*>(scales)[threadIdx.x % 32 / 4];
+    sixteen = 2 * static_cast<uint32_t>(w.blocks);
+  }
+  __device__ __forceinline__ void expand(uint32_t word, int step, uint32_t (&a)[4]) const {
+    const uint32_t pair = step < 2 ? codes.x : step < 4 ? codes.y : step < 6 ? codes.z : codes.w;
+    const uint32_t halves = __byte_perm(pair, 0, step % 2 == 0 ? 0x4140 : 0x4342);
+    // (1 + m / 8) 2^(e - 10) becomes 2^106 or 2^7 times as much.
+    const uint32_t scales = kBf16 ? halves * sixteen + 0x6f806f80 : halves * 128 + 0x30003000;
+    expand_e2m1<T>(word, a);
+    scale_rows<T>(a, scales);
+  }
+};
+
+template <class T>
+struct FourBit<FourBitFormat::kMxfp4, T> {
+  static constexpr bool kBf16 = std::is_same_v<T, tile::bf16>;
+  static constexpr float kSumScale = kBf16 ? 0x1p20f : 0x1p-1f;
+  uint2 codes;  // [step / 2][row / 8]
+
+  __device__ __forceinline__ void load(const FourBitWeight&, const char* scales) {
+    codes = reinterpret_cast<const uint2*>(scales)[threadIdx.x % 32 / 4];
+  }
+  __device__ __forceinline__ void expand(uint32_t word, int step, uint32_t (&a)[4]) const {
+    const uint32_t pair = step < 4 ? codes.x : codes.y;
+    const uint32_t halves = __byte_perm(pair, 0, step % 4 < 2 ? 0x4140 : 0x4342);
+    // 2^-code becomes 2^106 or 2^15 times as much; where T has no such exponent, zero.
+    constexpr uint32_t kLargest = kBf16 ? 0x00e900e9 : 0x001e001e, kShift = kBf16 ? 7 : 10;
+    const uint32_t scales = (kLargest - __vminu2(halves, kLargest)) << kShift;
+    expand_e2m1<T>(word, a);
+    scale_rows<T>(a, scales);
+  }
+};
+
+template <class T>
+struct FourBit<FourBitFormat::kInt4, T> {
+  static constexpr bool kBf16 = std::is_same_v<T, tile::bf16>;
+  static constexpr float kSumScale = 1.0f;
+  uint32_t scales[4], zeros[4];  // of 32 columns each
+
+  __device__ __forceinline__ void load(const FourBitWeight& w, const char* from) {
+    const int blocks = w.blocks, g = threadIdx.x % 32 / 4;
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(from) + g * blocks;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int block = i * blocks >> 2;
+      scales[i] = words[block];
+      zeros[i] = w.zero_points ? words[8 * blocks + block] : 0x43084308;  // 136
+      if constexpr (!kBf16) {
+        const float2 pair = tile::unpack<tile::bf16>(scales[i]);
+        scales[i] = tile::pack<tile::f16>(pair.x, pair.y);
+        zeros[i] += 0x21002100;  // 1032 and more
+      }
+    }
+  }
+  __device__ __forceinline__ void expand(uint32_t word, int step, uint32_t (&a)[4]) const {
+    uint32_t zero = zeros[step / 2];
+    const PairOf<T> rows = as_pair<T>(zero);
+    expand_integers<T>(word, a);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      as_pair<T>(a[i]) = __hsub2(as_pair<T>(a[i]), both<T>(i % 2 == 0 ? rows.x : rows.y));
+    }
+    scale_rows<T>(a, scales[step / 2]);
+  }
+};
+
+}  // namespace jaxkern

@@ -1,0 +1,47 @@
+// Weights of four bits, and what the launchers of products with them take. The order of a weight is
+// that of jaxkern/ops/packed_weight.py: tiles of 16 rows and 128 columns.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/dtype.h"
+
+namespace jaxkern {
+
+// The numbers are those of the attributes of calls.
+enum class FourBitFormat : int32_t { kNvfp4, kMxfp4, kInt4 };
+
+constexpr int kFourBitRows = 16, kFourBitColumns = 128;  // of a tile
+
+constexpr int kFourBitValueBytes = kFourBitRows * kFourBitColumns / 2;  // before scales
+
+// Bytes of a tile whose rows have so many blocks: values, scales, and zero points of integers.
+constexpr int four_bit_tile_bytes(FourBitFormat format, int blocks, bool zero_points) {
+  const int block_bytes = format == FourBitFormat::kInt4 ? (zero_points ? 4 : 2) : 1;
+  return kFourBitValueBytes + kFourBitRows * blocks * block_bytes;
+}
+
+struct FourBitWeight {
+  FourBitFormat format;
+  int blocks;  // of a row of a tile, with a scale each: 8 of kNvfp4, 4 of kMxfp4, or 1, 2 or 4
+  bool zero_points;
+  const void* data;        // (B, ceil(N / 16), ceil(K / 128), bytes of a tile)
+  const float* row_scale;  // (B, ceil(N / 16) * 16)
+
+  int tile_bytes() const { return four_bit_tile_bytes(format, blocks, zero_points); }
+};
+
+constexpr int64_t kMostFewRows = 32;  // of x
+
+// out = x w^T, for each of B matrices. All row-major, contiguous and 16-byte aligned; K is a
+// multiple of 8, M at most kMostFewRows, and no size is zero.
+struct QuantizedMatmulParams {
+  DType x_dtype;    // kBFloat16 or kFloat16
+  DType out_dtype;  // kBFloat16, kFloat16 or kFloat32
+  int64_t B, M, N, K;
+  const void* x;  // (B, M, K)
+  FourBitWeight w;
+  void* out;  // (B, M, N)
+};
+
+}  // namespace jaxkern

@@ -1,0 +1,195 @@
+// Products with weights of four bits against a scalar loop over what their bits mean.
+#include "cuda/matmul/quantized_matmul.h"
+
+#include <functional>
+
+#include "cuda/tests/test.h"
+
+namespace jaxkern {
+namespace {
+
+using tile::bf16, tile::f16;
+
+constexpr size_t kGuard = 1024;  // elements, NaN, behind each operand and the result
+
+template <class T>
+std::vector<T> guarded(const std::vector<T>& x) {
+  std::vector<T> copy = x;
+  std::vector<unsigned char> bytes(kGuard * sizeof(T), 0xff);
+  const T* end = reinterpret_cast<const T*>(bytes.data());
+  copy.insert(copy.end(), end, end + kGuard);
+  return copy;
+}
+
+// A weight with random bits, and what they mean, by the description in packed_weight.py. Scales
+// have few bits and are all close to 1, so that sums are exact.
+struct Weight {
+  FourBitFormat format;
+  int blocks;
+  bool zero_points;
+  int64_t B, N, K;
+  std::vector<uint8_t> data;
+  std::vector<float> row_scale, values;
+
+  Weight(FourBitFormat format, int blocks, bool zero_points, int64_t B, int64_t N, int64_t K)
+      : format(format), blocks(blocks), zero_points(zero_points), B(B), N(N), K(K) {
+    const int64_t strips = tile::ceil_div(N, kFourBitRows);
+    const int64_t panels = tile::ceil_div(K, kFourBitColumns);
+    const int bytes = four_bit_tile_bytes(format, blocks, zero_points);
+    std::mt19937 random(static_cast<unsigned>(N * 31 + K));
+    data.resize(B * strips * panels * bytes);
+    for (auto& byte : data) byte = static_cast<uint8_t>(random());
+    for (int64_t tile = 0; tile < B * strips * panels; ++tile) {
+      fill_scales(data.data() + tile * bytes + kFourBitValueBytes, random);
+    }
+    for (int64_t i = 0; i < B * strips * kFourBitRows; ++i) {
+      row_scale.push_back(std::ldexp(1.0f, static_cast<int>(random() % 3)));
+    }
+    for (int64_t b = 0; b < B; ++b) {
+      for (int64_t n = 0; n < N; ++n) {
+        for (int64_t k = 0; k < K; ++k) {
+          const int64_t strip = b * strips + n / kFourBitRows;
+          const uint8_t* tile = data.data() + (strip * panels + k / kFourBitColumns) * bytes;
+          values.push_back(value(tile, n % kFourBitRows, k % kFourBitColumns) *
+                           row_scale[b * strips * kFourBitRows + n]);
+        }
+      }
+    }
+  }
+
+ private:
+  void fill_scales(uint8_t* scales, std::mt19937& random) const {
+    const int count = kFourBitRows * blocks;
+    for (int i = 0; i < count; ++i) {
+      if (format == FourBitFormat::kNvfp4) {
+        scales[i] = static_cast<uint8_t>(9 * 8 + random() % 16);
+      } else if (format == FourBitFormat::kMxfp4) {
+        scales[i] = static_cast<uint8_t>(random() % 4);
+      } else {
+        put(scales, i, 1.0f + static_cast<float>(random() % 8) / 8);
+        if (zero_points) put(scales, count + i, 128.0f + static_cast<float>(random() % 16));
+      }
+    }
+  }
+  static void put(uint8_t* to, int i, float x) {
+    const bf16 rounded = __float2bfloat16_rn(x);
+    std::memcpy(to + 2 * i, &rounded, 2);
+  }
+  static float get(const uint8_t* from, int i) {
+    bf16 x;
+    std::memcpy(&x, from + 2 * i, 2);
+    return test::to_float(x);
+  }
+
+  float value(const uint8_t* tile, int row, int col) const {
+    const int step = col / 16, odd = col % 2, lane = row % 8 * 4 + col % 8 / 2;
+    const int i = col % 16 / 8 * 2 + row / 8;
+    uint16_t half;
+    std::memcpy(&half, tile + ((step / 4 * 32 + lane) * 4 + step % 4) * 4 + 2 * odd, 2);
+    const uint8_t* scales = tile + kFourBitValueBytes;
+    const int count = kFourBitRows * blocks;
+    const int at = (row % 8 * blocks + col * blocks / kFourBitColumns) * 2 + row / 8;
+    if (format == FourBitFormat::kInt4) {
+      const float zero = zero_points ? get(scales, count + at) : 136.0f;
+      return (static_cast<float>(half >> 4 * i & 15) + 128.0f - zero) * get(scales, at);
+    }
+    constexpr float kMagnitudes[] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+    constexpr int kBits[4][4] = {{15, 8, 7, 6}, {12, 5, 4, 3}, {9, 2, 1, 0}, {13, 11, 10, 14}};
+    int bits = 0;
+    for (const int bit : kBits[i]) bits = 2 * bits + (half >> bit & 1);
+    const float e2m1 = bits & 8 ? -kMagnitudes[bits & 7] : kMagnitudes[bits];
+    const int code = scales[at];
+    if (format == FourBitFormat::kMxfp4) return std::ldexp(e2m1, -code);
+    return std::ldexp(e2m1 * (8.0f + static_cast<float>(code % 8)) / 8, code / 8 - 10);
+  }
+};
+
+struct Launch {
+  std::string how;
+  std::function<cudaError_t(const QuantizedMatmulParams&)> launch;
+};
+
+template <class T>
+constexpr DType kDType = std::is_same_v<T, float>  ? DType::kFloat32
+                         : std::is_same_v<T, bf16> ? DType::kBFloat16
+                                                   : DType::kFloat16;
+
+template <class T, class Out>
+void test_matmul(const std::vector<Launch>& launches, std::string what, const Weight& w,
+                 int64_t M) {
+  what += ", B " + std::to_string(w.B) + ", M " + std::to_string(M) + ", N " + std::to_string(w.N) +
+          ", K " + std::to_string(w.K);
+  const auto x = test::integers<T>(w.B * M * w.K, static_cast<int>(M), 3);
+  std::vector<float> wanted;
+  for (int64_t m = 0; m < w.B * M; ++m) {
+    for (int64_t n = 0; n < w.N; ++n) {
+      const T* row = x.data() + m * w.K;
+      const float* col = w.values.data() + (m / M * w.N + n) * w.K;
+      float sum = 0.0f;
+      for (int64_t k = 0; k < w.K; ++k) sum += test::to_float(row[k]) * col[k];
+      wanted.push_back(test::round_to<Out>(sum));
+    }
+  }
+  wanted.insert(wanted.end(), kGuard, NAN);
+
+  const test::Array<T> in_x(guarded(x));
+  const test::Array<uint8_t> data(guarded(w.data));
+  const test::Array<float> row_scale(guarded(w.row_scale));
+  QuantizedMatmulParams params = {};
+  params.x_dtype = kDType<T>;
+  params.out_dtype = kDType<Out>;
+  params.B = w.B, params.M = M, params.N = w.N, params.K = w.K;
+  params.x = in_x.data();
+  params.w = {w.format, w.blocks, w.zero_points, data.data(), row_scale.data()};
+  for (const Launch& run : launches) {
+    const test::Array<Out> out(wanted.size());
+    params.out = out.data();
+    test::check(run.launch(params), what + run.how);
+    test::synchronize(what + run.how);
+    test::compare(what + run.how, out.host(), wanted, w.N);
+  }
+}
+
+template <FourBitFormat kFormat, class T, class Out, int kTokens>
+void test_few_rows(std::string what, int blocks, bool zero_points) {
+  using Matmul = QuantizedMatmulFewRows<kFormat, T, kTokens>;
+  what += ", blocks " + std::to_string(blocks) + (zero_points ? ", zero points" : "") +
+          ", tokens " + std::to_string(kTokens);
+  std::vector<Launch> launches = {
+      {"", [](const auto& p) { return launch_four_bit_few_rows_sm90<Matmul>(p, nullptr); }}};
+  for (const FourBitPlan& plan :
+       std::vector<FourBitPlan>{{1, 1, 0.0}, {3, 5, 0.0}, {4, 3, 0.0}, {2, 7, 0.0}, {15, 1, 0.0}}) {
+    launches.push_back(
+        {", strips " + std::to_string(plan.strips) + ", panels " + std::to_string(plan.panels),
+         [=](const auto& p) { return launch_four_bit_plan_sm90<Matmul>(p, nullptr, plan); }});
+  }
+  const auto test = [&](int64_t B, int64_t M, int64_t N, int64_t K) {
+    test_matmul<T, Out>(launches, what, Weight(kFormat, blocks, zero_points, B, N, K), M);
+  };
+  test(1, 1, 1, 128);                  // almost nothing of a tile
+  test(1, kTokens, 264, 1152);         // a stage has panels beyond K
+  test(2, kTokens - 5, 72, 128 + 32);  // several matrices, columns that fill no tile
+  test(1, kTokens - 3, 520, 8192);     // several rounds of the ring
+  test(1, 2, 35000, 128);              // several tiles a block
+  test(150, kTokens - 1, 17, 256);     // of several matrices
+}
+
+template <FourBitFormat kFormat>
+void test_format(const std::string& what, int blocks, bool zero_points = false) {
+  test_few_rows<kFormat, bf16, bf16, 8>(what + ", bf16 to bf16", blocks, zero_points);
+  test_few_rows<kFormat, bf16, float, 16>(what + ", bf16 to float32", blocks, zero_points);
+  test_few_rows<kFormat, f16, f16, 32>(what + ", f16 to f16", blocks, zero_points);
+}
+
+}  // namespace
+}  // namespace jaxkern
+
+int main() {
+  using namespace jaxkern;
+  test_format<FourBitFormat::kNvfp4>("nvfp4", 8);
+  test_format<FourBitFormat::kMxfp4>("mxfp4", 4);
+  test_format<FourBitFormat::kInt4>("int4", 1);
+  test_format<FourBitFormat::kInt4>("int4", 2);
+  test_format<FourBitFormat::kInt4>("int4", 4, true);
+  return test::finish();
+}
