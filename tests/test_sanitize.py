@@ -12,14 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from decode_model import CONFIGS, model_of, random_arrays
+from four_bit import FORMATS
 from fp8 import E4M3, assert_same_fp8, numpy_quantize, numpy_scaled_matmul, random_operands
 
 import jaxkern
 from jaxkern import (
+    pack_weight,
     quantize,
     quantize_rms_norm,
     quantize_swiglu,
     quantize_swiglu_grad,
+    quantized_matmul,
     scaled_matmul,
 )
 from jaxkern.decode import KVCache, decode_step, decode_steps, pack_weights
@@ -225,6 +228,18 @@ def test_scaled_matmul(case):
     exact, terms = numpy_scaled_matmul(*operands)
     out = jax.jit(functools.partial(scaled_matmul, implementation="cuda"))(*operands)
     assert (np.abs(np.asarray(out, np.float64) - exact) <= 1e-3 * terms).all()
+
+
+@pytest.mark.parametrize("rows", [5, 20, 70, 140])
+@pytest.mark.parametrize("name", FORMATS)
+def test_quantized_matmul(name, rows):
+    [x], [w] = normal(0, [(rows, 384)], jnp.bfloat16), normal(1, [(136, 384)], np.float32)
+    with jax.default_device(jax.devices("cpu")[0]):
+        quantized = quantize(jnp.asarray(w), name.split()[0], **FORMATS[name])
+        packed, exact = pack_weight(quantized), np.float64(quantized.dequantize())
+    packed = jax.device_put(packed, jax.devices("cuda")[0])
+    out = jax.jit(functools.partial(quantized_matmul, implementation="cuda"))(x, packed)
+    assert relative_error(out, np.float64(x) @ exact.T) < 5e-3
 
 
 @pytest.mark.parametrize("case", DECODE)

@@ -3,8 +3,8 @@
     python tools/check_kernels.py build/libjaxkern_kernels.a build/kernels.log
 
 Every kernel must be compiled for sm_90a alone and use no stack, every kernel called `*_sm90_kernel`
-must use the tensor cores: by wgmma, HGMMA of 16-bit elements or QGMMA of 8-bit ones, or, the decode
-step, whose blocks have fewer rows than wgmma multiplies, by mma, HMMA. And ptxas must not have
+must use the tensor cores: by wgmma, HGMMA of 16-bit elements or QGMMA of 8-bit ones, or, those of
+which a warp has fewer rows than wgmma multiplies, by mma, HMMA. And ptxas must not have
 complained in the build's log.
 Needs cuobjdump and nvdisasm: in PATH, or from `pip install --group inspect`.
 """
@@ -17,6 +17,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+BY_MMA = ("decode_step", "quantized_matmul_few_rows")
+
 # What ptxas says when registers run out, and when it serialises wgmma instructions.
 COMPLAINTS = re.compile(r".*(?:[1-9]\d* bytes spill|spilled|Potential Performance Loss).*")
 
@@ -28,7 +30,7 @@ def code_objects(sass: str) -> set[str]:
 
 def instruction(kernel: str) -> str:
     """That of the tensor cores which a kernel is to use."""
-    return "mma" if "decode_step" in kernel else "wgmma"
+    return "mma" if any(name in kernel for name in BY_MMA) else "wgmma"
 
 
 def tensor_core_counts(sass: str) -> dict[str, int]:

@@ -73,8 +73,7 @@ __device__ __forceinline__ void scale_rows(uint32_t (&a)[4], uint32_t scales) {
 
 // --- Formats -------------------------------------------------------------------------------------
 
-// What a lane has of a tile besides values. load() fetches it, expand() makes the operand of a
-// step.
+// Scales that a lane has of a tile. expand() makes the operand of a step.
 template <FourBitFormat kFormat, class T>
 struct FourBit;
 
@@ -151,6 +150,28 @@ struct FourBit<FourBitFormat::kInt4, T> {
       as_pair<T>(a[i]) = __hsub2(as_pair<T>(a[i]), both<T>(i % 2 == 0 ? rows.x : rows.y));
     }
     scale_rows<T>(a, scales[step / 2]);
+  }
+};
+
+// What a lane has of a tile: expand() makes its part of the operand of a step.
+template <FourBitFormat kFormat, class T>
+struct FourBitTile {
+  uint4 values[2];
+  FourBit<kFormat, T> scales;
+
+  __device__ __forceinline__ void load(const FourBitWeight& w, const char* tile) {
+    const auto* from = reinterpret_cast<const uint4*>(tile) + threadIdx.x % tile::kWarpSize;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) values[half] = from[tile::kWarpSize * half];
+    scales.load(w, tile + kFourBitValueBytes);
+  }
+  __device__ __forceinline__ void expand(int step, uint32_t* a) const {
+    const uint4& four = values[step / 4];
+    const uint32_t words[4] = {four.x, four.y, four.z, four.w};
+    uint32_t own[4];
+    scales.expand(words[step % 4], step, own);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = own[i];
   }
 };
 

@@ -21,6 +21,10 @@ constexpr int four_bit_tile_bytes(FourBitFormat format, int blocks, bool zero_po
   return kFourBitValueBytes + kFourBitRows * blocks * block_bytes;
 }
 
+// Blocks of a row of a tile, at most.
+template <FourBitFormat kFormat>
+constexpr int kMostBlocks = kFormat == FourBitFormat::kNvfp4 ? 8 : 4;
+
 struct FourBitWeight {
   FourBitFormat format;
   int blocks;  // of a row of a tile, with a scale each: 8 of kNvfp4, 4 of kMxfp4, or 1, 2 or 4
@@ -31,13 +35,11 @@ struct FourBitWeight {
   int tile_bytes() const { return four_bit_tile_bytes(format, blocks, zero_points); }
 };
 
-constexpr int64_t kMostFewRows = 32;  // of x
-
 // out = x w^T, for each of B matrices. All row-major, contiguous and 16-byte aligned; K is a
-// multiple of 8, M at most kMostFewRows, and no size is zero.
+// multiple of 8, N of 16, and no size is zero.
 struct QuantizedMatmulParams {
   DType x_dtype;    // kBFloat16 or kFloat16
-  DType out_dtype;  // kBFloat16, kFloat16 or kFloat32
+  DType out_dtype;  // x's or kFloat32
   int64_t B, M, N, K;
   const void* x;  // (B, M, K)
   FourBitWeight w;

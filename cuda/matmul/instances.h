@@ -33,9 +33,8 @@ cudaError_t launch_scaled_matmul_of(const ScaledMatmulParams& params, cudaStream
 template <int kTokens>
 cudaError_t launch_scaled_matmul_few_rows(const ScaledMatmulParams& params, cudaStream_t stream);
 
-// Weights of the format, at most 32 rows of x.
+// Weights of the format; the result is of x's type or float32.
 template <FourBitFormat kFormat>
-cudaError_t launch_quantized_matmul_few_rows(const QuantizedMatmulParams& params,
-                                             cudaStream_t stream);
+cudaError_t launch_quantized_matmul_of(const QuantizedMatmulParams& params, cudaStream_t stream);
 
 }  // namespace jaxkern

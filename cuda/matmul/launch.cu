@@ -34,13 +34,16 @@ cudaError_t launch_scaled_matmul(const ScaledMatmulParams& params, cudaStream_t 
 }
 
 cudaError_t launch_quantized_matmul(const QuantizedMatmulParams& params, cudaStream_t stream) {
+  if (params.out_dtype != DType::kFloat32 && params.out_dtype != params.x_dtype) {
+    return cudaErrorInvalidValue;
+  }
   switch (params.w.format) {
     case FourBitFormat::kNvfp4:
-      return launch_quantized_matmul_few_rows<FourBitFormat::kNvfp4>(params, stream);
+      return launch_quantized_matmul_of<FourBitFormat::kNvfp4>(params, stream);
     case FourBitFormat::kMxfp4:
-      return launch_quantized_matmul_few_rows<FourBitFormat::kMxfp4>(params, stream);
+      return launch_quantized_matmul_of<FourBitFormat::kMxfp4>(params, stream);
     case FourBitFormat::kInt4:
-      return launch_quantized_matmul_few_rows<FourBitFormat::kInt4>(params, stream);
+      return launch_quantized_matmul_of<FourBitFormat::kInt4>(params, stream);
   }
   return cudaErrorInvalidValue;
 }

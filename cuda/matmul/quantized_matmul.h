@@ -6,8 +6,9 @@
 
 #include "cuda/host/device.h"
 #include "cuda/host/launch.h"
-#include "cuda/host/tensor_map.h"
 #include "cuda/matmul/quantized_matmul_few_rows_sm90.cuh"
+#include "cuda/matmul/quantized_matmul_sm90.cuh"
+#include "cuda/matmul/tensor_maps.h"
 
 namespace jaxkern {
 
@@ -86,9 +87,7 @@ cudaError_t launch_four_bit_plan_sm90(const QuantizedMatmulParams& params, cudaS
   p.ahead = std::min(
       p.stages, tile::ceil_div(plan.ahead ? plan.ahead << 10 : kBytesAhead, p.w_bytes + p.x_bytes));
   p.x_box = 2 * p.panels;
-  constexpr auto kType = std::is_same_v<typename Matmul::T, tile::bf16>
-                             ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  constexpr auto kType = tensor_map_type<typename Matmul::T>();
   if (cudaError_t error = make_panel_map(&p.x, kType, params.x, B * M, K, p.M, &p.x_box))
     return error;
   if (cudaError_t error =
@@ -109,6 +108,81 @@ cudaError_t launch_four_bit_few_rows_sm90(const QuantizedMatmulParams& params,
   if (cudaError_t error = multiprocessor_count(&multiprocessors)) return error;
   const FourBitPlan plan = four_bit_plan(params, Matmul::kConsumers, multiprocessors);
   return launch_four_bit_plan_sm90<Matmul>(params, stream, plan);
+}
+
+// --- Many rows -----------------------------------------------------------------------------------
+
+// Rows of tiles of clusters that are worked through together, so that L2 keeps what they share.
+inline constexpr int kFourBitGroup = 4;
+
+template <class Matmul>
+cudaError_t launch_four_bit_sm90(const QuantizedMatmulParams& params, cudaStream_t stream,
+                                 int group = kFourBitGroup) {
+  using Cluster = typename Matmul::Cluster;
+  int multiprocessors;
+  if (cudaError_t error = multiprocessor_count(&multiprocessors)) return error;
+  const int64_t B = params.B, M = params.M, N = params.N, K = params.K;
+  const int64_t strips = tile::ceil_div(N, kFourBitRows);
+  typename Matmul::Params p = {};
+  p.weight = params.w;
+  p.tile_bytes = params.w.tile_bytes();
+  p.B = static_cast<int>(B);
+  p.M = static_cast<int>(M);
+  p.N = static_cast<int>(N);
+  p.panels = static_cast<int>(tile::ceil_div(K, kFourBitColumns));
+  if (cudaError_t error = make_matrix_map(&p.x, tensor_map_type<typename Matmul::T>(), params.x,
+                                          B * M, K, Matmul::kTokens / Cluster::kBlocks))
+    return error;
+  if (cudaError_t error = make_block_map(&p.w, params.w.data, B * strips, p.panels, p.tile_bytes,
+                                         Matmul::kStrips, 1))
+    return error;
+  if (cudaError_t error = make_tensor_map(&p.out, tensor_map_type<typename Matmul::Out>(),
+                                          params.out, B, M, 1, N, Matmul::kPiece))
+    return error;
+  p.order = {
+      .rows = tile::ceil_div(p.N, Matmul::kRows * Cluster::kBlocks),
+      .cols = tile::ceil_div(p.M, Matmul::kTokens),
+      .group = group,
+  };
+  const int clusters = std::min(p.B * p.order.count(), multiprocessors / Cluster::kBlocks);
+  return launch(quantized_matmul_sm90_kernel<Matmul>, int64_t{clusters} * Cluster::kBlocks,
+                Matmul::kThreads, Matmul::kSharedBytes, stream, p);
+}
+
+// How long the kernel takes, in tiles of 256 tokens on the busiest multiprocessor.
+//
+// NOTE: on an H200 a tile of 128 tokens takes 0.56 of the time of one of 256, and one of 64, of
+// which expanding weights is most, 0.46.
+template <class Matmul>
+double four_bit_tiles(const QuantizedMatmulParams& p, int multiprocessors) {
+  constexpr double kTime = Matmul::kTokens == 256 ? 1.0 : Matmul::kTokens == 128 ? 0.56 : 0.46;
+  constexpr int kBlocks = Matmul::Cluster::kBlocks;
+  const int64_t high = tile::ceil_div<int64_t>(p.N, Matmul::kRows * kBlocks);
+  const int64_t tiles = p.B * high * tile::ceil_div<int64_t>(p.M, Matmul::kTokens);
+  return kTime * static_cast<double>(tile::ceil_div(tiles, multiprocessors / kBlocks));
+}
+
+// By the fastest of all kernels.
+template <FourBitFormat kFormat, class T, class Out>
+cudaError_t launch_four_bit_of_sm90(const QuantizedMatmulParams& params, cudaStream_t stream) {
+  const auto few = [&]<int kTokens>() {
+    return launch_four_bit_few_rows_sm90<QuantizedMatmulFewRows<kFormat, T, kTokens>>(params,
+                                                                                      stream);
+  };
+  if (params.M <= 8) return few.template operator()<8>();
+  if (params.M <= 16) return few.template operator()<16>();
+  if (params.M <= 32) return few.template operator()<32>();
+  int multiprocessors;
+  if (cudaError_t error = multiprocessor_count(&multiprocessors)) return error;
+  using Narrow = QuantizedMatmul<kFormat, T, Out, 64>;
+  using Middle = QuantizedMatmul<kFormat, T, Out, 128>;
+  using Wide = QuantizedMatmul<kFormat, T, Out, 256>;
+  const double narrow = four_bit_tiles<Narrow>(params, multiprocessors);
+  const double middle = four_bit_tiles<Middle>(params, multiprocessors);
+  const double wide = four_bit_tiles<Wide>(params, multiprocessors);
+  if (wide <= std::min(middle, narrow)) return launch_four_bit_sm90<Wide>(params, stream);
+  return middle <= narrow ? launch_four_bit_sm90<Middle>(params, stream)
+                          : launch_four_bit_sm90<Narrow>(params, stream);
 }
 
 }  // namespace jaxkern

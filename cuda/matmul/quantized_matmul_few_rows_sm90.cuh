@@ -142,24 +142,18 @@ struct QuantizedMatmulFewRows {
         x_places[half][j] = line * tile::kPanelBytes + (lane / 8 ^ line % 8) * 16;
       }
     }
-    int w_places[2] = {p.w_place + (strip * p.panels + panel) * p.tile_bytes, 0};
-    w_places[1] = w_places[0] + kFourBitValueBytes;
-    w_places[0] += static_cast<int>(sizeof(uint4)) * lane;
-    tile::ptx::work_out_here(w_places[0]);
+    const int w_place = p.w_place + (strip * p.panels + panel) * p.tile_bytes;
 #pragma unroll 2
     for (int step = 0; step < p.steps; ++step, slot.advance(p)) {
       const char* x = shared.stages + slot.bytes;
       shared.ring.full[slot.stage].wait(slot.parity);
-      const auto* values = reinterpret_cast<const uint4*>(x + w_places[0]);
-      const uint4 halves[2] = {values[0], values[tile::kWarpSize]};
-      Weights own;
-      own.load(p.weight, x + w_places[1]);
+      FourBitTile<kFormat, T> weights;
+      weights.load(p.weight, x + w_place);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {  // of 32 columns
-        const uint4& four = halves[i / 2];
         uint32_t a[2][4];
-        own.expand(i % 2 == 0 ? four.x : four.z, 2 * i, a[0]);
-        own.expand(i % 2 == 0 ? four.y : four.w, 2 * i + 1, a[1]);
+#pragma unroll
+        for (int s = 0; s < 2; ++s) weights.expand(2 * i + s, a[s]);
 #pragma unroll
         for (int j = 0; j < kTokenBlocks; ++j) {
           uint32_t b[4];

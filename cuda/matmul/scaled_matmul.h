@@ -6,8 +6,8 @@
 
 #include "cuda/host/device.h"
 #include "cuda/host/launch.h"
-#include "cuda/host/tensor_map.h"
 #include "cuda/matmul/scaled_matmul_sm90.cuh"
+#include "cuda/matmul/tensor_maps.h"
 
 namespace jaxkern {
 
@@ -41,14 +41,6 @@ constexpr ScaledMatmulConfig ping_pong_config(int block_n) {
 
 // Rows of tiles of clusters that are worked through together, so that L2 keeps what they share.
 inline constexpr int kGroup = 8;
-
-template <class T>
-constexpr CUtensorMapDataType tensor_map_type() {
-  if (std::is_same_v<T, float>) return CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
-  if (std::is_same_v<T, tile::bf16>) return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  if (std::is_same_v<T, tile::f16>) return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  static_assert(sizeof(T) != 1, "8-bit types are UINT8 to TMA");
-}
 
 // What the kernel takes besides the order of tiles and, of columns, scales and bias: copies of
 // `lhs_box`, `rhs_box` and `out_box` rows.

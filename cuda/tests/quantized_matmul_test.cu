@@ -174,11 +174,32 @@ void test_few_rows(std::string what, int blocks, bool zero_points) {
   test(150, kTokens - 1, 17, 256);     // of several matrices
 }
 
+template <FourBitFormat kFormat, class T, class Out, int kTokens>
+void test_many_rows(std::string what, int blocks, bool zero_points) {
+  using Matmul = QuantizedMatmul<kFormat, T, Out, kTokens>;
+  what += ", blocks " + std::to_string(blocks) + (zero_points ? ", zero points" : "") +
+          ", many rows, tokens " + std::to_string(kTokens);
+  const std::vector<Launch> launches = {
+      {"", [](const auto& p) { return launch_four_bit_sm90<Matmul>(p, nullptr); }}};
+  const auto test = [&](int64_t B, int64_t M, int64_t N, int64_t K) {
+    test_matmul<T, Out>(launches, what, Weight(kFormat, blocks, zero_points, B, N, K), M);
+  };
+  test(1, kTokens, 256, 128);               // a tile of a cluster
+  test(1, 1, 16, 128);                      // almost nothing of one
+  test(1, kTokens + 7, 272, 1152);          // a little more
+  test(2, kTokens - 29, 144, 4096);         // several rounds of the rings
+  test(3, 2 * kTokens + 1, 80, 128 + 32);   // several matrices, columns that fill no tile
+  test(1, 9 * kTokens - 5, 16 * 272, 256);  // several tiles a block
+}
+
 template <FourBitFormat kFormat>
 void test_format(const std::string& what, int blocks, bool zero_points = false) {
   test_few_rows<kFormat, bf16, bf16, 8>(what + ", bf16 to bf16", blocks, zero_points);
   test_few_rows<kFormat, bf16, float, 16>(what + ", bf16 to float32", blocks, zero_points);
   test_few_rows<kFormat, f16, f16, 32>(what + ", f16 to f16", blocks, zero_points);
+  test_many_rows<kFormat, bf16, bf16, 256>(what + ", bf16 to bf16", blocks, zero_points);
+  test_many_rows<kFormat, f16, f16, 128>(what + ", f16 to f16", blocks, zero_points);
+  test_many_rows<kFormat, bf16, float, 64>(what + ", bf16 to float32", blocks, zero_points);
 }
 
 }  // namespace

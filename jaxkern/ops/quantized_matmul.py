@@ -18,7 +18,6 @@ from jaxkern.ops.quantized_array import QuantizedArray
 _OP = "quantized_matmul"
 _DTYPES = ("bfloat16", "float16", "float32")
 _SINGLE = np.dtype("float32")
-_MOST_ROWS = 32  # of x, for the kernel
 _FORMATS = ("nvfp4", "mxfp4", "int4")  # the numbers of the kernel's attribute
 
 
@@ -39,9 +38,9 @@ def quantized_matmul(
       w: [N, K], of the format "nvfp4", "mxfp4" or "int4"; or what `jaxkern.pack_weight` makes of
         it, which is the same weight.
       preferred_element_type: of the result: bfloat16, float16 or float32. None is x's.
-      implementation: "cuda" (kernels: a packed w, and up to 32 rows of x in bfloat16 or float16),
-        "xla" (plain jax.numpy), or a sequence of them to take the first that supports the call.
-        None is ("cuda", "xla"). Gradients are plain jax.numpy.
+      implementation: "cuda" (kernels: a packed w, and x in bfloat16 or float16), "xla" (plain
+        jax.numpy), or a sequence of them to take the first that supports the call. None is ("cuda",
+        "xla"). Gradients are plain jax.numpy.
 
     Returns:
       [..., N].
@@ -70,10 +69,7 @@ def _unsupported(x, w):
     """Why the kernel cannot take these arguments, or None."""
     if not isinstance(w, PackedWeight):
         return "w is a QuantizedArray, wanted what pack_weight makes of it"
-    if x.dtype == _SINGLE:
-        return "x has dtype float32, wanted bfloat16 or float16"
-    rows = math.prod(x.shape[:-1])
-    return f"x has {rows} rows, wanted at most {_MOST_ROWS}" if rows > _MOST_ROWS else None
+    return "x has dtype float32, wanted bfloat16 or float16" if x.dtype == _SINGLE else None
 
 
 class Config(NamedTuple):
@@ -189,24 +185,20 @@ def _op(config):
 
 
 def by_kernel(config, x, data, row_scale, *_):
-    """The product by the kernel, some rows of x at a time."""
+    """The product by the kernel, whose results are of x's dtype or float32."""
     *lead, high, wide, words = data.shape
     batch, rows = math.prod(lead), math.prod(x.shape[len(lead) : -2])
-    whole = x.reshape(batch, rows, wide * COLUMNS)
-    outs = []
-    for first in range(0, rows, _MOST_ROWS):
-        some = whole[:, first : first + _MOST_ROWS]
-        outs += _ffi.call(
-            "jaxkern.quantized_matmul",
-            [((batch, some.shape[1], high * ROWS), config.dtype)],
-            some,
-            data.reshape(batch, high, wide, words),
-            row_scale.reshape(batch, high * ROWS),
-            format=np.int32(_FORMATS.index(config.format)),
-            block=np.int32(config.block),
-            zero_points=np.bool_(config.zero_points),
-        )
-    return (jnp.concatenate(outs, 1).reshape(*x.shape[:-2], high, ROWS),)
+    (out,) = _ffi.call(
+        "jaxkern.quantized_matmul",
+        [((batch, rows, high * ROWS), x.dtype if config.dtype == x.dtype else _SINGLE)],
+        x.reshape(batch, rows, wide * COLUMNS),
+        data.reshape(batch, high, wide, words),
+        row_scale.reshape(batch, high * ROWS),
+        format=np.int32(_FORMATS.index(config.format)),
+        block=np.int32(config.block),
+        zero_points=np.bool_(config.zero_points),
+    )
+    return (out.astype(config.dtype).reshape(*x.shape[:-2], high, ROWS),)
 
 
 def by_reference(config, x, data, row_scale, *tensor_scale):

@@ -1,0 +1,195 @@
+// out = x w^T for weights of four bits and many rows of x (tokens).
+//
+// wgmma takes its operand A from registers, where weights become bfloat16 or float16
+// (four_bit.cuh): so weights are the rows, tokens the columns, and a tile is out^T. Persistent
+// clusters of blocks work through tiles. The blocks of a cluster lie below each other: each has
+// weights of its own, and they bring each other the tokens they share. Warpgroups have roles:
+//   producer   one thread loads panels of weights (128 columns) and of tokens (64 columns) into a
+//              ring of stages each;
+//   consumers  each own 64 rows of weights, a warp 16 of them, and all tokens of the tile. While
+//              tensor cores multiply by 64 columns, the consumer expands the next 64.
+#pragma once
+
+#include "cuda/matmul/four_bit.cuh"
+#include "cuda/tile/tile.cuh"
+
+namespace jaxkern {
+
+template <FourBitFormat kFormat, class T_, class Out_, int kTokens_>
+struct QuantizedMatmul {
+  using T = T_;
+  using Out = Out_;
+  using Weights = FourBit<kFormat, T>;
+  using Cluster = tile::Cluster<2>;
+  using Corner = tile::tma::Corner;
+  static constexpr int kConsumers = 2, kTokens = kTokens_;
+  static constexpr int kStrips = 4 * kConsumers, kRows = kFourBitRows * kStrips;
+  static constexpr int kThreads = tile::kWarpgroupSize * (1 + kConsumers);
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  static constexpr int kStages = kTokens == 256 ? 5 : 8, kWeightStages = 3;
+  static constexpr int kPanelBytes =
+      kStrips * four_bit_tile_bytes(kFormat, kMostBlocks<kFormat>, kFormat == FourBitFormat::kInt4);
+  static constexpr int kPiece = 64 / sizeof(Out);  // tokens that go to memory at once
+
+  using TileX = tile::SharedTile<T, kTokens, 64>;      // (kTokens, 64)
+  using TileOut = tile::SharedTile<Out, kPiece, 64>;   // (kPiece, 64)
+  using Sum = tile::RegisterTile<float, 64, kTokens>;  // (64, kTokens)
+  using Operand = tile::RegisterTile<T, 64, 64>;       // (64, 64)
+
+  struct Storage {
+    TileX x[kStages];
+    TileOut out[kConsumers][2];
+    alignas(128) char weights[kWeightStages][kPanelBytes];
+    tile::Ring<kStages> ring;
+    tile::Ring<kWeightStages> weight_ring;
+  };
+  static constexpr int kSharedBytes = sizeof(Storage);
+  static_assert(kSharedBytes <= tile::kMaxSharedBytes, "the tiles must fit a block");
+
+  struct Params {
+    CUtensorMap x;    // (B * M, K); boxes: a block's share of a tile
+    CUtensorMap w;    // (B * strips, panels, bytes of a tile); boxes: kStrips of a panel
+    CUtensorMap out;  // (B, M, 1, N); boxes: a piece
+    FourBitWeight weight;
+    int tile_bytes;           // of weights
+    tile::MatrixOrder order;  // of the tiles of clusters
+    int B, M, N, panels;      // of 128 columns
+  };
+
+  // Where this block's tile lies.
+  struct Work {
+    int batch, strip, token;
+
+    __device__ __forceinline__ Work(const Params& p, int index) : batch(index / p.order.count()) {
+      const auto at = p.order.at(index % p.order.count());
+      strip = (at.row * Cluster::kBlocks + Cluster::rank()) * kStrips;
+      token = at.col * kTokens;
+    }
+  };
+  template <class Do>
+  __device__ __forceinline__ static void for_each_work(const Params& p, const Do& work) {
+    for (int index = Cluster::index(); index < p.B * p.order.count(); index += Cluster::count()) {
+      work(Work(p, index));
+    }
+  }
+  __device__ __forceinline__ static int all_strips(const Params& p) {
+    return tile::ceil_div(p.N, kFourBitRows);
+  }
+
+  __device__ __forceinline__ static void load(const Params& p, Storage& shared) {
+    tile::Slot<kStages> slot;
+    tile::Slot<kWeightStages> weights;
+    for_each_work(p, [&](const Work& at) {
+      for (int panel = 0; panel < p.panels; ++panel, weights.advance()) {
+        weights.wait_empty(shared.weight_ring);
+        auto& arrived = shared.weight_ring.full[weights.stage()];
+        arrived.arrive_expect(kStrips * p.tile_bytes);
+        tile::ptx::bulk_tensor_load_by(tile::ptx::evict_first_policy(),
+                                       shared.weights[weights.stage()], &p.w, &arrived.word, 0,
+                                       panel, at.batch * all_strips(p) + at.strip);
+        for (int half = 0; half < 2; ++half, slot.advance()) {
+          slot.wait_empty(shared.ring);
+          auto& full = shared.ring.full[slot.stage()];
+          full.arrive_expect(TileX::kBytes);
+          tile::tma::load_multicast<Cluster>(
+              shared.x[slot.stage()], p.x,
+              Corner{at.batch * p.M + at.token, kFourBitColumns * panel + 64 * half}, full);
+        }
+      }
+    });
+  }
+
+  __device__ __forceinline__ static void multiply(const Params& p, Storage& shared, int consumer) {
+    const int warp = threadIdx.x % tile::kWarpgroupSize / tile::kWarpSize;
+    const int place = (4 * consumer + warp) * p.tile_bytes;  // of a warp's weights in a panel
+    const auto x = tile::settled(tile::k_major<kTokens>(shared.x[0]));
+    tile::Slot<kStages> slot;
+    tile::Slot<kWeightStages> panel_slot;
+    Sum sum;
+    Operand operands[2];
+    for_each_work(p, [&](const Work& at) {
+      for (int panel = 0; panel < p.panels; ++panel, panel_slot.advance()) {
+        panel_slot.wait_full(shared.weight_ring);
+        FourBitTile<kFormat, T> weights;
+        weights.load(p.weight, shared.weights[panel_slot.stage()] + place);
+        shared.weight_ring.empty[panel_slot.stage()].arrive_warp();
+#pragma unroll
+        for (int half = 0; half < 2; ++half, slot.advance()) {
+#pragma unroll
+          for (int step = 0; step < 4; ++step) {
+            weights.expand(4 * half + step, operands[half].data + 4 * step);
+          }
+          const bool first = panel == 0 && half == 0;
+          slot.wait_full(shared.ring);
+          tile::mma_fence();
+          tile::mma(sum, operands[half], x.of_tile(slot.stage()), !first);
+          tile::mma_commit();
+          tile::mma_wait<1>();  // the products before these
+          if (!first) Cluster::arrive_warp(shared.ring.empty[slot.previous().stage()]);
+        }
+      }
+      tile::mma_wait<0>(sum);
+      Cluster::arrive_warp(shared.ring.empty[slot.previous().stage()]);
+      store(p, shared.out[consumer], at, sum, consumer);
+    });
+    if (threadIdx.x % tile::kWarpgroupSize == 0) tile::tma::wait_stores_read();
+  }
+
+  // Finishes pieces of some tokens, and sends them out through two buffers.
+  __device__ __forceinline__ static void store(const Params& p, TileOut (&out)[2], const Work& at,
+                                               const Sum& sum, int consumer) {
+    const bool leader = threadIdx.x % tile::kWarpgroupSize == 0;
+    const auto sync = [&] { tile::ptx::named_barrier_sync(1 + consumer, tile::kWarpgroupSize); };
+    const int row = kFourBitRows * at.strip + 64 * consumer;
+    tile::RowVector rows;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int last = all_strips(p) * kFourBitRows - 1;
+      const int n = min(row + tile::fragment_row(i), last);
+      rows[i] = p.weight.row_scale[int64_t{at.batch} * (last + 1) + n] * Weights::kSumScale;
+    }
+#pragma unroll
+    for (int piece = 0; piece < kTokens / kPiece; ++piece) {
+      if (at.token + kPiece * piece >= p.M) break;
+      tile::RegisterTile<float, 64, kPiece> result;
+      tile::RegisterTile<Out, 64, kPiece> rounded;
+      tile::convert(result, sum, kPiece * piece);
+      tile::scale_rows(result, rows);
+      tile::convert(rounded, result, 0);
+      if (leader) tile::tma::wait_stores_read<1>();
+      sync();  // the buffer is free
+      tile::store_transposed(out[piece % 2], rounded);
+      tile::tma::fence_writes();
+      sync();  // and full
+      if (leader) {
+        tile::tma::store(p.out, {at.batch, at.token + kPiece * piece, 0}, out[piece % 2], 0, row);
+      }
+    }
+  }
+};
+
+template <class Matmul>
+__global__ void __cluster_dims__(Matmul::Cluster::kBlocks, 1, 1)
+    __launch_bounds__(Matmul::kThreads, 1)
+        quantized_matmul_sm90_kernel(const __grid_constant__ typename Matmul::Params p) {
+  auto& shared = tile::shared_storage<typename Matmul::Storage>();
+  const int warpgroup = tile::warpgroup_index();
+
+  if (threadIdx.x == 0) {
+    shared.ring.init(1, 4 * Matmul::kConsumers * Matmul::Cluster::kBlocks);  // warps of the cluster
+    shared.weight_ring.init(1, 4 * Matmul::kConsumers);
+    tile::ptx::fence_mbarrier_init();
+  }
+  Matmul::Cluster::sync();
+
+  if (warpgroup == 0) {
+    tile::ptx::setmaxnreg_decrease<Matmul::kProducerRegisters>();
+    if (threadIdx.x == 0) Matmul::load(p, shared);
+  } else {
+    tile::ptx::setmaxnreg_increase<Matmul::kConsumerRegisters>();
+    Matmul::multiply(p, tile::settled(shared), warpgroup - 1);
+  }
+  Matmul::Cluster::sync();
+}
+
+}  // namespace jaxkern
