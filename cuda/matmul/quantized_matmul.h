@@ -8,106 +8,163 @@
 #include "cuda/host/launch.h"
 #include "cuda/matmul/quantized_matmul_few_rows_sm90.cuh"
 #include "cuda/matmul/quantized_matmul_sm90.cuh"
+#include "cuda/matmul/quantized_matmul_some_rows_sm90.cuh"
 #include "cuda/matmul/tensor_maps.h"
 
 namespace jaxkern {
 
-// How a product of few rows is cut up.
+// --- Few and some rows ---------------------------------------------------------------------------
+
+// How a product is cut up.
 struct FourBitPlan {
   int strips;  // of 16 rows of weights, of a tile
   int panels;  // of 128 columns, of a stage
+  int splits;  // blocks that share out the K of a tile, 1 or 2
   double us;   // that it takes, an estimate
-  int ahead = 0;
 };
 
-// On their way to a multiprocessor at once. NOTE:
-inline constexpr int kBytesAhead = 48 << 10;
+// The sizes of a product in tiles of weights.
+struct FourBitSizes {
+  int64_t strips, panels;
+  double strip_bytes, x_bytes;
 
-// Of a stage, for consumers of so many strips each: the least beyond the end of K, then fewest, but
-// at least half of the consumers have work.
-inline int four_bit_panels(int64_t panels, int strips, int consumers) {
-  int best = 1;
-  int64_t fewest = INT64_MAX;
-  for (int count = tile::ceil_div(consumers / 2, strips); count * strips <= consumers; ++count) {
-    const int64_t with_rest = tile::ceil_div(panels, count) * count;
-    if (with_rest < fewest) best = count, fewest = with_rest;
+  FourBitSizes(const QuantizedMatmulParams& p, int64_t tokens)
+      : strips(tile::ceil_div(p.N, kFourBitRows)),
+        panels(tile::ceil_div(p.K, kFourBitColumns)),
+        strip_bytes(static_cast<double>(panels) * p.w.tile_bytes()),
+        x_bytes(static_cast<double>(tokens * p.K) * 2) {}
+};
+
+// Estimates: bytes that memory, and a multiprocessor, reads in 1 us; us for a launch, for the end
+// of a tile, for a panel of four strips, and to meet another block. NOTE: those of an H200.
+inline constexpr double kFourBitMemory = 4.4e6, kFourBitMultiprocessor = 85e3;
+inline constexpr double kFourBitLaunch = 3.0, kFourBitTile = 0.7, kFourBitExpand = 0.1;
+inline constexpr double kFourBitSplit = 0.5;
+
+// Of the plan's tiles, `panels` in all for each of `rounds`.
+inline double four_bit_us(const FourBitSizes& sizes, int strips, int splits, int64_t rounds,
+                          int64_t panels, int multiprocessors) {
+  const double part = static_cast<double>(rounds) / splits;
+  const double even = part * strips * sizes.strip_bytes * multiprocessors / kFourBitMemory;
+  const double reads = part * (strips * sizes.strip_bytes + sizes.x_bytes) / kFourBitMultiprocessor;
+  const double expands =
+      static_cast<double>(rounds * panels * tile::ceil_div(strips, 4)) * kFourBitExpand;
+  return kFourBitLaunch + std::max({even, reads, expands}) +
+         kFourBitTile * static_cast<double>(rounds) + kFourBitSplit * (splits - 1);
+}
+
+// The fastest plan for few rows. A tile has so many strips that all multiprocessors have equally
+// many, and a stage as many panels as leave least beyond the end of K while half of the consumers
+// have work.
+template <class Matmul>
+FourBitPlan few_rows_plan(const QuantizedMatmulParams& p, int multiprocessors) {
+  const FourBitSizes sizes(p, p.M);
+  FourBitPlan best = {0, 0, 0, INFINITY};
+  for (int strips = 1; strips <= 16; ++strips) {
+    int panels = 1;
+    int64_t least = INT64_MAX;
+    for (int count = tile::ceil_div(Matmul::kConsumers / 2, strips);
+         count * strips <= Matmul::kConsumers; ++count) {
+      const int64_t with_rest = tile::ceil_div(sizes.panels, count) * count;
+      if (with_rest < least) panels = count, least = with_rest;
+    }
+    const int64_t tiles = p.B * tile::ceil_div(sizes.strips, strips);
+    const int64_t rounds = tile::ceil_div(tiles, multiprocessors);
+    const double us = four_bit_us(sizes, strips, 1, rounds, 0, multiprocessors);
+    if (us < best.us) best = {strips, panels, 1, us};
   }
   return best;
 }
 
-// The fastest plan. A tile has so many strips that all multiprocessors get equally many tiles.
-//
-// NOTE: the constants are those of scaled_matmul's few_rows_plan().
-inline FourBitPlan four_bit_plan(const QuantizedMatmulParams& p, int consumers,
-                                 int multiprocessors) {
-  constexpr double kMemory = 4.4e6, kMultiprocessor = 85e3;  // bytes that each reads in 1 us
-  constexpr double kTile = 0.5;                              // us at the end of one
-  const int64_t strips = tile::ceil_div(p.N, kFourBitRows);
-  const int64_t panels = tile::ceil_div(p.K, kFourBitColumns);
-  const double strip_bytes = static_cast<double>(panels) * p.w.tile_bytes();
-  const double x_bytes = static_cast<double>(p.M * p.K) * 2;
-  FourBitPlan best = {0, 0, INFINITY};
-  for (int count = 1; count <= std::min(consumers, 16); ++count) {
-    const int64_t tiles = p.B * tile::ceil_div(strips, count);
-    const auto rounds = static_cast<double>(tile::ceil_div(tiles, multiprocessors));
-    const double most = rounds * (count * strip_bytes + x_bytes);  // that a multiprocessor reads
-    const double even = rounds * count * strip_bytes * multiprocessors / kMemory;
-    const double us = 2.5 + std::max(even, most / kMultiprocessor) + rounds * kTile;
-    if (us < best.us) best = {count, four_bit_panels(panels, count, consumers), us};
+// The same for some rows, where warps beyond a tile's strips have nothing to do, and clusters only
+// one tile.
+template <class Matmul>
+FourBitPlan some_rows_plan(const QuantizedMatmulParams& p, int multiprocessors) {
+  const FourBitSizes sizes(p, Matmul::kTokens);
+  FourBitPlan best = {0, 0, 0, INFINITY};
+  for (const int splits : {1, 2}) {
+    for (int strips = 1; strips <= (splits == 1 ? Matmul::kMaxStrips : 4); ++strips) {
+      const int64_t tiles = p.B * tile::ceil_div(sizes.strips, strips);
+      const int64_t rounds = tile::ceil_div(tiles, multiprocessors / splits);
+      if (splits == 2 && rounds > 1) continue;
+      const int most = Matmul::kMaxPanels / tile::ceil_div(strips, 4);
+      const auto panels =
+          static_cast<int>(std::min<int64_t>(most, tile::ceil_div<int64_t>(sizes.panels, splits)));
+      const int64_t steps = tile::ceil_div(tile::ceil_div(sizes.panels, panels), splits);
+      const double us = four_bit_us(sizes, strips, splits, rounds, steps * panels, multiprocessors);
+      if (us < best.us) best = {strips, panels, splits, us};
+    }
   }
   return best;
+}
+
+// Of weights, on their way to a multiprocessor at once.
+inline constexpr int kBytesAhead = 48 << 10;
+
+// What kernels for few and some rows have of a product: `rows` of x in copies.
+template <class Matmul>
+cudaError_t fill_stream(FourBitStream::Params* p, const QuantizedMatmulParams& params,
+                        const FourBitPlan& plan, int rows) {
+  const FourBitSizes sizes(params, rows);
+  p->weight = params.w;
+  p->tile_bytes = params.w.tile_bytes();
+  p->B = static_cast<int>(params.B);
+  p->M = static_cast<int>(params.M);
+  p->N = static_cast<int>(params.N);
+  p->strips = plan.strips;
+  p->panels = plan.panels;
+  p->splits = plan.splits;
+  p->tiles = static_cast<int>(tile::ceil_div(sizes.strips, plan.strips));
+  p->steps = static_cast<int>(tile::ceil_div(sizes.panels, plan.panels));
+  p->x_box = 2 * plan.panels;
+  p->x_bytes = rows * tile::kPanelBytes;
+  p->w_place = p->x_box * p->x_bytes;
+  p->w_bytes = plan.strips * plan.panels * p->tile_bytes;
+  p->stage_bytes = tile::ceil_div(p->w_place + p->w_bytes, 1024) * 1024;  // as swizzles repeat
+  p->stages = std::min(FourBitStream::kMaxStages, Matmul::kStageBytes / p->stage_bytes);
+  p->ahead = std::min(p->stages, tile::ceil_div(kBytesAhead, p->w_bytes));
+  if (p->stages < 2) return cudaErrorInvalidValue;
+  if (cudaError_t error = make_panel_map(&p->x, tensor_map_type<typename Matmul::T>(), params.x,
+                                         params.B * params.M, params.K, rows, &p->x_box))
+    return error;
+  return make_block_map(&p->w, params.w.data, params.B * sizes.strips, sizes.panels, p->tile_bytes,
+                        plan.strips, plan.panels);
 }
 
 template <class Matmul>
-cudaError_t launch_four_bit_plan_sm90(const QuantizedMatmulParams& params, cudaStream_t stream,
+cudaError_t launch_few_rows_plan_sm90(const QuantizedMatmulParams& params, cudaStream_t stream,
                                       const FourBitPlan& plan) {
   int multiprocessors;
   if (cudaError_t error = multiprocessor_count(&multiprocessors)) return error;
-  if (params.M > Matmul::kTokens || plan.strips < 1 || plan.panels < 1 ||
-      plan.strips * plan.panels > Matmul::kConsumers) {
+  if (params.M > Matmul::kTokens || plan.strips * plan.panels > Matmul::kConsumers) {
     return cudaErrorInvalidValue;
   }
-  const int64_t B = params.B, M = params.M, N = params.N, K = params.K;
-  const int64_t strips = tile::ceil_div(N, kFourBitRows),
-                panels = tile::ceil_div(K, kFourBitColumns);
   typename Matmul::Params p = {};
-  p.B = static_cast<int>(B);
-  p.M = static_cast<int>(M);
-  p.N = static_cast<int>(N);
-  p.weight = params.w;
-  p.tile_bytes = params.w.tile_bytes();
-  p.strips = plan.strips;
-  p.panels = plan.panels;
-  p.steps = static_cast<int>(tile::ceil_div(panels, p.panels));
-  p.x_bytes = 2 * p.panels * static_cast<int>(M) * tile::kPanelBytes;
-  p.w_bytes = p.strips * p.panels * p.tile_bytes;
-  p.w_place = p.x_bytes;
-  p.stage_bytes = tile::ceil_div(p.x_bytes + p.w_bytes, 1024) * 1024;  // as swizzles repeat
-  p.stages = std::min(Matmul::kMaxStages, Matmul::kStageBytes / p.stage_bytes);
-  p.ahead = std::min(
-      p.stages, tile::ceil_div(plan.ahead ? plan.ahead << 10 : kBytesAhead, p.w_bytes + p.x_bytes));
-  p.x_box = 2 * p.panels;
-  constexpr auto kType = tensor_map_type<typename Matmul::T>();
-  if (cudaError_t error = make_panel_map(&p.x, kType, params.x, B * M, K, p.M, &p.x_box))
+  p.out = static_cast<typename Matmul::Out*>(params.out);
+  if (cudaError_t error = fill_stream<Matmul>(&p, params, plan, static_cast<int>(params.M)))
     return error;
-  if (cudaError_t error =
-          make_block_map(&p.w, params.w.data, B * strips, panels, p.tile_bytes, p.strips, p.panels))
-    return error;
-  p.out = params.out;
-  p.out_dtype = params.out_dtype;
-  p.tiles = static_cast<int>(tile::ceil_div(strips, p.strips));
-  const int64_t blocks = std::min<int64_t>(B * p.tiles, multiprocessors);
+  const int64_t blocks = std::min<int64_t>(params.B * p.tiles, multiprocessors);
   return launch(quantized_matmul_few_rows_sm90_kernel<Matmul>, blocks, Matmul::kThreads,
                 Matmul::kSharedBytes, stream, p);
 }
 
 template <class Matmul>
-cudaError_t launch_four_bit_few_rows_sm90(const QuantizedMatmulParams& params,
-                                          cudaStream_t stream) {
+cudaError_t launch_some_rows_plan_sm90(const QuantizedMatmulParams& params, cudaStream_t stream,
+                                       const FourBitPlan& plan) {
   int multiprocessors;
   if (cudaError_t error = multiprocessor_count(&multiprocessors)) return error;
-  const FourBitPlan plan = four_bit_plan(params, Matmul::kConsumers, multiprocessors);
-  return launch_four_bit_plan_sm90<Matmul>(params, stream, plan);
+  typename Matmul::Params p = {};
+  p.out = static_cast<typename Matmul::Out*>(params.out);
+  p.groups = tile::ceil_div(plan.strips, 4);
+  if (params.M > Matmul::kTokens || plan.strips > Matmul::kMaxStrips ||
+      p.groups * plan.panels > Matmul::kConsumers || (plan.splits == 2 && p.groups > 1)) {
+    return cudaErrorInvalidValue;
+  }
+  if (cudaError_t error = fill_stream<Matmul>(&p, params, plan, Matmul::kTokens)) return error;
+  const int64_t tiles = params.B * p.tiles;
+  const int64_t blocks = p.splits == 2 ? 2 * tiles : std::min<int64_t>(tiles, multiprocessors);
+  return launch_clusters(quantized_matmul_some_rows_sm90_kernel<Matmul>, blocks,
+                         p.splits == 2 ? 2 : 0, Matmul::kThreads, Matmul::kSharedBytes, stream, p);
 }
 
 // --- Many rows -----------------------------------------------------------------------------------
@@ -165,15 +222,22 @@ double four_bit_tiles(const QuantizedMatmulParams& p, int multiprocessors) {
 // By the fastest of all kernels.
 template <FourBitFormat kFormat, class T, class Out>
 cudaError_t launch_four_bit_of_sm90(const QuantizedMatmulParams& params, cudaStream_t stream) {
+  int multiprocessors;
+  if (cudaError_t error = multiprocessor_count(&multiprocessors)) return error;
   const auto few = [&]<int kTokens>() {
-    return launch_four_bit_few_rows_sm90<QuantizedMatmulFewRows<kFormat, T, kTokens>>(params,
-                                                                                      stream);
+    using Matmul = QuantizedMatmulFewRows<kFormat, T, Out, kTokens>;
+    const FourBitPlan plan = few_rows_plan<Matmul>(params, multiprocessors);
+    return launch_few_rows_plan_sm90<Matmul>(params, stream, plan);
+  };
+  const auto some = [&]<int kTokens>() {
+    using Matmul = QuantizedMatmulSomeRows<kFormat, T, Out, kTokens>;
+    const FourBitPlan plan = some_rows_plan<Matmul>(params, multiprocessors);
+    return launch_some_rows_plan_sm90<Matmul>(params, stream, plan);
   };
   if (params.M <= 8) return few.template operator()<8>();
   if (params.M <= 16) return few.template operator()<16>();
-  if (params.M <= 32) return few.template operator()<32>();
-  int multiprocessors;
-  if (cudaError_t error = multiprocessor_count(&multiprocessors)) return error;
+  if (params.M <= 32) return some.template operator()<32>();
+  if (params.M <= 64) return some.template operator()<64>();
   using Narrow = QuantizedMatmul<kFormat, T, Out, 64>;
   using Middle = QuantizedMatmul<kFormat, T, Out, 128>;
   using Wide = QuantizedMatmul<kFormat, T, Out, 256>;

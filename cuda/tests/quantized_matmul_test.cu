@@ -150,35 +150,72 @@ void test_matmul(const std::vector<Launch>& launches, std::string what, const We
   }
 }
 
-template <FourBitFormat kFormat, class T, class Out, int kTokens>
-void test_few_rows(std::string what, int blocks, bool zero_points) {
-  using Matmul = QuantizedMatmulFewRows<kFormat, T, kTokens>;
-  what += ", blocks " + std::to_string(blocks) + (zero_points ? ", zero points" : "") +
-          ", tokens " + std::to_string(kTokens);
-  std::vector<Launch> launches = {
-      {"", [](const auto& p) { return launch_four_bit_few_rows_sm90<Matmul>(p, nullptr); }}};
-  for (const FourBitPlan& plan :
-       std::vector<FourBitPlan>{{1, 1, 0.0}, {3, 5, 0.0}, {4, 3, 0.0}, {2, 7, 0.0}, {15, 1, 0.0}}) {
-    launches.push_back(
-        {", strips " + std::to_string(plan.strips) + ", panels " + std::to_string(plan.panels),
-         [=](const auto& p) { return launch_four_bit_plan_sm90<Matmul>(p, nullptr, plan); }});
+// By the launcher's plan and by others, of which those of clusters have one tile each.
+template <class T, class Out, class PlanLaunch>
+void test_plans(const std::string& what, FourBitFormat format, int blocks, bool zero_points,
+                int tokens, const std::vector<FourBitPlan>& plans, const PlanLaunch& run) {
+  std::vector<Launch> launches, persistent;
+  for (const FourBitPlan& plan : plans) {
+    launches.push_back({", strips " + std::to_string(plan.strips) + ", panels " +
+                            std::to_string(plan.panels) + ", splits " + std::to_string(plan.splits),
+                        [=](const auto& p) { return run(p, plan); }});
+    if (plan.splits != 2) persistent.push_back(launches.back());
   }
-  const auto test = [&](int64_t B, int64_t M, int64_t N, int64_t K) {
-    test_matmul<T, Out>(launches, what, Weight(kFormat, blocks, zero_points, B, N, K), M);
+  const auto test = [&](const auto& by, int64_t B, int64_t M, int64_t N, int64_t K) {
+    test_matmul<T, Out>(by, what, Weight(format, blocks, zero_points, B, N, K), M);
   };
-  test(1, 1, 1, 128);                  // almost nothing of a tile
-  test(1, kTokens, 264, 1152);         // a stage has panels beyond K
-  test(2, kTokens - 5, 72, 128 + 32);  // several matrices, columns that fill no tile
-  test(1, kTokens - 3, 520, 8192);     // several rounds of the ring
-  test(1, 2, 35000, 128);              // several tiles a block
-  test(150, kTokens - 1, 17, 256);     // of several matrices
+  test(launches, 1, 1, 16, 128);                // almost nothing of a tile
+  test(launches, 1, tokens, 272, 1152);         // a stage has panels beyond K
+  test(launches, 2, tokens - 5, 80, 128 + 32);  // several matrices, columns that fill no tile
+  test(launches, 1, tokens - 3, 528, 8192);     // several rounds of the ring
+  test(persistent, 1, tokens - 6, 35008, 128);  // several tiles a block
+  test(persistent, 150, tokens - 1, 32, 256);   // of several matrices
+}
+
+constexpr FourBitPlan kLaunchers = {};  // plan
+
+int multiprocessors() {
+  int count;
+  test::check(multiprocessor_count(&count), "multiprocessors");
+  return count;
+}
+
+template <FourBitFormat kFormat, class T, class Out, int kTokens>
+void test_few_rows(const std::string& what, int blocks, bool zero_points) {
+  using Matmul = QuantizedMatmulFewRows<kFormat, T, Out, kTokens>;
+  test_plans<T, Out>(what + ", few rows " + std::to_string(kTokens), kFormat, blocks, zero_points,
+                     kTokens,
+                     {kLaunchers, {1, 1, 1, 0.0}, {3, 5, 1, 0.0}, {2, 7, 1, 0.0}, {16, 1, 1, 0.0}},
+                     [](const auto& p, const FourBitPlan& plan) {
+                       const bool own = plan.strips == 0;
+                       return launch_few_rows_plan_sm90<Matmul>(
+                           p, nullptr, own ? few_rows_plan<Matmul>(p, multiprocessors()) : plan);
+                     });
+}
+
+template <FourBitFormat kFormat, class T, class Out, int kTokens>
+void test_some_rows(const std::string& what, int blocks, bool zero_points) {
+  using Matmul = QuantizedMatmulSomeRows<kFormat, T, Out, kTokens>;
+  test_plans<T, Out>(what + ", some rows " + std::to_string(kTokens), kFormat, blocks, zero_points,
+                     kTokens,
+                     {kLaunchers,
+                      {1, 1, 1, 0.0},
+                      {3, 2, 1, 0.0},
+                      {7, 1, 1, 0.0},
+                      {16, 1, 1, 0.0},
+                      {2, Matmul::kMaxPanels, 2, 0.0},
+                      {4, 1, 2, 0.0}},
+                     [](const auto& p, const FourBitPlan& plan) {
+                       const bool own = plan.strips == 0;
+                       return launch_some_rows_plan_sm90<Matmul>(
+                           p, nullptr, own ? some_rows_plan<Matmul>(p, multiprocessors()) : plan);
+                     });
 }
 
 template <FourBitFormat kFormat, class T, class Out, int kTokens>
 void test_many_rows(std::string what, int blocks, bool zero_points) {
   using Matmul = QuantizedMatmul<kFormat, T, Out, kTokens>;
-  what += ", blocks " + std::to_string(blocks) + (zero_points ? ", zero points" : "") +
-          ", many rows, tokens " + std::to_string(kTokens);
+  what += ", many rows " + std::to_string(kTokens);
   const std::vector<Launch> launches = {
       {"", [](const auto& p) { return launch_four_bit_sm90<Matmul>(p, nullptr); }}};
   const auto test = [&](int64_t B, int64_t M, int64_t N, int64_t K) {
@@ -193,10 +230,12 @@ void test_many_rows(std::string what, int blocks, bool zero_points) {
 }
 
 template <FourBitFormat kFormat>
-void test_format(const std::string& what, int blocks, bool zero_points = false) {
+void test_format(std::string what, int blocks, bool zero_points = false) {
+  what += ", blocks " + std::to_string(blocks) + (zero_points ? ", zero points" : "");
   test_few_rows<kFormat, bf16, bf16, 8>(what + ", bf16 to bf16", blocks, zero_points);
-  test_few_rows<kFormat, bf16, float, 16>(what + ", bf16 to float32", blocks, zero_points);
-  test_few_rows<kFormat, f16, f16, 32>(what + ", f16 to f16", blocks, zero_points);
+  test_few_rows<kFormat, f16, float, 16>(what + ", f16 to float32", blocks, zero_points);
+  test_some_rows<kFormat, bf16, float, 32>(what + ", bf16 to float32", blocks, zero_points);
+  test_some_rows<kFormat, f16, f16, 64>(what + ", f16 to f16", blocks, zero_points);
   test_many_rows<kFormat, bf16, bf16, 256>(what + ", bf16 to bf16", blocks, zero_points);
   test_many_rows<kFormat, f16, f16, 128>(what + ", f16 to f16", blocks, zero_points);
   test_many_rows<kFormat, bf16, float, 64>(what + ", bf16 to float32", blocks, zero_points);

@@ -37,6 +37,13 @@ struct Operand {
     return other;
   }
 
+  // The same so many bytes further on, a multiple of 1,024, after which swizzles repeat.
+  __device__ __forceinline__ Operand of_bytes(int n) const {
+    Operand other = *this;
+    other.chunk += static_cast<uint32_t>(n) >> 4;
+    return other;
+  }
+
   // The same columns of the rows `n` further on in the tile, a multiple of 8.
   __device__ __forceinline__ Operand of_rows(int n) const {
     static_assert(kKMajor_, "rows are the reduction axis");

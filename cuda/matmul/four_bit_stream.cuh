@@ -1,0 +1,125 @@
+// How products with weights of four bits and few rows of x (tokens) read both: panels of 128
+// columns of some strips of weights, and of all tokens, go through a ring of stages.
+//
+// A strip is 16 rows of weights with all their columns; a tile of out^T is some strips by all
+// tokens. Persistent blocks go from tile to tile and keep on reading; or two blocks in a cluster
+// share out the K of a tile. How many strips a tile has, and panels a stage, are parameters.
+// Where little is read, what is not reading shows: so the first weights are on their way before the
+// barriers of all else are there. And of copies there are only some on their way at once: with all
+// of a ring requested at the start its stages arrive together, and until then nobody works.
+#pragma once
+
+#include "cuda/matmul/four_bit.cuh"
+#include "cuda/tile/tile.cuh"
+
+namespace jaxkern {
+
+struct FourBitStream {
+  static constexpr int kMaxStages = 16;
+
+  struct Params {
+    CUtensorMap x;  // (B * M, K); boxes: 64 columns of tokens, x_box of them
+    CUtensorMap w;  // (B * strips, panels, bytes of a tile); boxes: a stage
+    FourBitWeight weight;
+    int x_box;
+    int strips, panels;       // of a stage
+    int splits;               // blocks that share out K, 1 or 2; two have but one tile
+    int stages, stage_bytes;  // of the ring
+    int ahead;                // stages on their way at once
+    int x_bytes;              // of 64 columns; weights come after all tokens of a stage
+    int w_place, w_bytes;     // where they begin in a stage, and how many there are
+    int tile_bytes;           // of weights
+    int B, M, N;
+    int tiles, steps;  // of a matrix; stages of a tile, all of K
+  };
+
+  // A place in the ring.
+  struct Slot {
+    int stage = 0, bytes = 0;  // from the first stage
+    uint32_t parity = 0;
+
+    __device__ __forceinline__ void advance(const Params& p) {
+      ++stage, bytes += p.stage_bytes;
+      if (stage == p.stages) stage = 0, bytes = 0, parity ^= 1;
+    }
+  };
+  struct Place {
+    int split, first, step;  // its tiles are the first and those that follow in steps
+    int begin, end;          // its stages of each
+
+    __device__ __forceinline__ explicit Place(const Params& p)
+        : split(blockIdx.x & (p.splits - 1)),
+          first(blockIdx.x >> (p.splits - 1)),
+          step(gridDim.x >> (p.splits - 1)),
+          begin(split * (p.steps >> 1)),
+          end(split < p.splits - 1 ? p.steps >> 1 : p.steps) {}
+  };
+  struct Work {
+    int batch, strip;  // where it begins in a matrix
+
+    __device__ __forceinline__ Work(const Params& p, int index)
+        : batch(p.B > 1 ? index / p.tiles : 0), strip((index - batch * p.tiles) * p.strips) {}
+  };
+  __device__ __forceinline__ static int all_strips(const Params& p) {
+    return tile::ceil_div(p.N, kFourBitRows);
+  }
+
+  template <class Storage>
+  __device__ __forceinline__ static void load_weights(const Params& p, Storage& shared,
+                                                      const Work& at, int step, int stage) {
+    auto& full = shared.ring.full[stage];
+    full.arrive_expect(p.w_place + p.w_bytes);
+    tile::ptx::bulk_tensor_load_by(
+        tile::ptx::evict_first_policy(), shared.stages + stage * p.stage_bytes + p.w_place, &p.w,
+        &full.word, 0, step * p.panels, at.batch * all_strips(p) + at.strip);
+  }
+  template <class Storage>
+  __device__ __forceinline__ static void load_tokens(const Params& p, Storage& shared,
+                                                     const Work& at, int step, int stage) {
+    auto& full = shared.ring.full[stage];
+    const uint64_t policy = tile::ptx::evict_last_policy();
+    char* to = shared.stages + stage * p.stage_bytes;
+    const int first = 2 * step * p.panels;  // of 64 columns
+    for (int i = 0; i < 2 * p.panels; i += p.x_box) {
+      tile::ptx::bulk_tensor_load_by(policy, to + i * p.x_bytes, &p.x, &full.word,
+                                     p.x_box > 1 ? 0 : 64 * (first + i), at.batch * p.M,
+                                     p.x_box > 1 ? first + i : 0);
+    }
+  }
+
+  // Loads the first weights, when there is what they complete on and nothing else. Returns of how
+  // many stages. releases: of a stage.
+  template <class Storage>
+  __device__ __forceinline__ static int begin(const Params& p, Storage& shared, const Place& place,
+                                              int releases) {
+    tile::ptx::prefetch_tensor_map(&p.x);
+    for (int i = 0; i < p.stages; ++i) shared.ring.full[i].init(1);
+    tile::ptx::fence_mbarrier_init();
+    const Work at(p, place.first);
+    const int stages = min(p.ahead, place.end - place.begin);
+#pragma unroll 1
+    for (int i = 0; i < stages; ++i) load_weights(p, shared, at, place.begin + i, i);
+    for (int i = 0; i < p.stages; ++i) shared.ring.empty[i].init(releases);
+    tile::ptx::fence_mbarrier_init();
+    return stages;
+  }
+  template <class Storage>
+  __device__ __forceinline__ static void load(const Params& p, Storage& shared, const Place& place,
+                                              int begun) {
+    Slot slot, oldest;  // on its way
+    for (int index = place.first; index < p.B * p.tiles; index += place.step) {
+      const Work at(p, index);
+      for (int step = place.begin; step < place.end; ++step, slot.advance(p), --begun) {
+        if (begun <= 0) {
+          shared.ring.full[oldest.stage].wait(oldest.parity);
+          oldest.advance(p);
+          shared.ring.empty[slot.stage].wait(slot.parity ^ 1);
+          load_weights(p, shared, at, step, slot.stage);
+        }
+        load_tokens(p, shared, at, step, slot.stage);
+      }
+    }
+  }
+};
+
+}  // namespace jaxkern
