@@ -87,7 +87,7 @@ FourBitPlan some_rows_plan(const QuantizedMatmulParams& p, int multiprocessors) 
       const int64_t tiles = p.B * tile::ceil_div(sizes.strips, strips);
       const int64_t rounds = tile::ceil_div(tiles, multiprocessors / splits);
       if (splits == 2 && rounds > 1) continue;
-      const int most = Matmul::kMaxPanels / tile::ceil_div(strips, 4);
+      const int most = Matmul::kConsumers / tile::ceil_div(strips, 4);
       const auto panels =
           static_cast<int>(std::min<int64_t>(most, tile::ceil_div<int64_t>(sizes.panels, splits)));
       const int64_t steps = tile::ceil_div(tile::ceil_div(sizes.panels, panels), splits);
@@ -229,15 +229,13 @@ cudaError_t launch_four_bit_of_sm90(const QuantizedMatmulParams& params, cudaStr
     const FourBitPlan plan = few_rows_plan<Matmul>(params, multiprocessors);
     return launch_few_rows_plan_sm90<Matmul>(params, stream, plan);
   };
-  const auto some = [&]<int kTokens>() {
-    using Matmul = QuantizedMatmulSomeRows<kFormat, T, Out, kTokens>;
-    const FourBitPlan plan = some_rows_plan<Matmul>(params, multiprocessors);
-    return launch_some_rows_plan_sm90<Matmul>(params, stream, plan);
-  };
   if (params.M <= 8) return few.template operator()<8>();
   if (params.M <= 16) return few.template operator()<16>();
-  if (params.M <= 32) return some.template operator()<32>();
-  if (params.M <= 64) return some.template operator()<64>();
+  if (params.M <= 32) {
+    using Matmul = QuantizedMatmulSomeRows<kFormat, T, Out, 32>;
+    const FourBitPlan plan = some_rows_plan<Matmul>(params, multiprocessors);
+    return launch_some_rows_plan_sm90<Matmul>(params, stream, plan);
+  }
   using Narrow = QuantizedMatmul<kFormat, T, Out, 64>;
   using Middle = QuantizedMatmul<kFormat, T, Out, 128>;
   using Wide = QuantizedMatmul<kFormat, T, Out, 256>;

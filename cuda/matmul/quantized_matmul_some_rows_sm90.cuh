@@ -21,8 +21,7 @@ struct QuantizedMatmulSomeRows : FourBitStream {
   using Out = Out_;
   using Weights = FourBit<kFormat, T>;
   static constexpr int kTokens = kTokens_;
-  static constexpr int kConsumers = 4;                      // at most
-  static constexpr int kMaxPanels = kTokens == 64 ? 2 : 4;  // two stages must fit
+  static constexpr int kConsumers = 4;  // at most
   static constexpr int kThreads = tile::kWarpgroupSize * kConsumers + tile::kWarpSize;
   static constexpr int kMaxGroups = 4;
   static constexpr int kMaxStrips = 4 * kMaxGroups;
