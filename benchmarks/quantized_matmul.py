@@ -7,8 +7,8 @@
 Activations are bfloat16. `jax bf16` multiplies by the dequantised weight, kept in bfloat16, which
 is cuBLAS; `jax dequantize` by one that it dequantises in the same jit; `torch bf16` is PyTorch's
 cuBLAS, `torch int4` its product of bfloat16 and int4 in groups of 128, whatever the case's format.
-A call makes products with several weights, one after another, sixteen at least where a product
-takes little, and a time is that of one product: the host's part of a launch shows below 15 us or
+A call makes products with several weights, one after another, thirty-two at least where a
+product takes little, and a time is that of one product: the host's part of a launch shows below 15 us or
 so. GB/s count the bytes of the case's weight, with its scales, and of x and the result.
 """
 
@@ -31,7 +31,7 @@ from jaxkern import benchmarking
 FORMATS = {"nvfp4": {}, "mxfp4": {}, "int4": {"group_size": 128}}
 DIRECTIONS = ("fwd",)
 BITS = {"nvfp4": 4.5, "mxfp4": 4.25, "int4": 4.125}
-LEAST_SETS = 16
+LEAST_SETS = 32
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,8 @@ import contextvars
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -255,6 +256,34 @@ def fp8_dot_general(
         dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
     y = fp8_matmul(lhs, rhs, preferred_element_type=dtype, **options)
     return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
+
+
+QuantizationRules = Mapping[str, str | Mapping[str, Any] | None]
+
+
+def quantization_options(
+    names: Iterable[str], rules: QuantizationRules
+) -> dict[str, dict[str, Any]]:
+    """Options of `jaxkern.quantize`, its format too, by the names of layers that rules change.
+
+    Rules go from regular expressions to formats, to mappings of "format" and options, or to None,
+    which leaves a layer as it is. The first rule that matches a whole name is the one that counts.
+
+    Raises ValueError for a rule that is the first of no layer, with a list of the names.
+    """
+    names, options, matched = list(names), {}, set()
+    for name in names:
+        rule = next((rule for rule in rules if re.fullmatch(rule, name)), None)
+        matched.add(rule)
+        own = None if rule is None else rules[rule]
+        if own is not None:
+            options[name] = {"format": own} if isinstance(own, str) else dict(own)
+    if unused := [rule for rule in rules if rule not in matched]:
+        raise ValueError(
+            f"rules {', '.join(map(repr, unused))} match none of the linear layers "
+            f"{', '.join(names) or '(there are none)'}, or others do before them"
+        )
+    return options
 
 
 def bind(function: Callable, given: Callable | None, **options: object) -> Callable:

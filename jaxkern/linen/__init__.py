@@ -8,13 +8,17 @@ from jaxkern.linen.attention import (
 )
 from jaxkern.linen.linear import Fp8Dense, Fp8DotGeneral
 from jaxkern.linen.normalization import RMSNorm
+from jaxkern.linen.quantized import QuantizedDense, quantize_variables, quantized_dense
 
 __all__ = [
     "Fp8Dense",
     "Fp8DotGeneral",
     "MultiHeadAttention",
     "MultiHeadDotProductAttention",
+    "QuantizedDense",
     "RMSNorm",
     "SelfAttention",
     "attention_fn",
+    "quantize_variables",
+    "quantized_dense",
 ]

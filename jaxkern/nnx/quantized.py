@@ -1,7 +1,5 @@
 """Linear layers whose weights are kept in four bits, for Flax nnx."""
 
-import re
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -107,7 +105,7 @@ class QuantizedLinear(nnx.Module):
 
 def quantize_model(
     model: nnx.Module,
-    rules: Mapping[str, str | Mapping[str, Any] | None],
+    rules: _flax.QuantizationRules,
     *,
     implementation: _flax.Implementation = None,
 ) -> nnx.Module:
@@ -130,24 +128,13 @@ def quantize_model(
         for path, module in nnx.iter_modules(model)
         if isinstance(module, nnx.Linear)
     }
-    matched = set()
-    for name, (path, linear) in linears.items():
-        rule = next((rule for rule in rules if re.fullmatch(rule, name)), None)
-        matched.add(rule)
-        options = None if rule is None else rules[rule]
-        if options is None:
-            continue
-        options = {"format": options} if isinstance(options, str) else dict(options)
+    for name, options in _flax.quantization_options(linears, rules).items():
+        path, linear = linears[name]
         try:
             quantized = QuantizedLinear.of(linear, implementation=implementation, **options)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         _replace(model, path, quantized)
-    if unused := [rule for rule in rules if rule not in matched]:
-        raise ValueError(
-            f"rules {', '.join(map(repr, unused))} match none of the linear layers "
-            f"{', '.join(linears) or '(there are none)'}, or others do before them"
-        )
     return model
 
 
