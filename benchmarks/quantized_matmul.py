@@ -7,9 +7,10 @@
 Activations are bfloat16. `jax bf16` multiplies by the dequantised weight, kept in bfloat16, which
 is cuBLAS; `jax dequantize` by one that it dequantises in the same jit; `torch bf16` is PyTorch's
 cuBLAS, `torch int4` its product of bfloat16 and int4 in groups of 128, whatever the case's format.
-A call makes products with several weights, one after another, thirty-two at least where a
-product takes little, and a time is that of one product: the host's part of a launch shows below 15 us or
-so. GB/s count the bytes of the case's weight, with its scales, and of x and the result.
+A call makes products with several weights, one after another, 32 at least where a product takes
+little, and a time is that of one product: below 15 us or so the host's part of a launch shows, for
+which quantized_matmul_kernel.py is. GB/s count the bytes of the case's weight, with its scales, and
+of x and the result.
 """
 
 from __future__ import annotations

@@ -3,10 +3,12 @@
 import cuda_program
 import gemm
 import pytest
+import quantized_matmul_kernel
 import scaled_matmul
 
 from jaxkern import benchmarking
 
+PROGRAMS = (gemm.PROGRAM, scaled_matmul.PROGRAM, quantized_matmul_kernel.PROGRAM)
 STAND_IN = """#!/bin/sh
 [ "$1" = 64 ] && exit 3
 [ "$1" = block ] && printf 'jaxkern\\t200.0\\ncublaslt\\t190.0\\n' && exit 0
@@ -63,7 +65,7 @@ def test_misspelled_case(measure, capsys, case):
     assert "--case: wanted" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("program", [gemm.PROGRAM, scaled_matmul.PROGRAM], ids=lambda p: p.name)
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.name)
 def test_usual_cases_are_well_spelled(program):
     assert len(set(program.cases)) == len(program.cases) > 0
     assert all(program.arguments(case) for case in program.cases)
@@ -85,6 +87,15 @@ def test_rows_of_a_recipe(measure):
 def test_misspelled_recipe(measure, capsys, case):
     with pytest.raises(SystemExit):
         measure("--case", case, program=scaled_matmul.PROGRAM)
+    assert "--case: wanted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "case", ["m16 n32 k128", "m16 n32 k128 fp4", "m16 n24 k128 nvfp4", "m16 n32 k64 int4"]
+)
+def test_misspelled_format(measure, capsys, case):
+    with pytest.raises(SystemExit):
+        measure("--case", case, program=quantized_matmul_kernel.PROGRAM)
     assert "--case: wanted" in capsys.readouterr().err
 
 
