@@ -1,6 +1,7 @@
 """CUDA kernels for JAX, each with a plain JAX reference behind the same function."""
 
 from jaxkern.ops.attention import dot_product_attention as dot_product_attention
+from jaxkern.ops.blackwell import blackwell_scales as blackwell_scales
 from jaxkern.ops.four_bit_weight import pack_weight as pack_weight
 from jaxkern.ops.fp8 import fp8_matmul as fp8_matmul
 from jaxkern.ops.fp8 import quantize_weight as quantize_weight

@@ -86,6 +86,17 @@ def wrong_gpu() -> str | None:
     )
 
 
+@functools.cache
+def has_blackwell() -> bool:
+    """Whether all GPUs of this process multiply blocks of NVFP4 themselves: compute capability 10
+    and 12."""
+    try:
+        devices = jax.devices("cuda")
+    except RuntimeError:
+        return False
+    return all(d.compute_capability.split(".")[0] in ("10", "12") for d in devices)
+
+
 _cuda_only_p = Primitive("jaxkern_cuda_only")
 _cuda_only_p.def_abstract_eval(lambda x, **_: x)
 

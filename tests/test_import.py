@@ -24,6 +24,6 @@ def test_import():
     result = subprocess.run(run, check=True, capture_output=True, text=True)
     functions = {"dot_product_attention", "fp8_matmul", "quantize", "quantize_weight", "rms_norm"}
     functions |= {"fp8_mlp", "quantize_rms_norm", "quantize_swiglu", "quantize_swiglu_grad"}
-    functions |= {"scaled_matmul", "quantized_matmul", "pack_weight"}
+    functions |= {"scaled_matmul", "quantized_matmul", "pack_weight", "blackwell_scales"}
     folders, types = {"ops", "reference"}, {"PackedWeight", "QuantizedArray", "QuantizedWeight"}
     assert set(result.stdout.split()) == functions | folders | types

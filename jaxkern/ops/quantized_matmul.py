@@ -1,5 +1,6 @@
 """quantized_matmul: x times a weight that is kept in four bits."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxkern import _checks, _dispatch, _ffi, _partitioning, _stack
 from jaxkern.ops import four_bit_weight
-from jaxkern.ops.packed_weight import COLUMNS, ROWS, PackedWeight
+from jaxkern.ops.packed_weight import COLUMNS, ROWS, PackedWeight, format_of
+from jaxkern.ops.quantize import quantize
 from jaxkern.ops.quantized_array import QuantizedArray
 
 _OP = "quantized_matmul"
@@ -25,6 +27,7 @@ def quantized_matmul(
     x: ArrayLike,
     w: QuantizedArray | PackedWeight,
     *,
+    activation_format: str | None = None,
     preferred_element_type: DTypeLike | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> jax.Array:
@@ -33,10 +36,16 @@ def quantized_matmul(
     w counts exactly as what it stands for, and sums are float32. It is a constant: the gradient is
     x's alone, and the weight that x is multiplied by is made anew for it, not kept.
 
+    With activation_format "nvfp4" x is quantised too, each matrix [rows, K] with a float32 scale of
+    its own, and counts as what that stands for; its gradient is as without. On GPUs of compute
+    capability 10 and 12 (Blackwell) `jax.nn.scaled_matmul` multiplies, which takes both as they
+    are; this has run on none of them. Elsewhere it costs more than without.
+
     Args:
       x: [..., K], bfloat16, float16 or float32.
       w: [N, K], of the format "nvfp4", "mxfp4" or "int4"; or what `jaxkern.pack_weight` makes of
         it, which is the same weight.
+      activation_format: None or, for a w of "nvfp4", "nvfp4".
       preferred_element_type: of the result: bfloat16, float16 or float32. None is x's.
       implementation: "cuda" (kernels: a packed w, and x in bfloat16 or float16), "xla" (plain
         jax.numpy), or a sequence of them to take the first that supports the call. None is ("cuda",
@@ -61,8 +70,22 @@ def quantized_matmul(
         raise ValueError(f"x has shape {x.shape}, wanted (..., {w.shape[-1]}) for w's {w.shape}")
     wanted = x.dtype if preferred_element_type is None else preferred_element_type
     dtype = _checks.dtype("preferred_element_type", wanted, _DTYPES)
+    quantizes = _quantizes(activation_format, w)
     choice = _dispatch.choose(_OP, implementation, _unsupported(x, w))
-    return _quantized_matmul(Config(dtype, x.dtype, choice.kernel, choice.fallback), x, w)
+    config = Config(dtype, x.dtype, choice.kernel, choice.fallback, quantizes)
+    return _quantized_matmul(config, x, w)
+
+
+def _quantizes(activation_format, w):
+    """Whether x is to be quantised."""
+    if activation_format not in (None, "nvfp4"):
+        raise ValueError(f"activation_format is {activation_format!r}, wanted None or 'nvfp4'")
+    found = w.format if isinstance(w, PackedWeight) else format_of(w)
+    if activation_format is not None and found != activation_format:
+        raise ValueError(
+            f"activation_format is {activation_format!r}, wanted None for a w of {found!r}"
+        )
+    return activation_format is not None
 
 
 def _unsupported(x, w):
@@ -77,11 +100,14 @@ class Config(NamedTuple):
     input_dtype: np.dtype
     kernel: bool
     fallback: bool  # to the reference, where the lowering is not for CUDA
+    quantizes: bool  # x, to NVFP4
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 @functools.partial(jax.jit, static_argnums=0)
 def _quantized_matmul(config, x, w):
+    if config.quantizes:
+        return _of_quantized(config, x, w)
     if config.kernel:
         return _by_tiles(config, x, w)
     return _product(config.dtype, x, "k", w, "n")
@@ -96,6 +122,31 @@ def _backward(config, w, dy):
 
 
 _quantized_matmul.defvjp(_forward, _backward)
+
+
+def _of_quantized(config, x, w):
+    """The product with x in NVFP4, whose float32 scale counts at the end: without it x is exact in
+    its own dtype."""
+    quantized = quantize(jnp.atleast_2d(x), "nvfp4")
+    if _dispatch.has_blackwell():
+        out = _native(quantized, w.unpack() if isinstance(w, PackedWeight) else w)
+    else:
+        plain = dataclasses.replace(quantized, tensor_scale=None).dequantize(x.dtype)
+        single = config._replace(dtype=_SINGLE, quantizes=False)
+        out = _quantized_matmul(single, plain, w) * quantized.tensor_scale
+    return out.astype(config.dtype).reshape(*x.shape[:-1], -1)
+
+
+def _native(x, w):
+    """Of two arrays of NVFP4, float32."""
+
+    def flat(a):
+        return a.reshape(1, -1, a.shape[-1])
+
+    out = jax.nn.scaled_matmul(
+        flat(x.values), flat(w.values), flat(x.scale), flat(w.scale), preferred_element_type=_SINGLE
+    )
+    return out.reshape(*x.shape[:-1], -1) * (x.tensor_scale * w.tensor_scale)
 
 
 def _product(dtype, x, over, w, to):
