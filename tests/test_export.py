@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from four_bit import FORMATS
 
 import jaxkern
 from jaxkern.testing import random_normal
@@ -100,3 +101,30 @@ def test_export_of_fp8(platforms):
         got, wanted = jax.tree.leaves(again.call(*args)), jax.tree.leaves(jax.jit(fp8)(*args))
         for g, w in zip(got, wanted, strict=True):
             np.testing.assert_array_equal(g, w)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_export_of_four_bits(name):
+    """For any number of rows of x, with its gradient; the weight's arrays are arguments."""
+    (w,) = random_normal(4, (80, 256), dtype="float32")
+    w = jaxkern.quantize(w, name.split()[0], **FORMATS[name])
+    leaves, tree = jax.tree.flatten(jaxkern.pack_weight(w))
+
+    def run(x, *leaves):
+        y, pullback = jax.vjp(
+            lambda x: jaxkern.quantized_matmul(x, jax.tree.unflatten(tree, leaves)), x
+        )
+        return y, pullback(y)[0]
+
+    (rows,) = jax.export.symbolic_shape("rows")
+    specs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in leaves]
+    exported = jax.export.export(
+        jax.jit(run), platforms=["cpu", "cuda"], disabled_checks=allowed("quantized_matmul")
+    )(jax.ShapeDtypeStruct((rows, 256), jnp.bfloat16), *specs)
+    assert exported.mlir_module().count("custom_call @jaxkern.quantized_matmul") == 1
+    again = jax.export.deserialize(exported.serialize())
+    for size in (1, 40):
+        (x,) = random_normal(5, (size, 256), dtype="bfloat16")
+        got, wanted = again.call(x, *leaves), jax.jit(run)(x, *leaves)
+        for g, w in zip(got, wanted, strict=True):
+            np.testing.assert_array_equal(g.astype("float32"), w.astype("float32"))
