@@ -4,8 +4,8 @@
     python benchmarks/quantized_matmul.py --filter 'm1 .*nvfp4' --providers jaxkern,"jax bf16"
     python benchmarks/quantized_matmul.py --case 'm16 n28672 k8192 nvfp4'
 
-Activations are bfloat16. `jax bf16` multiplies by the dequantised weight, kept in bfloat16, which
-is cuBLAS; `jax dequantize` by one that it dequantises in the same jit; `torch bf16` is PyTorch's
+Activations are bfloat16. `jax bf16` multiplies by the dequantised weight, kept in bfloat16, as XLA
+does that; `jax dequantize` by one that it dequantises in the same jit; `torch bf16` is PyTorch's
 cuBLAS, `torch int4` its product of bfloat16 and int4 in groups of 128, whatever the case's format.
 A call makes products with several weights, one after another, 32 at least where a product takes
 little, and a time is that of one product: below 15 us or so the host's part of a launch shows, for

@@ -134,9 +134,7 @@ __global__ void __launch_bounds__(Matmul::kThreads, 1)
   auto& shared = tile::settled(tile::shared_storage<typename Matmul::Storage>());
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / tile::kWarpSize, 0);
   const bool loader = threadIdx.x == Matmul::kConsumers * tile::kWarpSize;
-
   const typename Matmul::Place place(p);
-
   int begun = 0;
   if (loader) begun = Matmul::begin(p, shared, place, Matmul::warps(p));
   __syncthreads();

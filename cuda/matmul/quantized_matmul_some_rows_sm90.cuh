@@ -92,13 +92,13 @@ struct QuantizedMatmulSomeRows : FourBitStream {
     if (place.begin < place.end) shared.ring.empty[previous].arrive_warp();
   }
 
-  // Adds the sums of a group's other panels to those of its first, and those of the other block.
+  // Adds the sums of a group's other panels to those of its first.
   __device__ __forceinline__ static void add_panels(const Params& p, Storage& shared, int group,
                                                     int panel, Sum& sum) {
     const auto sync = [&] {
       tile::ptx::named_barrier_sync(1 + kMaxGroups + group, p.panels * tile::kWarpgroupSize);
     };
-    float* sums = shared.sums[group];  // of the first panel: the other block's
+    float* sums = shared.sums[group];
     if (panel > 0) tile::store_fragments(sums + panel * p.groups * 64 * kTokens, sum);
     sync();  // they are there
     for (int i = 1; panel == 0 && i < p.panels; ++i) {
@@ -106,6 +106,7 @@ struct QuantizedMatmulSomeRows : FourBitStream {
     }
     sync();  // and read
   }
+  // Adds those of the other block, which has one group: where nobody's first panel has any.
   __device__ __forceinline__ static void receive(Storage& shared, Sum& sum) {
     if (threadIdx.x % tile::kWarpgroupSize == 0) {
       shared.received.arrive_expect(64 * kTokens * sizeof(float));

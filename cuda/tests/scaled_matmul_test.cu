@@ -184,13 +184,14 @@ void test_few_rows_scales(const std::string& what) {
 
 // The launcher's plans: tiles that their instance can hold, split only where SMs would be idle.
 void test_few_rows_plans() {
-  constexpr int kMultiprocessors = 132;  // an H200's
+  int multiprocessors;
+  test::check(multiprocessor_count(&multiprocessors), "multiprocessors");
   for (const int64_t B : {1, 3, 200}) {
     for (const int64_t N : {8, 1000, 4096, 7168, 14336, 28672, 128256}) {
       for (const int groups : {1, 2, 4}) {
         ScaledMatmulParams p = {};
         p.B = B, p.N = N, p.K = 4096;
-        const FewRowsPlan plan = few_rows_plan(p, 64, groups, kMultiprocessors);
+        const FewRowsPlan plan = few_rows_plan(p, 64, groups, multiprocessors);
         const std::string what = "plan of B " + std::to_string(B) + ", N " + std::to_string(N) +
                                  ", groups " + std::to_string(groups);
         if (std::isinf(plan.us)) {
@@ -200,7 +201,7 @@ void test_few_rows_plans() {
         const int64_t tiles = B * tile::ceil_div(N, plan.rows);
         test::expect(plan.rows % 8 == 0 && plan.rows > 0 && plan.rows <= 64 * groups, what);
         test::expect(plan.splits == 1 || plan.splits == 2, what + ": splits");
-        test::expect(plan.splits == 1 || plan.splits * tiles <= kMultiprocessors,
+        test::expect(plan.splits == 1 || plan.splits * tiles <= multiprocessors,
                      what + ": more blocks than SMs");
       }
     }

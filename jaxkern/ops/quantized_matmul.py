@@ -33,8 +33,12 @@ def quantized_matmul(
 ) -> jax.Array:
     """x w^T, for a weight that `jaxkern.quantize` keeps in four bits.
 
-    w counts exactly as what it stands for, and sums are float32. It is a constant: the gradient is
-    x's alone, and the weight that x is multiplied by is made anew for it, not kept.
+    w counts exactly as what it stands for, and sums are float32. But kernels round integers times
+    their scale to x's dtype, which must have the scale in its range; and blocks of MXFP4 below
+    2^-100 of the largest of their row, in float16 2^-24, lose bits or are zero.
+
+    w is a constant: the gradient is x's alone, and the weight that x is multiplied by is made anew
+    for it, not kept.
 
     With activation_format "nvfp4" x is quantised too, each matrix [rows, K] with a float32 scale of
     its own, and counts as what that stands for; its gradient is as without. On GPUs of compute
@@ -127,18 +131,23 @@ _quantized_matmul.defvjp(_forward, _backward)
 def _of_quantized(config, x, w):
     """The product with x in NVFP4, whose float32 scale counts at the end: without it x is exact in
     its own dtype."""
-    quantized = quantize(jnp.atleast_2d(x), "nvfp4")
-    if _dispatch.has_blackwell():
-        out = _native(quantized, w.unpack() if isinstance(w, PackedWeight) else w)
-    else:
+
+    def elsewhere(quantized, w):
         plain = dataclasses.replace(quantized, tensor_scale=None).dequantize(x.dtype)
         single = config._replace(dtype=_SINGLE, quantizes=False)
-        out = _quantized_matmul(single, plain, w) * quantized.tensor_scale
+        return _quantized_matmul(single, plain, w) * quantized.tensor_scale
+
+    quantized = quantize(jnp.atleast_2d(x), "nvfp4")
+    if _dispatch.has_blackwell():
+        out = jax.lax.platform_dependent(quantized, w, cuda=_native, default=elsewhere)
+    else:
+        out = elsewhere(quantized, w)
     return out.astype(config.dtype).reshape(*x.shape[:-1], -1)
 
 
 def _native(x, w):
-    """Of two arrays of NVFP4, float32."""
+    """Of x and w in NVFP4, float32."""
+    w = w.unpack() if isinstance(w, PackedWeight) else w
 
     def flat(a):
         return a.reshape(1, -1, a.shape[-1])

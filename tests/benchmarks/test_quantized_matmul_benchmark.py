@@ -1,4 +1,5 @@
 import common
+import numpy as np
 import pytest
 import quantized_matmul
 
@@ -37,13 +38,15 @@ def test_measures_on_any_device(tmp_path, monkeypatch):
 
 
 def test_providers_agree_with_the_plain_product():
-    """The kernel's among them, where there is one: each takes a weight in its own form."""
+    """Each takes the weight in a form of its own, in the order of the providers."""
     shape = quantized_matmul.Shape(4, 48, 128, "nvfp4")
     x, *weights = quantized_matmul.inputs(shape).arguments[0]
-    plain, _, dequantized = weights
+    plain, packed, quantized = weights
+    assert list(quantized_matmul.JAX_PROVIDERS) == ["jax bf16", "jaxkern", "jax dequantize"]
+    np.testing.assert_array_equal(packed.dequantize("bfloat16"), plain)
     assert (
         common.relative_error(
-            quantized_matmul.by_dequantized(x, dequantized), quantized_matmul.by_plain(x, plain)
+            quantized_matmul.by_dequantized(x, quantized), quantized_matmul.by_plain(x, plain)
         )
         < 1e-2
     )

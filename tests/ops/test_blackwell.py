@@ -91,11 +91,18 @@ def test_blackwell_takes_both_as_they_are(monkeypatch, packed):
     monkeypatch.setattr(_dispatch, "has_blackwell", lambda: True)
     monkeypatch.setattr(module.jax.nn, "scaled_matmul", scaled_matmul)
     x, w = normal(2, 3, K, dtype="bfloat16"), quantize(normal(N, K, seed=2), "nvfp4")
-    run = module._quantized_matmul.__wrapped__  # not from jit's cache
+    weight = pack_weight(w) if packed else w
     config = module.Config(np.dtype("float32"), x.dtype, False, True, True)
-    got = run.__wrapped__(config, x, pack_weight(w) if packed else w)
+
+    def run(x, weight):
+        return module._of_quantized(config, x, weight)
+
+    wanted = exact(x, w).reshape(2, 3, N)
+    np.testing.assert_allclose(jax.jit(run)(x, weight), wanted, rtol=1e-5, atol=1e-4)
+    # That was a CPU's, but both have been traced; and by the stand-in:
     assert calls == [["float4_e2m1fn"] * 2 + ["float8_e4m3fn"] * 2]
-    np.testing.assert_allclose(got, exact(x, w).reshape(2, 3, N), rtol=1e-5, atol=1e-4)
+    got = module._native(quantize(x, "nvfp4"), weight)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-4)
 
 
 def test_errors():
