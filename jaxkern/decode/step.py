@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxkern import _checks, _dispatch, _ffi
 from jaxkern.decode.cache import KVCache, Status, pack_keys, pack_values, status_of
 from jaxkern.decode.layout import ROW, largest_block
-from jaxkern.decode.pack import PackedWeights
+from jaxkern.decode.pack import WEIGHTS, PackedWeights
 from jaxkern.decode.sampling import Sampling, stop_tokens_of
 from jaxkern.ops.attention import dot_product_attention
 from jaxkern.reference import decode as reference
@@ -285,9 +285,9 @@ def _kernel(packed, cache, tokens, debug):
     ends = np.cumsum([layers * batch * size for size in sizes.values()])
     phases = {}
     for (name, size), x in zip(sizes.items(), jnp.split(sent, ends[:-1]), strict=True):
-        if name != "qkv":  # vectors lie side by side, and of FP8 weights they are larger
+        if name != "qkv":  # vectors lie side by side, and of floats of few bits they are larger
             x = jnp.swapaxes(x.reshape(layers, size // ROW, batch, ROW), 1, 2)
-            x *= 2.0**-64 if packed.weights == "fp8" else 1.0
+            x *= 2.0**-64 if packed.weights in ("fp8", "nvfp4", "mxfp4") else 1.0
         # A layer is where the number of layers before it is, from -1 on.
         phases[name] = jnp.roll(x.reshape(layers, batch, size), 1, 0)[: config.layers]
     return logits, cache, phases
@@ -341,6 +341,7 @@ def _call(
         results,
         *operands,
         aliases=aliases,
+        format=np.int32(WEIGHTS.index(packed.weights)),
         epsilon=np.float32(config.norm_epsilon),
         multiprocessors=np.int32(packed.multiprocessors),
         top_k=np.int32(min(top_k, config.vocabulary)),

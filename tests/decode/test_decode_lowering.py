@@ -57,6 +57,7 @@ def test_call():
         "0xbf16",
     ]
     assert attributes(line)["multiprocessors"] == "3 : i32"
+    assert attributes(line)["format"] == "0 : i32"
     aliases = re.findall(r"output_tuple_indices = \[(\d)\], operand_index = (\d)", line)
     assert aliases == [(str(i + 1), str(i)) for i in range(1, 7)]
 
@@ -73,6 +74,33 @@ def test_fp8():
         f"{layers}x{2 * c.hidden * d // 4}xui32",
         f"{layers}x{d * c.hidden // 4}xui32",
         f"{c.vocabulary * d // 4}xui32",
+        f"{layers}x{n}xf32",
+        f"{layers}x{d}xf32",
+        f"{layers}x{2 * c.hidden}xf32",
+        f"{layers}x{d}xf32",
+        f"{c.vocabulary}xf32",
+    ]
+
+
+@pytest.mark.parametrize(("weights", "code"), [("nvfp4", 2), ("mxfp4", 3), ("int4", 4)])
+def test_four_bit(weights, code):
+    """In words, with the scales of blocks among them; blocks of rows have 16 bytes at least."""
+    c = dataclasses.replace(LLAMA, width=128, hidden=384)
+    line = custom_call_lines(decode_step, *arguments(c, 2, weights=weights))["decode_step"]
+    operands, _ = types(line)
+    assert attributes(line)["format"] == f"{code} : i32"
+    n, d, layers = (c.heads + 2 * c.kv_heads) * 64, 128, c.layers
+
+    def words(rows, columns, unit=1):
+        sizes = [rows // unit // 3 + (i < rows // unit % 3) for i in range(3)]
+        return sum(18 * unit * x + 2 * (unit * x % 2) for x in sizes) * columns // 128
+
+    assert operands[9:19] == [
+        f"{layers}x{words(n, d)}xui32",
+        f"{layers}x{words(d, c.heads * 64)}xui32",
+        f"{layers}x{words(2 * c.hidden, d, 2)}xui32",
+        f"{layers}x{words(d, c.hidden)}xui32",
+        f"{words(c.vocabulary, d)}xui32",
         f"{layers}x{n}xf32",
         f"{layers}x{d}xf32",
         f"{layers}x{2 * c.hidden}xf32",
