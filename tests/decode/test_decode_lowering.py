@@ -11,6 +11,7 @@ from decode_model import CONFIGS, model_of, random_arrays
 from lowering import attributes, cuda_text, custom_call_lines, custom_calls, types
 
 from jaxkern.decode import KVCache, decode_step, decode_steps, generate, pack_weights
+from jaxkern.decode.layout import number_of_blocks
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -84,7 +85,7 @@ def test_fp8():
 
 @pytest.mark.parametrize(("weights", "code"), [("nvfp4", 2), ("mxfp4", 3), ("int4", 4)])
 def test_four_bit(weights, code):
-    """In words, with the scales of blocks among them; blocks of rows have 16 bytes at least."""
+    """In words, with the scales of blocks among them; a slice of a block is of whole 16 bytes."""
     c = dataclasses.replace(LLAMA, width=128, hidden=384)
     line = custom_call_lines(decode_step, *arguments(c, 2, weights=weights))["decode_step"]
     operands, _ = types(line)
@@ -92,7 +93,8 @@ def test_four_bit(weights, code):
     n, d, layers = (c.heads + 2 * c.kv_heads) * 64, 128, c.layers
 
     def words(rows, columns, unit=1):
-        sizes = [rows // unit // 3 + (i < rows // unit % 3) for i in range(3)]
+        count = number_of_blocks(rows, 3, 64, unit)
+        sizes = [rows // unit // count + (i < rows // unit % count) for i in range(count)]
         return sum(18 * unit * x + 2 * (unit * x % 2) for x in sizes) * columns // 128
 
     assert operands[9:19] == [
