@@ -1,4 +1,5 @@
 #include <bit>
+#include <tuple>
 
 #include "cuda/decode/launch.h"
 #include "cuda/decode/rows.h"
@@ -122,17 +123,19 @@ ffi::Error decode_step(
       .dtype("head", head, {qkv.element_type()})
       .dtype("qkv_bias", qkv_bias, {BF16})
       .dtype("qk_norms", qk_norms, {BF16});
+  const std::tuple<const char*, ffi::AnyBuffer*, decode::Phase> scales[] = {
+      {"qkv_scale", &qkv_scale, decode::kQkv},
+      {"out_scale", &out_scale, decode::kOut},
+      {"gate_up_scale", &gate_up_scale, decode::kGateUp},
+      {"down_scale", &down_scale, decode::kDown},
+      {"head_scale", &head_scale, decode::kHead}};
   if (scaled) {
     checks.shape("qkv_scale", qkv_scale, {L, all})
         .shape("out_scale", out_scale, {L, D})
         .shape("gate_up_scale", gate_up_scale, {L, 2 * F})
         .shape("down_scale", down_scale, {L, D})
-        .shape("head_scale", head_scale, {V})
-        .dtype("qkv_scale", qkv_scale, {F32})
-        .dtype("out_scale", out_scale, {F32})
-        .dtype("gate_up_scale", gate_up_scale, {F32})
-        .dtype("down_scale", down_scale, {F32})
-        .dtype("head_scale", head_scale, {F32});
+        .shape("head_scale", head_scale, {V});
+    for (const auto& [name, buffer, phase] : scales) checks.dtype(name, *buffer, {F32});
   }
   checks.that(H == 64 || H == 128, "keys", "have heads of " + std::to_string(H), "64 or 128")
       .that(B <= decode::kMaxBatch, "tokens", "has " + std::to_string(B),
@@ -174,12 +177,8 @@ ffi::Error decode_step(
   params.weights[decode::kGateUp] = gate_up.untyped_data();
   params.weights[decode::kDown] = down.untyped_data();
   params.weights[decode::kHead] = head.untyped_data();
-  if (scaled) {
-    params.scales[decode::kQkv] = qkv_scale.typed_data<float>();
-    params.scales[decode::kOut] = out_scale.typed_data<float>();
-    params.scales[decode::kGateUp] = gate_up_scale.typed_data<float>();
-    params.scales[decode::kDown] = down_scale.typed_data<float>();
-    params.scales[decode::kHead] = head_scale.typed_data<float>();
+  for (const auto& [name, buffer, phase] : scales) {
+    params.scales[phase] = scaled ? buffer->typed_data<float>() : nullptr;
   }
   params.embedding = embedding.untyped_data();
   params.norms = norms.untyped_data();
