@@ -349,11 +349,7 @@ struct Attention {
       total += weight[k] * shared.sum[g][k];
     }
     const float factor = tile::ptx::reciprocal_approx(total) * scale;
-#ifdef MERGE_ALL
-#pragma unroll
-#else
 #pragma unroll 2
-#endif
     for (int d = threadIdx.x / kMaxGroup; d < kHeadDim; d += kConsumers / kMaxGroup) {
       float x = 0.0f;
 #pragma unroll

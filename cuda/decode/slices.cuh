@@ -163,30 +163,6 @@ __device__ __forceinline__ void multiply_scaled(const Vectors<kBatch>& x,
   taken();
 }
 
-// The first sums become the last ones: registers have no numbers that are worked out.
-template <int kCount, int kTiles>
-__device__ __forceinline__ void turn(Accumulators<1, kTiles>& sum) {
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    float first[kCount];
-#pragma unroll
-    for (int t = 0; t < kCount; ++t) first[t] = sum[t][0][i];
-#pragma unroll
-    for (int t = 0; t < kTiles - kCount; ++t) sum[t][0][i] = sum[t + kCount][0][i];
-#pragma unroll
-    for (int t = 0; t < kCount; ++t) sum[kTiles - kCount + t][0][i] = first[t];
-  }
-}
-
-// How many tiles multiply_blocks() takes at once.
-// NOTE: a large block's slices are few, and a multiprocessor fetches code it has not run lately: all
-// of the tiles in one piece of code cost more than a loop does (H200).
-template <int kTiles>
-inline constexpr int kTilesAtOnce = kTiles <= TILES_MOST       ? kTiles
-                                    : kTiles % TILES_MOST == 0 ? TILES_MOST
-                                    : kTiles % 3 == 0          ? 3
-                                                               : kTiles;
-
 // The same of one sequence and of weights of four bits, which scales are not multiplied with here:
 // column g of B has of the vector what belongs to block g of 16 columns, and zeros. So there is a
 // sum for each row and block of a slice, and that is multiplied by its scale.
@@ -198,8 +174,6 @@ __device__ __forceinline__ void multiply_blocks(const Vectors<1>& x,
                                                 const Taken& taken) {
   using W = Weights<Weight>;
   using Bf16 = tile::ElementType<tile::bf16>;
-  constexpr int kAtOnce = kTilesAtOnce<kTiles>;
-  static_assert(kAtOnce == kTiles || kSlices == 1);
   const int lane = threadIdx.x % tile::kWarpSize;
   const auto times = [](const uint4& v, uint32_t factor) {
     return make_uint4(v.x * factor, v.y * factor, v.z * factor, v.w * factor);
@@ -218,55 +192,51 @@ __device__ __forceinline__ void multiply_blocks(const Vectors<1>& x,
       tile::ptx::mma_m16n8k16<Bf16>(less[s], kLess, kLess, kLess, kLess, own.z, own.w);
     }
   }
-#pragma unroll 1
-  for (int first_tile = 0; first_tile < kTiles; first_tile += kAtOnce) {
-    uint4 low[kSlices][kAtOnce], high[kSlices][kAtOnce], l[kSlices][kAtOnce], h[kSlices][kAtOnce];
-    uint32_t low_scales[kSlices][kAtOnce], high_scales[kSlices][kAtOnce];
-    float blocks[kSlices][kAtOnce][4];
-    const auto each = [&](const auto& use) {
+  uint4 low[kSlices][kTiles], high[kSlices][kTiles], l[kSlices][kTiles], h[kSlices][kTiles];
+  uint32_t low_scales[kSlices][kTiles], high_scales[kSlices][kTiles];
+  float blocks[kSlices][kTiles][4];
+  const auto each = [&](const auto& use) {
 #pragma unroll
-      for (int s = 0; s < kSlices; ++s) {
+    for (int s = 0; s < kSlices; ++s) {
 #pragma unroll
-        for (int t = 0; t < kAtOnce; ++t) use(s, t);
-      }
-    };
-    each([&](int s, int t) {
-      const char* values = from[s] + 16 * (first_tile + t) * kSliceBytes;
-      low[s][t] = *reinterpret_cast<const uint4*>(values);
-      high[s][t] = *reinterpret_cast<const uint4*>(values + 8 * kSliceBytes);
-      const char* scales = from[s] + reading.to_scales + 16 * (first_tile + t) * W::kScaleBytes;
-      low_scales[s][t] = *reinterpret_cast<const uint16_t*>(scales);
-      high_scales[s][t] = *reinterpret_cast<const uint16_t*>(scales + 8 * W::kScaleBytes);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) blocks[s][t][i] = less[s][i];
-    });
-    if (first_tile + kAtOnce == kTiles) taken();
-#pragma unroll
-    for (int part = 0; part < W::kParts; ++part) {
-      uint4 b[kSlices];
-#pragma unroll
-      for (int s = 0; s < kSlices; ++s) b[s] = times(v[s], reading.factors[part]);
-      each([&](int s, int t) {
-        l[s][t] = W::unpack(low[s][t], part);
-        h[s][t] = W::unpack(high[s][t], part);
-        const uint4 &a = l[s][t], &c = h[s][t];
-        tile::ptx::mma_m16n8k16<Bf16>(blocks[s][t], a.x, c.x, a.y, c.y, b[s].x, b[s].y);
-      });
-      each([&](int s, int t) {
-        const uint4 &a = l[s][t], &c = h[s][t];
-        tile::ptx::mma_m16n8k16<Bf16>(blocks[s][t], a.z, c.z, a.w, c.w, b[s].z, b[s].w);
-      });
+      for (int t = 0; t < kTiles; ++t) use(s, t);
     }
-    each([&](int s, int t) {
-      float (&total)[4] = sum[s][t][0];
+  };
+  each([&](int s, int t) {
+    const char* values = from[s] + 16 * t * kSliceBytes;
+    low[s][t] = *reinterpret_cast<const uint4*>(values);
+    high[s][t] = *reinterpret_cast<const uint4*>(values + 8 * kSliceBytes);
+    const char* scales = from[s] + reading.to_scales + 16 * t * W::kScaleBytes;
+    low_scales[s][t] = *reinterpret_cast<const uint16_t*>(scales);
+    high_scales[s][t] = *reinterpret_cast<const uint16_t*>(scales + 8 * W::kScaleBytes);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        total[0] += blocks[s][t][half] * W::scale(low_scales[s][t], half, reading.code);
-        total[2] += blocks[s][t][2 + half] * W::scale(high_scales[s][t], half, reading.code);
-      }
+    for (int i = 0; i < 4; ++i) blocks[s][t][i] = less[s][i];
+  });
+  taken();
+#pragma unroll
+  for (int part = 0; part < W::kParts; ++part) {
+    uint4 b[kSlices];
+#pragma unroll
+    for (int s = 0; s < kSlices; ++s) b[s] = times(v[s], reading.factors[part]);
+    each([&](int s, int t) {
+      l[s][t] = W::unpack(low[s][t], part);
+      h[s][t] = W::unpack(high[s][t], part);
+      const uint4 &a = l[s][t], &c = h[s][t];
+      tile::ptx::mma_m16n8k16<Bf16>(blocks[s][t], a.x, c.x, a.y, c.y, b[s].x, b[s].y);
     });
-    if constexpr (kAtOnce < kTiles) turn<kAtOnce>(sum[0]);
+    each([&](int s, int t) {
+      const uint4 &a = l[s][t], &c = h[s][t];
+      tile::ptx::mma_m16n8k16<Bf16>(blocks[s][t], a.z, c.z, a.w, c.w, b[s].z, b[s].w);
+    });
   }
+  each([&](int s, int t) {
+    float (&total)[4] = sum[s][t][0];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      total[0] += blocks[s][t][half] * W::scale(low_scales[s][t], half, reading.code);
+      total[2] += blocks[s][t][2 + half] * W::scale(high_scales[s][t], half, reading.code);
+    }
+  });
 }
 
 }  // namespace jaxkern::decode
