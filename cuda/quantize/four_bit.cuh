@@ -22,7 +22,8 @@ namespace jaxkern::quantize {
 inline constexpr uint32_t kInfinityBits = 0x7f800000;
 inline constexpr float kSmallestNormal = 0x1p-126f;
 
-// --- Extents --------------------------------------------------------------------------------------
+// --- Extents
+// --------------------------------------------------------------------------------------
 
 // The largest magnitude.
 template <class T>
@@ -78,7 +79,8 @@ struct Range {
   }
 };
 
-// --- Values of e2m1 -------------------------------------------------------------------------------
+// --- Values of e2m1
+// -------------------------------------------------------------------------------
 
 // Adding this to a number below 2^22 rounds it to an integer, which is in the lowest bits then.
 inline constexpr float kToInteger = 0x1p23f, kToSignedInteger = 0x1.8p23f;
@@ -132,7 +134,8 @@ __device__ __forceinline__ void keep_signs(Load<T>& x) {
   for (uint32_t& word : x.words.data) word ^= magnitudes<T>(word);
 }
 
-// --- NVFP4 ----------------------------------------------------------------------------------------
+// --- NVFP4
+// ----------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float e4m3_value(uint32_t code) {
   return __uint_as_float(code << 20) * 0x1p120f;
@@ -226,7 +229,8 @@ struct Nvfp4 {
   float inverse_unit_;
 };
 
-// --- MXFP4 ----------------------------------------------------------------------------------------
+// --- MXFP4
+// ----------------------------------------------------------------------------------------
 
 // Scales are powers of two: products with their reciprocals are exact.
 template <class T>
@@ -257,7 +261,8 @@ struct Mxfp4 {
   }
 };
 
-// --- Integers -------------------------------------------------------------------------------------
+// --- Integers
+// -------------------------------------------------------------------------------------
 
 // Such numbers have 8 bits, and so does what divides by them: see nearest_integer.
 __device__ __forceinline__ float bfloat16_scale(float span) {

@@ -61,8 +61,8 @@ cudaError_t launch_tiles(const QuantizeParams& p, cudaStream_t stream) {
                                      sizeof(TilesMemory<Source, T>), p, stream);
 }
 
-// As few threads per row, from `least` on, as hold it in their slots, or else the most there may be.
-// With rstd they are whole groups, as kBlock1x128 wants them.
+// As few threads per row, from `least` on, as hold it in their slots, or else the most there may
+// be. With rstd they are whole groups, as kBlock1x128 wants them.
 template <class Source, class T>
 cudaError_t launch_rows(void (*kernel)(QuantizeParams), const QuantizeParams& p,
                         cudaStream_t stream,

@@ -79,13 +79,14 @@ __global__ void __launch_bounds__(kFourBitThreads, 4)
 template <class T>
 inline constexpr int kNvfp4Lanes = 16 / kVec<T>;
 
-// Of the finite blocks of 16 of each row, in p.outputs[0].scale. blockDim.x is at least kNvfp4Lanes.
+// Of the finite blocks of 16 of each row, in p.outputs[0].scale. blockDim.x is at least
+// kNvfp4Lanes.
 template <class T>
 __global__ void __maxnreg__(64) row_amax_kernel(const QuantizeParams p) {
   __shared__ uint32_t scratch[tile::kMaxWarps];
   const RowPart<Matrix, T, true> part{p, int64_t{blockIdx.x} * blockDim.y + threadIdx.y};
   uint32_t most = 0;
-  const auto see = [&](const Load<T> (&x)[1]) {
+  const auto see = [&](const Load<T>(&x)[1]) {
     Amax<T> amax;
     amax.see(x[0]);
     const uint32_t bits = tile::warp_max(amax.bits(), kNvfp4Lanes<T>);

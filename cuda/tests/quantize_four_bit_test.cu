@@ -8,7 +8,8 @@ namespace jaxkern {
 
 constexpr double kMiddles[] = {0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0};
 
-// --- The scalar loop ------------------------------------------------------------------------------
+// --- The scalar loop
+// ------------------------------------------------------------------------------
 
 struct FourBits {
   std::vector<uint8_t> values;  // two in a byte
@@ -78,7 +79,8 @@ void quantize_block(const float* x, int size, FourBitFormat format, float tensor
   q.scale.push_back(finite ? code : format == FourBitFormat::kNvfp4 ? 0x7f : 0xff);
 }
 
-// --- Cases ----------------------------------------------------------------------------------------
+// --- Cases
+// ----------------------------------------------------------------------------------------
 
 struct Case {
   FourBitFormat format;
@@ -145,8 +147,8 @@ void test_case(const char* dtype, const Case& c, int matrices, int blocks) {
   const auto name = std::string(dtype) + " to " + c.name + ", " + std::to_string(matrices) + " x " +
                     std::to_string(blocks) + " blocks";
   std::mt19937 random(blocks * 8 + c.block);
-  const float units[] = {1.0f,    0x1.000002p-9f, 0x1.fffffep-7f, 0x1.000008p-3f,
-                         0.0123f, 0x1.8p-4f,      3.7f};
+  const float units[] = {1.0f, 0x1.000002p-9f, 0x1.fffffep-7f, 0x1.000008p-3f, 0.0123f, 0x1.8p-4f,
+                         3.7f};
   const bool has_tensor_scale = c.format == FourBitFormat::kNvfp4;
   Matrix x = {matrices * blocks, c.block, {}};
   std::vector<float> tensor_scales;
@@ -163,7 +165,8 @@ void test_case(const char* dtype, const Case& c, int matrices, int blocks) {
                      c.has_zero_point, codes, wanted);
     }
   }
-  for (size_t i = 0; i < codes.size(); i += 2) wanted.values.push_back(codes[i] | codes[i + 1] << 4);
+  for (size_t i = 0; i < codes.size(); i += 2)
+    wanted.values.push_back(codes[i] | codes[i + 1] << 4);
 
   const int count = matrices * blocks;
   const int scale_bytes = c.format == FourBitFormat::kInt4 ? 2 : 1;
@@ -203,8 +206,8 @@ void test_case(const char* dtype, const Case& c, int matrices, int blocks) {
 // Of finite blocks of 16.
 template <class T>
 void test_row_amax(const char* dtype, int rows, int cols) {
-  const auto name = "row_amax " + std::string(dtype) + " " + std::to_string(rows) + "x" +
-                    std::to_string(cols);
+  const auto name =
+      "row_amax " + std::string(dtype) + " " + std::to_string(rows) + "x" + std::to_string(cols);
   const Matrix x = make_input<T>(rows, cols, Input::kNotFinite);
   std::vector<float> wanted;
   for (int r = 0; r < rows; ++r) {
