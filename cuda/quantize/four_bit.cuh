@@ -11,13 +11,24 @@
 //   values(run, block)   four bits for each element, the first in the lowest
 //
 // Values are to the nearest, ties to even. Products with a scale's reciprocal, which is rounded,
-// would round some wrongly; each format says why its own do not.
+// are not exact; each format says why its values are.
 #pragma once
 
 #include "cuda/quantize/elements.cuh"
 #include "cuda/tile/ptx/special.cuh"
 
 namespace jaxkern::quantize {
+
+inline constexpr int kEight = 8;
+
+// What a thread has of a row at a time: the elements of a word of values.
+template <class T>
+using Eight = Run<Bits<T>, kEight>;
+
+template <class T>
+__device__ __forceinline__ float element_of(const Eight<T>& run, int e) {
+  return element<T>(run.words.data[e / kPerWord<T>], e % kPerWord<T>);
+}
 
 inline constexpr uint32_t kInfinityBits = 0x7f800000;
 inline constexpr float kSmallestNormal = 0x1p-126f;
@@ -30,7 +41,8 @@ template <class T>
 struct Amax {
   uint32_t word = 0;  // the larger ones of kPerWord streams of elements
 
-  __device__ __forceinline__ void see(const Load<T>& run) {
+  template <int kCount>
+  __device__ __forceinline__ void see(const Run<Bits<T>, kCount>& run) {
 #pragma unroll
     for (const uint32_t more : run.words.data) word = larger<T>(word, magnitudes<T>(more));
   }
@@ -47,7 +59,7 @@ template <class T>
 struct Range {
   uint32_t above = 0, below = 0;
 
-  __device__ __forceinline__ void see(const Load<T>& run) {
+  __device__ __forceinline__ void see(const Eight<T>& run) {
 #pragma unroll
     for (const uint32_t more : run.words.data) join(more, more);
   }
@@ -86,19 +98,18 @@ struct Range {
 inline constexpr float kToInteger = 0x1p23f, kToSignedInteger = 0x1.8p23f;
 inline constexpr uint32_t kToIntegerBits = 0x4b000000, kToSignedIntegerBits = 0x4b400000;
 
-// Four bits of each element of a run: multiplied by a number, that in all of them.
-template <class T>
-inline constexpr uint32_t kEach = sizeof(T) == 2 ? 0x11111111 : 0x1111;
+// Times a number, that number for each element of a word of values.
+inline constexpr uint32_t kEach = 0x11111111;
 
 // The elements of a run times `inverse`. Codes of e2m1 are linear between 0, 2, 4 and 6, and so is
 // what lies in the middle of two numbers: the code is the least of three linear functions, rounded
 // to an integer, with ties to the even code.
 template <class T>
-__device__ __forceinline__ uint32_t e2m1_codes(const Load<T>& x, float inverse) {
+__device__ __forceinline__ uint32_t e2m1_codes(const Eight<T>& x, float inverse) {
   uint32_t word = 0;
 #pragma unroll
-  for (int e = kVec<T> - 1; e >= 0; --e) {
-    const float value = element<T>(x, e), magnitude = fabsf(value);
+  for (int e = kEight - 1; e >= 0; --e) {
+    const float value = element_of<T>(x, e), magnitude = fabsf(value);
     const uint32_t code =
         __vimin3_u32(__float_as_uint(fmaf(magnitude, 2 * inverse, kToInteger)),
                      __float_as_uint(fmaf(magnitude, inverse, kToInteger + 2)),
@@ -106,30 +117,52 @@ __device__ __forceinline__ uint32_t e2m1_codes(const Load<T>& x, float inverse) 
     word = __funnelshift_l(__float_as_uint(value), word, 1);  // the sign
     word = (word << 3) + min(code, kToIntegerBits + 7);
   }
-  return word - kToIntegerBits * kEach<T>;
+  return word - kToIntegerBits * kEach;
 }
 
-// The same of the elements over `scale`, by rounded products of it with what lies in the middle.
+// The same where thresholds are known: for each of the codes but the last, the largest number of T
+// that has it or one below, kPerWord of it in a word.
 template <class T>
-__device__ __forceinline__ uint32_t e2m1_codes_by_products(const Load<T>& x, float scale) {
-  const float middles[] = {0.25f * scale, 0.75f * scale, 1.25f * scale, 1.75f * scale,
-                           2.5f * scale,  3.5f * scale,  5.0f * scale};
+__device__ __forceinline__ uint32_t e2m1_codes(const Eight<T>& x, const uint32_t (&thresholds)[8]) {
   uint32_t word = 0;
+  if constexpr (sizeof(T) == 4) {
 #pragma unroll
-  for (int e = kVec<T> - 1; e >= 0; --e) {
-    const float value = element<T>(x, e), magnitude = fabsf(value);
-    uint32_t code = 0;
+    for (int e = kEight - 1; e >= 0; --e) {
+      const float value = element_of<T>(x, e);
+      float code = kToInteger;  // counts in the arithmetic units
 #pragma unroll
-    for (int i = 0; i < 7; ++i) code += i % 2 ? magnitude >= middles[i] : magnitude > middles[i];
-    word = __funnelshift_l(__float_as_uint(value), word, 1);
-    word = (word << 3) + code;
+      for (int i = 0; i < 7; ++i) {
+        code += fabsf(value) > __uint_as_float(thresholds[i]) ? 1.0f : 0.0f;
+      }
+      word = __funnelshift_l(__float_as_uint(value), word, 1);
+      word = (word << 3) + __float_as_uint(code);
+    }
+    return word - kToIntegerBits * kEach;
+  } else {
+    // Minus how many thresholds are below each half of a word. The lower one borrows from the upper
+    // one, unless it is zero.
+    const auto minus_counts = [&](uint32_t pair) {
+      uint32_t sum = 0;
+#pragma unroll
+      for (int i = 0; i < 7; ++i) sum += above<T>(magnitudes<T>(pair), thresholds[i]);
+      return sum;
+    };
+#pragma unroll
+    for (int h = 1; h >= 0; --h) {
+      const uint32_t first = x.words.data[2 * h], second = x.words.data[2 * h + 1];
+      const uint32_t sum = minus_counts(first) + (minus_counts(second) << 8);
+      const uint32_t codes = -(sum + (sum << 16));  // what was borrowed is the lower count
+      const uint32_t signs = (first >> 12 & 0x00080008) | (second >> 4 & 0x08000800);
+      const uint32_t all = codes | signs;
+      word = __byte_perm(all | all >> 12, word, 0x5410);
+    }
+    return word;
   }
-  return word;
 }
 
 // Zeros, with the signs of the elements.
 template <class T>
-__device__ __forceinline__ void keep_signs(Load<T>& x) {
+__device__ __forceinline__ void keep_signs(Eight<T>& x) {
 #pragma unroll
   for (uint32_t& word : x.words.data) word ^= magnitudes<T>(word);
 }
@@ -137,12 +170,16 @@ __device__ __forceinline__ void keep_signs(Load<T>& x) {
 // --- NVFP4
 // ----------------------------------------------------------------------------------------
 
+// Of a code, without a sign.
+__device__ __forceinline__ float e2m1_value(uint32_t code) {
+  return __uint_as_float(code << 22) * 0x1p126f;
+}
 __device__ __forceinline__ float e4m3_value(uint32_t code) {
   return __uint_as_float(code << 20) * 0x1p120f;
 }
 
-// A matrix has 127 scales at most. A table has, for the code of each, the smallest amax that takes
-// it, and its reciprocal.
+// A matrix has 127 scales at most. What codes turn on is in a table: of a scale's code the least
+// amax that takes it, and with it the thresholds of values.
 template <class T>
 struct Nvfp4 {
   using Stored = uint8_t;
@@ -151,33 +188,36 @@ struct Nvfp4 {
   static constexpr bool kHasZeroPoint = false;
   static constexpr uint32_t kCodes = 127, kNan = 0x7f;
 
+  struct alignas(16) Thresholds {
+    uint32_t words[8];  // 7 of them
+  };
   struct Shared {
+    Thresholds thresholds[kCodes];
     float least[kCodes + 1];
-    float inverse[kCodes];
   };
   struct Block {
     bool finite;
     uint32_t code;
-    float inverse;
 
     __device__ __forceinline__ Stored stored() const { return finite ? code : kNan; }
   };
 
-  __device__ __forceinline__ Nvfp4(float tensor_scale, Shared& shared)
-      : shared_(shared), tensor_scale_(tensor_scale) {
+  __device__ __forceinline__ Nvfp4(float tensor_scale, Shared& shared) : shared_(shared) {
     const float unit = 6.0f * tensor_scale;
     // Products with amax are too small, but by less than a code.
     inverse_unit_ = (1.0f - 0x1p-20f) / unit;
-    for (uint32_t code = threadIdx.x; code <= kCodes; code += blockDim.x) {
-      if (code == kCodes) {
-        shared_.least[code] = INFINITY;
-        break;
+    // Ties go to even codes: amax of one takes it, and an element above a threshold the next one.
+    for (uint32_t code = threadIdx.x; code < kCodes; code += blockDim.x) {
+      const float middle = (e4m3_value(code) + e4m3_value(code + 1)) / 2 * unit;
+      const float least = __uint_as_float(__float_as_uint(middle) + (code + 1) % 2);
+      shared_.least[code + 1] = code + 1 < kCodes ? least : INFINITY;
+      const float scale = e4m3_value(code) * tensor_scale;
+#pragma unroll
+      for (int i = 0; i < 7; ++i) {
+        const float product = (e2m1_value(i) + e2m1_value(i + 1)) / 2 * scale;
+        const float most = __uint_as_float(__float_as_uint(product) - i % 2);
+        shared_.thresholds[code].words[i] = word_below<T>(code == 0 ? INFINITY : most);
       }
-      const float below = code == 0 ? 0.0f : e4m3_value(code - 1);
-      const float middle = (below + e4m3_value(code)) / 2 * unit;
-      // A tie goes to the even code.
-      shared_.least[code] = code % 2 ? __uint_as_float(__float_as_uint(middle) + 1) : middle;
-      shared_.inverse[code] = inverse_of(code);
     }
     __syncthreads();
   }
@@ -188,44 +228,16 @@ struct Nvfp4 {
     const float most = __uint_as_float(finite ? amax : 0);
     uint32_t code = tile::e4m3(most * inverse_unit_).__x;
     code += most >= shared_.least[code + 1];
-    return {finite, code, shared_.inverse[code]};
+    return {finite, code};
   }
-  __device__ __forceinline__ uint32_t values(Load<T> x, const Block& block) const {
+  __device__ __forceinline__ uint32_t values(Eight<T> x, const Block& block) const {
     if (!block.finite) keep_signs<T>(x);
-    if constexpr (sizeof(T) == 4) return by_products(x, block.code);
-    return e2m1_codes<T>(x, block.inverse);
-  }
-
-  // The code of the block's scale if values() may be wrong, else 0.
-  __device__ __forceinline__ static uint32_t inexact(const Block& block) {
-    return sizeof(T) == 2 && block.inverse < 0 ? block.code : 0;
-  }
-  __device__ __forceinline__ uint32_t by_products(const Load<T>& x, uint32_t code) const {
-    return e2m1_codes_by_products<T>(x, code == 0 ? INFINITY : scale_of(code));
+    const Thresholds thresholds = shared_.thresholds[block.code];
+    return e2m1_codes<T>(x, thresholds.words);
   }
 
  private:
-  __device__ __forceinline__ float scale_of(uint32_t code) const {
-    return e4m3_value(code) * tensor_scale_;
-  }
-  // The reciprocal of a scale; negative where an element of T may be so close to what lies between
-  // two values that rounding the reciprocal would matter: where one of those, of which 1, 3, 5 and
-  // 7 times the scale have all the mantissas, is almost a number of T, or one.
-  __device__ __forceinline__ float inverse_of(uint32_t code) const {
-    if (code == 0) return 0.0f;
-    constexpr uint32_t kMore = std::is_same_v<T, tile::f16> ? 1 << 13 : 1 << 16;  // than T's bits
-    constexpr uint32_t kMargin = 8;
-    const float scale = scale_of(code);
-    bool close = scale < 0x1p-100f || scale > 0x1p100f;
-#pragma unroll
-    for (int odd = 1; odd < 8; odd += 2) {
-      close |= (__float_as_uint(odd * scale) + kMargin) % kMore <= 2 * kMargin;
-    }
-    return close ? -1.0f : 1.0f / scale;
-  }
-
   Shared& shared_;
-  const float tensor_scale_;
   float inverse_unit_;
 };
 
@@ -255,7 +267,7 @@ struct Mxfp4 {
     const uint32_t amax = extent.bits();
     return {amax < kInfinityBits, max(amax >> 23, 3u) - 2};
   }
-  __device__ __forceinline__ uint32_t values(Load<T> x, const Block& block) const {
+  __device__ __forceinline__ uint32_t values(Eight<T> x, const Block& block) const {
     if (!block.finite) keep_signs<T>(x);
     return e2m1_codes<T>(x, __uint_as_float((254 - block.code) << 23));
   }
@@ -277,14 +289,14 @@ __device__ __forceinline__ float nearest_integer(float x, float scale, float inv
     // The quotient of 11 bits and 8 is half of an odd number, or 2^-14 or more away from one. To
     // multiples of 2^-16 it is rounded to what it should be.
     constexpr float kToMultiple = 192.0f;
-    return fmaf(x, inverse, kToMultiple) - kToMultiple + kToSignedInteger;
+    return fmaf(x, inverse, kToMultiple) + (kToSignedInteger - kToMultiple);
   }
-  float to = fmaf(x, inverse, kToSignedInteger);
+  const float to = fmaf(x, inverse, kToSignedInteger);
   const float rest = fmaf(kToSignedInteger - to, scale, x);  // exact
   const bool odd = __float_as_uint(to) & 1;
   const float size = fabsf(rest), half = scale / 2;
-  if (size > half || (size >= half && odd)) to += copysignf(1.0f, rest);
-  return to;
+  const bool wrong = (size > half) | ((size >= half) & odd);  // no branch
+  return to + (wrong ? copysignf(1.0f, rest) : 0.0f);
 }
 
 template <class T, bool kZeroPoint>
@@ -294,17 +306,20 @@ struct Int4 {
   static constexpr int kBlock = 0;
   static constexpr bool kHasZeroPoint = kZeroPoint;
   static constexpr Stored kNan = 0x7fc0;
-  static constexpr int kLeast = -8, kMost = 7;
 
   struct Shared {};
   struct Block {
     bool finite;
     float scale, inverse;
-    float zero;  // what stands for zero
+    float origin;  // what stands for zero, from 0 to 15, plus kToSignedInteger
 
     __device__ __forceinline__ Stored stored() const {
       return finite ? __float_as_uint(scale) >> 16 : kNan;
     }
+    __device__ __forceinline__ uint32_t zero() const {
+      return __float_as_uint(origin) - kToSignedIntegerBits;
+    }
+    __device__ __forceinline__ int8_t zero_point() const { return static_cast<int>(zero()) - 8; }
   };
 
   __device__ __forceinline__ Int4(float, Shared&) {}
@@ -315,31 +330,28 @@ struct Int4 {
       block.finite = extent.finite();
       const float low = block.finite ? extent.low() : 0, high = block.finite ? extent.high() : 0;
       set_scale(block, (high - low) * (1.0f / 15));
-      const float zero = nearest_integer<T>(-low, block.scale, block.inverse) - kToSignedInteger;
-      block.zero = fminf(zero + kLeast, kMost);
+      block.origin = nearest_integer<T>(-low, block.scale, block.inverse);
     } else {
-      block.finite = extent.bits() < kInfinityBits;
-      const float amax = block.finite ? __uint_as_float(extent.bits()) : 0;
-      set_scale(block, amax * (1.0f / 7));
+      const uint32_t amax = extent.bits();
+      block.finite = amax < kInfinityBits;
+      set_scale(block, __uint_as_float(block.finite ? amax : 0) * (1.0f / 7));
+      block.origin = kToSignedInteger + 8;
     }
     return block;
   }
-  __device__ __forceinline__ uint32_t values(Load<T> x, const Block& block) const {
+  // None is below the smallest, for which the origin stands in, but rounding both may make 16.
+  __device__ __forceinline__ uint32_t values(Eight<T> x, const Block& block) const {
     if (!block.finite) x.words = {};
+    const float most = kToSignedInteger + 15 - (block.origin - kToSignedInteger);
     uint32_t word = 0;
 #pragma unroll
-    for (int e = kVec<T> - 1; e >= 0; --e) {
-      float to = nearest_integer<T>(element<T>(x, e), block.scale, block.inverse);
-      if constexpr (kZeroPoint) {
-        to = fmaxf(to, kToSignedInteger + kLeast - block.zero);
-        to = fminf(to, kToSignedInteger + kMost - block.zero);
-      }
+    for (int e = kEight - 1; e >= 0; --e) {
+      float to = nearest_integer<T>(element_of<T>(x, e), block.scale, block.inverse);
+      if constexpr (kZeroPoint) to = fminf(to, most);
       word = (word << 4) + __float_as_uint(to);
     }
     // As numbers from 0 to 15, which do not borrow from each other, and then with a sign.
-    word += (static_cast<uint32_t>(static_cast<int>(block.zero) - kLeast) - kToSignedIntegerBits) *
-            kEach<T>;
-    return word ^ 8 * kEach<T>;
+    return (word + (block.zero() - kToSignedIntegerBits) * kEach) ^ 8 * kEach;
   }
 
  private:

@@ -1,7 +1,7 @@
 // Quantisation to four bits, with a scale for each block of neighbours in a row.
 //
-// A warp has kFourBitSlots runs of each lane next to each other, and loads them at once. The lanes
-// that share a block agree on its extent; then each has the values of its runs in a word.
+// A warp has kFourBitSlots runs of eight elements for each lane, and loads them at once. The lanes
+// that share a block agree on its extent; then each has the values of a run in a word.
 #pragma once
 
 #include "cuda/quantize/four_bit.cuh"
@@ -9,68 +9,55 @@
 
 namespace jaxkern::quantize {
 
-inline constexpr int kFourBitThreads = 256, kFourBitSlots = 4;
+inline constexpr int kFourBitThreads = 256;
+template <class T>
+inline constexpr int kFourBitSlots = 8 / sizeof(T);
 
 // Runs of a block of threads.
-inline constexpr int kFourBitRuns = kFourBitThreads * kFourBitSlots;
-
-template <class Format>
-inline constexpr bool kChecks = false;
 template <class T>
-inline constexpr bool kChecks<Nvfp4<T>> = sizeof(T) == 2;
+inline constexpr int kFourBitRuns = kFourBitThreads * kFourBitSlots<T>;
 
 // NVFP4 has read x before, for tensor_scale: backwards, L2 still has what was read last.
 template <class T, class Format>
 __global__ void __launch_bounds__(kFourBitThreads, 4)
     quantize_four_bit_kernel(const QuantizeFourBitParams p) {
-  using Values = std::conditional_t<sizeof(T) == 2, uint32_t, uint16_t>;  // of a run
   __shared__ typename Format::Shared shared;
-  const int64_t runs = p.size / kVec<T>;
-  const auto parts = static_cast<unsigned>(tile::ceil_div<int64_t>(runs, kFourBitRuns));
+  const int64_t runs = p.size / kEight;
+  const auto parts = static_cast<unsigned>(tile::ceil_div<int64_t>(runs, kFourBitRuns<T>));
   const unsigned part = gridDim.x - 1 - blockIdx.x, matrix = part / parts;
   const int lane = threadIdx.x % tile::kWarpSize;
-  const int lanes = (Format::kBlock > 0 ? Format::kBlock : p.block) / kVec<T>;  // of a block
-  const int64_t first = int64_t{part % parts} * kFourBitRuns +
-                        static_cast<int>(threadIdx.x - lane) * kFourBitSlots + lane;
+  const int lanes = (Format::kBlock > 0 ? Format::kBlock : p.block) / kEight;  // of a block
+  const int64_t first = int64_t{part % parts} * kFourBitRuns<T> +
+                        static_cast<int>(threadIdx.x - lane) * kFourBitSlots<T> + lane;
   const auto run = [&](int s) { return first + s * tile::kWarpSize; };  // of the matrix
   const auto* const from = static_cast<const Bits<T>*>(p.x) + matrix * p.size;
-  auto* const values = static_cast<Values*>(p.values) + matrix * runs;
+  auto* const values = static_cast<uint32_t*>(p.values) + matrix * runs;
 
-  const auto load = [&](Load<T>& x, int s) {
-    x.load(from + run(s) * kVec<T>, run(s) < runs, true);
-  };
-  Load<T> x[kFourBitSlots];
+  Eight<T> x[kFourBitSlots<T>];
 #pragma unroll
-  for (int s = 0; s < kFourBitSlots; ++s) load(x[s], s);
+  for (int s = 0; s < kFourBitSlots<T>; ++s) {
+    x[s].load(from + run(s) * kEight, run(s) < runs, true);
+  }
   const Format format(p.tensor_scale != nullptr ? p.tensor_scale[matrix] : 0.0f, shared);
 
-  typename Format::Extent extents[kFourBitSlots];
+  typename Format::Extent extents[kFourBitSlots<T>];
 #pragma unroll
-  for (int s = 0; s < kFourBitSlots; ++s) extents[s].see(x[s]);
+  for (int s = 0; s < kFourBitSlots<T>; ++s) extents[s].see(x[s]);
 #pragma unroll
   for (int offset = tile::kWarpSize / 2; offset > 0; offset /= 2) {
     if (offset >= lanes) continue;
 #pragma unroll
-    for (int s = 0; s < kFourBitSlots; ++s) extents[s].join_lane(offset);
+    for (int s = 0; s < kFourBitSlots<T>; ++s) extents[s].join_lane(offset);
   }
-  uint32_t inexact = 0;  // a byte for each slot
 #pragma unroll
-  for (int s = 0; s < kFourBitSlots; ++s) {
-    if (run(s) >= runs) continue;
+  for (int s = 0; s < kFourBitSlots<T>; ++s) {
     const auto block = format.block(extents[s]);
-    values[run(s)] = format.values(x[s], block);
-    if constexpr (kChecks<Format>) inexact |= format.inexact(block) << 8 * s;
-    if ((lane & (lanes - 1)) != 0) continue;
+    const uint32_t word = format.values(x[s], block);
+    if (run(s) < runs) values[run(s)] = word;
+    if (run(s) >= runs || (lane & (lanes - 1)) != 0) continue;
     const int64_t at = (matrix * runs + run(s)) >> (__ffs(lanes) - 1);
     static_cast<typename Format::Stored*>(p.scale)[at] = block.stored();
-    if constexpr (Format::kHasZeroPoint) p.zero_point[at] = static_cast<int8_t>(block.zero);
-  }
-  if constexpr (kChecks<Format>) {
-    for (int s = 0; inexact != 0; ++s, inexact >>= 8) {
-      if (inexact % 256 == 0) continue;
-      load(x[0], s);
-      values[run(s)] = format.by_products(x[0], inexact % 256);
-    }
+    if constexpr (Format::kHasZeroPoint) p.zero_point[at] = block.zero_point();
   }
 }
 

@@ -8,7 +8,7 @@ namespace jaxkern::quantize {
 
 template <class T, class Format>
 cudaError_t launch_four_bit(const QuantizeFourBitParams& p, cudaStream_t stream) {
-  const int64_t blocks = p.matrices * tile::ceil_div<int64_t>(p.size / kVec<T>, kFourBitRuns);
+  const int64_t blocks = p.matrices * tile::ceil_div<int64_t>(p.size / kEight, kFourBitRuns<T>);
   return launch(quantize_four_bit_kernel<T, Format>, blocks, kFourBitThreads, 0, stream, p);
 }
 
