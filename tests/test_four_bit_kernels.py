@@ -11,14 +11,13 @@ from jaxkern import quantize
 
 pytestmark = pytest.mark.gpu
 
+# cuda/tests/quantize_four_bit_test.cu has the other groups.
 FORMATS = {
     "nvfp4": {},
     "mxfp4": {},
-    **{f"int4 of {size}": {"group_size": size} for size in (32, 64, 128)},
-    **{
-        f"int4 of {size} with zero points": {"group_size": size, "zero_point": True}
-        for size in (32, 64, 128)
-    },
+    "int4 of 32": {"group_size": 32},
+    "int4 of 64 with zero points": {"group_size": 64, "zero_point": True},
+    "int4 of 128 with zero points": {"group_size": 128, "zero_point": True},
 }
 formats = pytest.mark.parametrize("name", FORMATS)
 dtypes = pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -49,7 +48,7 @@ def normal(shape, dtype, seed=0):
 
 @formats
 @dtypes
-@pytest.mark.parametrize("shape", [(1, 128), (7, 384), (2, 3, 5, 1152), (300, 4096), (3, 40064)])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 1152), (3, 40064)])
 def test_values(name, dtype, shape):
     check(name, normal(shape, dtype))
 
@@ -68,23 +67,17 @@ def test_of_any_magnitude(name, dtype):
     for bad in (np.nan, np.inf, -np.inf):
         x[random.random(x.shape) < 2e-4] = bad
     x[5] = 0.0
-    x = jnp.asarray(x, dtype)
-    check(name, x)
-    for row in (5, 7):
-        check(name, x[row : row + 1])
+    check(name, jnp.asarray(x, dtype))
 
 
 @formats
 @dtypes
-@pytest.mark.parametrize("power", [0, -9, 5])
-def test_ties(name, dtype, power):
-    """Multiples of a half, of three quarters and of an eighth of powers of two."""
-    steps = np.arange(-48, 48, dtype=np.float32)
-    x = np.stack([steps / 8, steps / 4, steps / 2, steps * 0.75]).repeat(8, 0)
-    x = np.concatenate([x, x[:, :32]], 1)
-    x[:, ::16] = np.float32([6, -6, 448, 3, 7, -7, 3.5, 6.5]).repeat(4)[:, None]
-    x[0] = 2688
-    check(name, jnp.asarray(np.ldexp(x, power), dtype))
+def test_ties(name, dtype):
+    """Multiples of powers of two, and of such numbers as make ties in scales that are none."""
+    steps = np.arange(-512, 512, dtype=np.float32) / 64
+    x = np.stack([steps * factor for factor in (1, 1 / 2, 3 / 4, 4, 21, 53 / 2)])
+    x[:, ::16] = np.float32([53 / 8, -6, 448, 3, 7, -7, 7 / 2, 13 / 2] * 8)
+    check(name, jnp.asarray(np.stack([x * 2.0**power for power in (0, -9, 5)]), dtype))
 
 
 @dtypes

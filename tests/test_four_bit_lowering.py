@@ -55,7 +55,7 @@ def test_calls(name, dtype):
     blocks = f"1x6x{256 // block_of(name)}x"
     assert types(line) == (
         [f"1x6x256x{NAMES[dtype]}", f"{int(name == 'nvfp4')}xf32"],
-        [f"1x6x256x{values}", blocks + scale, blocks + "i8" if "zero" in name else "0xi8"],
+        [f"1x6x256x{values}", blocks + scale, blocks + "i4" if "zero" in name else "0xi4"],
     )
     if name == "nvfp4":
         assert types(lines["row_amax"]) == ([f"6x256x{NAMES[dtype]}"], ["6xf32"])

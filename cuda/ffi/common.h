@@ -46,8 +46,6 @@ inline std::string dtype_name(ffi::DataType dtype) {
       return "float4_e2m1fn";
     case ffi::DataType::S4:
       return "int4";
-    case ffi::DataType::S8:
-      return "int8";
     default:
       return "another type";
   }

@@ -217,10 +217,10 @@ ffi::Error quantize_four_bit(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuff
       .dtype("values", *values, {kTypes[format].values})
       .shape("tensor_scale", tensor_scale, {which == FourBitFormat::kNvfp4 ? M : 0})
       .dtype("tensor_scale", tensor_scale, {F32})
-      .dtype("zero_point", *zero_point, {ffi::DataType::S8});
+      .dtype("zero_point", *zero_point, {ffi::DataType::S4});
   const bool has_zero_point = is_int4 && zero_point->dimensions().size() == 3;
   if (has_zero_point) {
-    checks.shape("zero_point", *zero_point, {M, R, blocks});
+    checks.shape("zero_point", *zero_point, {1, R, blocks});
   } else {
     checks.shape("zero_point", *zero_point, {0});
   }
@@ -233,7 +233,7 @@ ffi::Error quantize_four_bit(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuff
   }
   params.values = values->untyped_data();
   params.scale = scale->untyped_data();
-  params.zero_point = has_zero_point ? static_cast<int8_t*>(zero_point->untyped_data()) : nullptr;
+  params.zero_point = has_zero_point ? zero_point->untyped_data() : nullptr;
   params.matrices = M;
   params.size = R * C;
   params.block = static_cast<int32_t>(block);

@@ -4,6 +4,7 @@
 //   kBlock               elements of a block, or 0 where calls say
 //   Stored               the type of a scale in memory
 //   kHasZeroPoint        whether there are zero points
+//   kStays               whether to make it costs so much that blocks of threads keep it
 //   Shared               what a block of threads has in shared memory
 //   Extent               of elements: what the scale of a block follows from
 //   Block                the scale and zero point of a block, in the form in which values need it
@@ -185,6 +186,7 @@ struct Nvfp4 {
   using Stored = uint8_t;
   using Extent = Amax<T>;
   static constexpr int kBlock = 16;
+  static constexpr bool kStays = true;
   static constexpr bool kHasZeroPoint = false;
   static constexpr uint32_t kCodes = 127, kNan = 0x7f;
 
@@ -230,8 +232,8 @@ struct Nvfp4 {
     code += most >= shared_.least[code + 1];
     return {finite, code};
   }
-  __device__ __forceinline__ uint32_t values(Eight<T> x, const Block& block) const {
-    if (!block.finite) keep_signs<T>(x);
+  // NaN and infinities are above no threshold of a scale of zero.
+  __device__ __forceinline__ uint32_t values(const Eight<T>& x, const Block& block) const {
     const Thresholds thresholds = shared_.thresholds[block.code];
     return e2m1_codes<T>(x, thresholds.words);
   }
@@ -250,6 +252,7 @@ struct Mxfp4 {
   using Stored = uint8_t;
   using Extent = Amax<T>;
   static constexpr int kBlock = 32;
+  static constexpr bool kStays = false;
   static constexpr bool kHasZeroPoint = false;
   static constexpr uint32_t kNan = 0xff;
 
@@ -304,6 +307,7 @@ struct Int4 {
   using Stored = uint16_t;
   using Extent = std::conditional_t<kZeroPoint, Range<T>, Amax<T>>;
   static constexpr int kBlock = 0;
+  static constexpr bool kStays = false;
   static constexpr bool kHasZeroPoint = kZeroPoint;
   static constexpr Stored kNan = 0x7fc0;
 
@@ -319,7 +323,7 @@ struct Int4 {
     __device__ __forceinline__ uint32_t zero() const {
       return __float_as_uint(origin) - kToSignedIntegerBits;
     }
-    __device__ __forceinline__ int8_t zero_point() const { return static_cast<int>(zero()) - 8; }
+    __device__ __forceinline__ uint32_t zero_point() const { return zero() ^ 8; }  // four bits
   };
 
   __device__ __forceinline__ Int4(float, Shared&) {}

@@ -75,12 +75,13 @@ struct QuantizeFourBitParams {
   const float* tensor_scale;  // [M], of kNvfp4
   void* values;               // [M, size], two in a byte, the first in its lower half
   void* scale;                // [M, size / block] e4m3, e8m0 or bfloat16
-  int8_t* zero_point;         // [M, size / block], of kInt4; or null: zero is zero
-  int64_t matrices;           // at least 1
+  void* zero_point;           // [M, size / block] as values, of kInt4; or null: zero is zero
+  int64_t matrices;           // at least 1; 1 with zero_point
   int64_t size;               // elements of a matrix: a multiple of the block, at least one
   int32_t block;              // 16 of kNvfp4, 32 of kMxfp4; 32, 64 or 128 of kInt4
   DType dtype;                // kFloat32, kBFloat16 or kFloat16
   FourBitFormat format;
+  int32_t blocks;  // set by the launcher: of threads, of a matrix
 };
 
 }  // namespace jaxkern

@@ -17,47 +17,74 @@ inline constexpr int kFourBitSlots = 8 / sizeof(T);
 template <class T>
 inline constexpr int kFourBitRuns = kFourBitThreads * kFourBitSlots<T>;
 
-// NVFP4 has read x before, for tensor_scale: backwards, L2 still has what was read last.
+// As many as registers allow without spills.
+template <class Format>
+inline constexpr int kFourBitBlocksPerSm = Format::kStays          ? 4
+                                           : Format::kHasZeroPoint ? 5
+                                                                   : 6;
+
+// p.blocks blocks share out a matrix: each has one part of it, or goes on where its format kStays.
+// NVFP4 has read x before, for tensor_scale: backwards, L2
+// still has what was read last.
 template <class T, class Format>
-__global__ void __launch_bounds__(kFourBitThreads, 4)
+__global__ void __launch_bounds__(kFourBitThreads, kFourBitBlocksPerSm<Format>)
     quantize_four_bit_kernel(const QuantizeFourBitParams p) {
   __shared__ typename Format::Shared shared;
+  constexpr int kSlots = kFourBitSlots<T>;
   const int64_t runs = p.size / kEight;
-  const auto parts = static_cast<unsigned>(tile::ceil_div<int64_t>(runs, kFourBitRuns<T>));
-  const unsigned part = gridDim.x - 1 - blockIdx.x, matrix = part / parts;
+  const unsigned blocks = p.blocks, matrix = blockIdx.x / blocks;
+  int part = static_cast<int>(tile::ceil_div<int64_t>(runs, kFourBitRuns<T>) - 1) -
+             static_cast<int>(blockIdx.x % blocks);
   const int lane = threadIdx.x % tile::kWarpSize;
   const int lanes = (Format::kBlock > 0 ? Format::kBlock : p.block) / kEight;  // of a block
-  const int64_t first = int64_t{part % parts} * kFourBitRuns<T> +
-                        static_cast<int>(threadIdx.x - lane) * kFourBitSlots<T> + lane;
-  const auto run = [&](int s) { return first + s * tile::kWarpSize; };  // of the matrix
   const auto* const from = static_cast<const Bits<T>*>(p.x) + matrix * p.size;
   auto* const values = static_cast<uint32_t*>(p.values) + matrix * runs;
 
-  Eight<T> x[kFourBitSlots<T>];
+  const int of_part = static_cast<int>(threadIdx.x - lane) * kSlots + lane;
+  const auto run = [&](int s) {  // of the matrix
+    return int64_t{part} * kFourBitRuns<T> + (of_part + s * tile::kWarpSize);
+  };
+  Eight<T> x[kSlots];
+  const auto load = [&] {
 #pragma unroll
-  for (int s = 0; s < kFourBitSlots<T>; ++s) {
-    x[s].load(from + run(s) * kEight, run(s) < runs, true);
-  }
+    for (int s = 0; s < kSlots; ++s) {
+      x[s].load(from + run(s) * kEight, run(s) < runs, true);
+    }
+  };
+  load();
   const Format format(p.tensor_scale != nullptr ? p.tensor_scale[matrix] : 0.0f, shared);
 
-  typename Format::Extent extents[kFourBitSlots<T>];
+  while (true) {
+    typename Format::Extent extents[kSlots];
 #pragma unroll
-  for (int s = 0; s < kFourBitSlots<T>; ++s) extents[s].see(x[s]);
+    for (int s = 0; s < kSlots; ++s) extents[s].see(x[s]);
 #pragma unroll
-  for (int offset = tile::kWarpSize / 2; offset > 0; offset /= 2) {
-    if (offset >= lanes) continue;
+    for (int offset = tile::kWarpSize / 2; offset > 0; offset /= 2) {
+      if (offset >= lanes) continue;
 #pragma unroll
-    for (int s = 0; s < kFourBitSlots<T>; ++s) extents[s].join_lane(offset);
-  }
+      for (int s = 0; s < kSlots; ++s) extents[s].join_lane(offset);
+    }
 #pragma unroll
-  for (int s = 0; s < kFourBitSlots<T>; ++s) {
-    const auto block = format.block(extents[s]);
-    const uint32_t word = format.values(x[s], block);
-    if (run(s) < runs) values[run(s)] = word;
-    if (run(s) >= runs || (lane & (lanes - 1)) != 0) continue;
-    const int64_t at = (matrix * runs + run(s)) >> (__ffs(lanes) - 1);
-    static_cast<typename Format::Stored*>(p.scale)[at] = block.stored();
-    if constexpr (Format::kHasZeroPoint) p.zero_point[at] = block.zero_point();
+    for (int s = 0; s < kSlots; ++s) {
+      const auto block = format.block(extents[s]);
+      const uint32_t word = format.values(x[s], block);
+      const bool inside = run(s) < runs;
+      if (inside) values[run(s)] = word;
+      const int64_t at = (matrix * runs + run(s)) >> (__ffs(lanes) - 1);
+      if (inside && (lane & (lanes - 1)) == 0) {
+        static_cast<typename Format::Stored*>(p.scale)[at] = block.stored();
+      }
+      if constexpr (Format::kHasZeroPoint) {
+        const uint32_t next = __shfl_xor_sync(0xffffffffu, block.zero_point(), lanes);
+        if (inside && (lane & (2 * lanes - 1)) == 0) {
+          static_cast<uint8_t*>(p.zero_point)[at / 2] = block.zero_point() | next << 4;
+        }
+      }
+    }
+    if constexpr (!Format::kStays) return;
+    part -= static_cast<int>(blocks);
+    if (part < 0) return;
+    load();
   }
 }
 

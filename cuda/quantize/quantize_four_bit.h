@@ -7,9 +7,16 @@
 namespace jaxkern::quantize {
 
 template <class T, class Format>
-cudaError_t launch_four_bit(const QuantizeFourBitParams& p, cudaStream_t stream) {
-  const int64_t blocks = p.matrices * tile::ceil_div<int64_t>(p.size / kEight, kFourBitRuns<T>);
-  return launch(quantize_four_bit_kernel<T, Format>, blocks, kFourBitThreads, 0, stream, p);
+cudaError_t launch_four_bit(QuantizeFourBitParams p, cudaStream_t stream) {
+  const auto kernel = quantize_four_bit_kernel<T, Format>;
+  int64_t blocks = tile::ceil_div<int64_t>(p.size / kEight, kFourBitRuns<T>);
+  if constexpr (Format::kStays) {  // as many as the GPU has room for
+    const int resident = resident_clusters(kernel, 1, kFourBitThreads, 0);
+    if (resident == 0) return cudaErrorInvalidValue;
+    blocks = std::min(blocks, tile::ceil_div<int64_t>(resident, p.matrices));
+  }
+  p.blocks = static_cast<int32_t>(blocks);
+  return launch(kernel, p.matrices * blocks, kFourBitThreads, 0, stream, p);
 }
 
 template <class T>

@@ -56,7 +56,7 @@ void quantize_block(const float* x, int size, FourBitFormat format, float tensor
       codes.push_back(std::clamp(nearest(finite ? x[i] : 0) + zero, -8, 7) & 15);
     }
     q.scale.push_back(finite ? bfloat16_bits(scale) : 0x7fc0);
-    if (has_zero_point) q.zero_point.push_back(zero);
+    if (has_zero_point) q.zero_point.push_back(zero & 15);
     return;
   }
   int code;
@@ -173,13 +173,13 @@ void test_case(const char* dtype, const Case& c, int matrices, int blocks) {
   const test::Array<T> in = placed<T>(x, 0);
   const test::Array<float> scales(tensor_scales);
   const Buffer values(x.data.size() / 2, 0), scale(size_t(count) * scale_bytes, 0);
-  const Buffer zero_point(c.has_zero_point ? count : 0, 0);
+  const Buffer zero_point(c.has_zero_point ? tile::ceil_div(count, 2) : 0, 0);
   QuantizeFourBitParams p = {};
   p.x = in.data();
   p.tensor_scale = has_tensor_scale ? scales.data() : nullptr;
   p.values = values.data();
   p.scale = scale.data();
-  p.zero_point = c.has_zero_point ? zero_point.data<int8_t>() : nullptr;
+  p.zero_point = c.has_zero_point ? zero_point.data() : nullptr;
   p.matrices = matrices;
   p.size = int64_t{blocks} * c.block;
   p.block = c.block;
@@ -199,7 +199,10 @@ void test_case(const char* dtype, const Case& c, int matrices, int blocks) {
     scale_codes.push_back(scale_bytes == 1 ? bytes[i] : bytes[2 * i] | bytes[2 * i + 1] << 8);
   }
   test::compare(name + " scale", scale_codes, wanted.scale, blocks);
-  for (const int8_t zero : zero_point.host<int8_t>(name + " zero points")) zeros.push_back(zero);
+  for (const uint8_t byte : zero_point.host(name + " zero points")) {
+    zeros.insert(zeros.end(), {byte & 15, byte >> 4});
+  }
+  if (c.has_zero_point) zeros.resize(count);
   test::compare(name + " zero points", zeros, wanted.zero_point, blocks);
 }
 

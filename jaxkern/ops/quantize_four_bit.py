@@ -166,15 +166,14 @@ def by_kernel(config, x, *tensor_scale):
         [
             (shape, np.dtype(values)),
             (blocks, np.dtype(scale)),
-            (blocks if config.zero_point else (0,), np.dtype(np.int8)),
+            (blocks if config.zero_point else (0,), np.dtype(jnp.int4)),
         ],
         x.reshape(shape),
         tensor_scale[0].reshape(-1) if tensor_scale else x.reshape(-1)[:0].astype(_SINGLE),
         format=np.int32(FORMATS.index(config.format)),
     )
-    values, scale, zero_point = (r.reshape(*lead, rows, -1) if r.size else r for r in results)
-    # NOTE: two blocks of threads may have the zero points of one byte.
-    return values, scale, *((zero_point.astype(jnp.int4),) if config.zero_point else ())
+    wanted = results if config.zero_point else results[:2]
+    return tuple(r.reshape(*lead, rows, r.shape[-1]) for r in wanted)
 
 
 def row_amax_by_kernel(x):
