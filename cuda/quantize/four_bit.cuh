@@ -34,8 +34,7 @@ __device__ __forceinline__ float element_of(const Eight<T>& run, int e) {
 inline constexpr uint32_t kInfinityBits = 0x7f800000;
 inline constexpr float kSmallestNormal = 0x1p-126f;
 
-// --- Extents
-// --------------------------------------------------------------------------------------
+// --- Extents -------------------------------------------------------------------------------------
 
 // The largest magnitude.
 template <class T>
@@ -92,8 +91,7 @@ struct Range {
   }
 };
 
-// --- Values of e2m1
-// -------------------------------------------------------------------------------
+// --- Values of e2m1 ------------------------------------------------------------------------------
 
 // Adding this to a number below 2^22 rounds it to an integer, which is in the lowest bits then.
 inline constexpr float kToInteger = 0x1p23f, kToSignedInteger = 0x1.8p23f;
@@ -168,8 +166,7 @@ __device__ __forceinline__ void keep_signs(Eight<T>& x) {
   for (uint32_t& word : x.words.data) word ^= magnitudes<T>(word);
 }
 
-// --- NVFP4
-// ----------------------------------------------------------------------------------------
+// --- NVFP4 ---------------------------------------------------------------------------------------
 
 // Of a code, without a sign.
 __device__ __forceinline__ float e2m1_value(uint32_t code) {
@@ -243,8 +240,7 @@ struct Nvfp4 {
   float inverse_unit_;
 };
 
-// --- MXFP4
-// ----------------------------------------------------------------------------------------
+// --- MXFP4 ---------------------------------------------------------------------------------------
 
 // Scales are powers of two: products with their reciprocals are exact.
 template <class T>
@@ -276,8 +272,7 @@ struct Mxfp4 {
   }
 };
 
-// --- Integers
-// -------------------------------------------------------------------------------------
+// --- Integers ------------------------------------------------------------------------------------
 
 // Such numbers have 8 bits, and so does what divides by them: see nearest_integer.
 __device__ __forceinline__ float bfloat16_scale(float span) {

@@ -24,13 +24,12 @@ inline constexpr int kFourBitBlocksPerSm = Format::kStays          ? 4
                                                                    : 6;
 
 // p.blocks blocks share out a matrix: each has one part of it, or goes on where its format kStays.
-// NVFP4 has read x before, for tensor_scale: backwards, L2
-// still has what was read last.
+// NVFP4 has read x before, for tensor_scale: backwards, L2 still has what was read last.
 template <class T, class Format>
 __global__ void __launch_bounds__(kFourBitThreads, kFourBitBlocksPerSm<Format>)
     quantize_four_bit_kernel(const QuantizeFourBitParams p) {
   __shared__ typename Format::Shared shared;
-  constexpr int kSlots = kFourBitSlots<T>;
+  constexpr int kCount = kFourBitSlots<T>;
   const int64_t runs = p.size / kEight;
   const unsigned blocks = p.blocks, matrix = blockIdx.x / blocks;
   int part = static_cast<int>(tile::ceil_div<int64_t>(runs, kFourBitRuns<T>) - 1) -
@@ -40,14 +39,14 @@ __global__ void __launch_bounds__(kFourBitThreads, kFourBitBlocksPerSm<Format>)
   const auto* const from = static_cast<const Bits<T>*>(p.x) + matrix * p.size;
   auto* const values = static_cast<uint32_t*>(p.values) + matrix * runs;
 
-  const int of_part = static_cast<int>(threadIdx.x - lane) * kSlots + lane;
+  const int of_part = static_cast<int>(threadIdx.x - lane) * kCount + lane;
   const auto run = [&](int s) {  // of the matrix
     return int64_t{part} * kFourBitRuns<T> + (of_part + s * tile::kWarpSize);
   };
-  Eight<T> x[kSlots];
+  Eight<T> x[kCount];
   const auto load = [&] {
 #pragma unroll
-    for (int s = 0; s < kSlots; ++s) {
+    for (int s = 0; s < kCount; ++s) {
       x[s].load(from + run(s) * kEight, run(s) < runs, true);
     }
   };
@@ -55,17 +54,17 @@ __global__ void __launch_bounds__(kFourBitThreads, kFourBitBlocksPerSm<Format>)
   const Format format(p.tensor_scale != nullptr ? p.tensor_scale[matrix] : 0.0f, shared);
 
   while (true) {
-    typename Format::Extent extents[kSlots];
+    typename Format::Extent extents[kCount];
 #pragma unroll
-    for (int s = 0; s < kSlots; ++s) extents[s].see(x[s]);
+    for (int s = 0; s < kCount; ++s) extents[s].see(x[s]);
 #pragma unroll
     for (int offset = tile::kWarpSize / 2; offset > 0; offset /= 2) {
       if (offset >= lanes) continue;
 #pragma unroll
-      for (int s = 0; s < kSlots; ++s) extents[s].join_lane(offset);
+      for (int s = 0; s < kCount; ++s) extents[s].join_lane(offset);
     }
 #pragma unroll
-    for (int s = 0; s < kSlots; ++s) {
+    for (int s = 0; s < kCount; ++s) {
       const auto block = format.block(extents[s]);
       const uint32_t word = format.values(x[s], block);
       const bool inside = run(s) < runs;
@@ -88,7 +87,7 @@ __global__ void __launch_bounds__(kFourBitThreads, kFourBitBlocksPerSm<Format>)
   }
 }
 
-// --- The largest magnitude --------------------------------------------------------------------
+// --- The largest magnitude -----------------------------------------------------------------------
 
 template <class T>
 inline constexpr int kNvfp4Lanes = 16 / kVec<T>;

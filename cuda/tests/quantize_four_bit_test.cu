@@ -8,8 +8,7 @@ namespace jaxkern {
 
 constexpr double kMiddles[] = {0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0};
 
-// --- The scalar loop
-// ------------------------------------------------------------------------------
+// --- The scalar loop -----------------------------------------------------------------------------
 
 struct FourBits {
   std::vector<uint8_t> values;  // two in a byte
@@ -79,8 +78,7 @@ void quantize_block(const float* x, int size, FourBitFormat format, float tensor
   q.scale.push_back(finite ? code : format == FourBitFormat::kNvfp4 ? 0x7f : 0xff);
 }
 
-// --- Cases
-// ----------------------------------------------------------------------------------------
+// --- Cases ---------------------------------------------------------------------------------------
 
 struct Case {
   FourBitFormat format;
