@@ -188,6 +188,20 @@ def test_quantize(scaling):
         assert_same_fp8(array.values, values)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("name", FORMATS)
+def test_quantize_four_bit(name, dtype):
+    [x] = normal(0, [(2, 37, 192)], dtype)
+    leaves = []
+    for platform, implementation in (("cuda", "cuda"), ("cpu", "xla")):
+        options = {"format": name.split()[0], **FORMATS[name], "implementation": implementation}
+        run = jax.jit(functools.partial(quantize, **options))
+        got = run(jax.device_put(x, jax.devices(platform)[0]))
+        leaves.append([np.float32(a) for a in jax.tree.leaves(got)])
+    for got, wanted in zip(*leaves, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
 @pytest.mark.parametrize("orientation", ["natural", "both"])
 @pytest.mark.parametrize("scaling", FUSED)
 def test_fused_quantizers(scaling, orientation):

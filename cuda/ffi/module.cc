@@ -19,12 +19,14 @@ namespace nb = nanobind;
   TARGET("jaxkern.attention_bwd", AttentionBwd)              \
   TARGET("jaxkern.decode_step", DecodeStep)                  \
   TARGET("jaxkern.quantize", Quantize)                       \
+  TARGET("jaxkern.quantize_four_bit", QuantizeFourBit)       \
   TARGET("jaxkern.quantize_rms_norm", QuantizeRmsNorm)       \
   TARGET("jaxkern.quantize_swiglu", QuantizeSwiglu)          \
   TARGET("jaxkern.quantize_swiglu_grad", QuantizeSwigluGrad) \
   TARGET("jaxkern.quantized_matmul", QuantizedMatmul)        \
   TARGET("jaxkern.rms_norm_fwd", RmsNormFwd)                 \
   TARGET("jaxkern.rms_norm_bwd", RmsNormBwd)                 \
+  TARGET("jaxkern.row_amax", RowAmax)                        \
   TARGET("jaxkern.scaled_matmul", ScaledMatmul)
 
 #define JAXKERN_DECLARE(name, Handler) extern "C" XLA_FFI_Error* Handler(XLA_FFI_CallFrame*);

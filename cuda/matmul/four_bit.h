@@ -8,9 +8,6 @@
 
 namespace jaxkern {
 
-// The numbers are those of the attributes of calls.
-enum class FourBitFormat : int32_t { kNvfp4, kMxfp4, kInt4 };
-
 constexpr int kFourBitRows = 16, kFourBitColumns = 128;  // of a tile
 
 constexpr int kFourBitValueBytes = kFourBitRows * kFourBitColumns / 2;  // before scales
