@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "cuda/matmul/four_bit.h"
+#include "cuda/tile/ptx/matrix.cuh"
 #include "cuda/tile/ptx/special.cuh"
 #include "cuda/tile/types.cuh"
 
@@ -80,7 +81,7 @@ struct FourBit;
 template <class T>
 struct FourBit<FourBitFormat::kNvfp4, T> {
   static constexpr bool kBf16 = std::is_same_v<T, tile::bf16>;
-  static constexpr float kSumScale = kBf16 ? 0x1p20f : 0x1p7f;
+  static constexpr float kSumScale = kBf16 ? 0x1p19f : 0x1p7f;
   uint4 codes;  // [step][row / 8]
   // NOTE: a factor that the compiler does not know: a shift would be for the pipe of logic, which
   // has most to do.
@@ -93,8 +94,8 @@ struct FourBit<FourBitFormat::kNvfp4, T> {
   __device__ __forceinline__ void expand(uint32_t word, int step, uint32_t (&a)[4]) const {
     const uint32_t pair = step < 2 ? codes.x : step < 4 ? codes.y : step < 6 ? codes.z : codes.w;
     const uint32_t halves = __byte_perm(pair, 0, step % 2 == 0 ? 0x4140 : 0x4342);
-    // (1 + m / 8) 2^(e - 10) becomes 2^106 or 2^7 times as much.
-    const uint32_t scales = kBf16 ? halves * sixteen + 0x6f806f80 : halves * 128 + 0x30003000;
+    // (1 + m / 8) 2^(e - 10) becomes 2^107 or 2^7 times as much, and 255 in bfloat16 NaN.
+    const uint32_t scales = kBf16 ? halves * sixteen + 0x70007000 : halves * 128 + 0x30003000;
     expand_e2m1<T>(word, a);
     scale_rows<T>(a, scales);
   }
@@ -174,5 +175,122 @@ struct FourBitTile {
     for (int i = 0; i < 4; ++i) a[i] = own[i];
   }
 };
+
+// --- Transposed ----------------------------------------------------------------------------------
+
+// Scales of a step for its transpose, whose operand has 16 columns of a tile as rows: a lane's are
+// of columns g and g + 8, and pairs of rows from 2 c and from 2 c + 8 on. NaN belongs to blocks
+// here, not to rows. `factors` are those of the rows of a strip of kMxfp4.
+template <FourBitFormat kFormat, class T>
+struct FourBitColumns;
+
+// Two codes of bytes, of rows a and b of a pair, with `high` those of the rows 8 further on.
+__device__ __forceinline__ uint32_t code_pair(uint32_t a, uint32_t b, bool high) {
+  return __byte_perm(a, b, high ? 0x2521 : 0x2420);
+}
+
+template <class T>
+struct FourBitColumns<FourBitFormat::kNvfp4, T> {
+  uint32_t scales[2];
+
+  __device__ __forceinline__ void load(const FourBitWeight& w, const char* from, int step,
+                                       const float*) {
+    const auto* codes = reinterpret_cast<const uint16_t*>(from) + threadIdx.x % 4 * 16 + step;
+    const uint32_t even = codes[0], odd = codes[8];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t halves = code_pair(even, odd, i == 1);
+      if constexpr (std::is_same_v<T, tile::bf16>) {
+        scales[i] = halves * (2 * static_cast<uint32_t>(w.blocks)) + 0x70007000;
+      } else {
+        scales[i] = halves * 128;  // 2^-5 times as much, and 255 NaN, but no room to get there
+        as_pair<T>(scales[i]) = __hmul2(as_pair<T>(scales[i]), both<T>(__float2half(0x1p12f)));
+      }
+    }
+  }
+  __device__ __forceinline__ void expand(uint32_t word, uint32_t (&a)[4]) const {
+    expand_e2m1<T>(word, a);
+  }
+};
+
+template <class T>
+struct FourBitColumns<FourBitFormat::kMxfp4, T> {
+  uint32_t scales[2];
+
+  __device__ __forceinline__ void load(const FourBitWeight&, const char* from, int step,
+                                       const float* factors) {
+    constexpr bool kBf16 = std::is_same_v<T, tile::bf16>;
+    constexpr uint32_t kLargest = kBf16 ? 0x00e900e9 : 0x001e001e, kShift = kBf16 ? 7 : 10;
+    const int c = threadIdx.x % 4;
+    const auto* codes = reinterpret_cast<const uint16_t*>(from) + c * 8 + step / 2;
+    const uint32_t even = codes[0], odd = codes[4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t halves = code_pair(even, odd, i == 1);
+      const float2 factor = reinterpret_cast<const float2*>(factors)[c + 4 * i];
+      uint32_t rows = tile::pack<T>(factor.x, factor.y);
+      scales[i] = (kLargest - __vminu2(halves, kLargest)) << kShift;
+      // Of 255 this is infinite and makes NaN, of all else finite.
+      uint32_t bad = kBf16 ? halves * 128 : halves * 124 + 0x007c007c;
+      uint32_t zero = 0;
+      as_pair<T>(scales[i]) = __hfma2(as_pair<T>(bad), as_pair<T>(zero),
+                                      __hmul2(as_pair<T>(scales[i]), as_pair<T>(rows)));
+    }
+  }
+  __device__ __forceinline__ void expand(uint32_t word, uint32_t (&a)[4]) const {
+    expand_e2m1<T>(word, a);
+  }
+};
+
+template <class T>
+struct FourBitColumns<FourBitFormat::kInt4, T> {
+  uint32_t scales[2], zeros[2];
+
+  __device__ __forceinline__ void load(const FourBitWeight& w, const char* from, int step,
+                                       const float*) {
+    constexpr bool kBf16 = std::is_same_v<T, tile::bf16>;
+    const int blocks = w.blocks, first = threadIdx.x % 4 * 2 * blocks + (step * blocks >> 3);
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(from) + first;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t halves = i == 0 ? 0x5410 : 0x7632;
+      scales[i] = __byte_perm(words[0], words[blocks], halves);
+      zeros[i] = 0x43084308;  // 136
+      if (w.zero_points) zeros[i] = __byte_perm(words[8 * blocks], words[9 * blocks], halves);
+      if constexpr (!kBf16) {
+        const float2 pair = tile::unpack<tile::bf16>(scales[i]);
+        scales[i] = tile::pack<tile::f16>(pair.x, pair.y);
+        zeros[i] += 0x21002100;  // 1032 and more
+      }
+    }
+  }
+  __device__ __forceinline__ void expand(uint32_t word, uint32_t (&a)[4]) {
+    expand_integers<T>(word, a);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      as_pair<T>(a[i]) = __hsub2(as_pair<T>(a[i]), as_pair<T>(zeros[i % 2]));
+    }
+  }
+};
+
+// A lane's part of the transpose of a step, of the tile that is given. The halves of a word are of
+// two columns and belong together in all rows, so one transposition of them is that of all values.
+template <FourBitFormat kFormat, class T>
+__device__ __forceinline__ void expand_transposed(const FourBitWeight& w, const char* tile,
+                                                  int step, const float* factors, uint32_t* a) {
+  const int lane = threadIdx.x % tile::kWarpSize;
+  const auto* words = reinterpret_cast<const uint32_t*>(tile);
+  FourBitColumns<kFormat, T> columns;
+  columns.load(w, tile + kFourBitValueBytes, step, factors);
+  const uint32_t word = words[(step / 4 * tile::kWarpSize + lane) * 4 + step % 4];
+  uint32_t own[4];
+  columns.expand(tile::ptx::movmatrix_transposed(word), own);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int to = i % 2 * 2 + i / 2;  // values 1 and 2 change places
+    as_pair<T>(own[i]) = __hmul2(as_pair<T>(own[i]), as_pair<T>(columns.scales[i % 2]));
+    a[to] = own[i];
+  }
+}
 
 }  // namespace jaxkern

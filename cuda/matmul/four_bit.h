@@ -37,13 +37,18 @@ struct FourBitWeight {
 
 // out = x w^T, for each of B matrices. All row-major, contiguous and 16-byte aligned; K is a
 // multiple of 8, N of 16, and no size is zero.
+//
+// Or out = x w, the gradient of that, where K is a multiple of 128. Scales of rows belong there to
+// what is summed: only kMxfp4 has any, powers of two up to 1 that values are multiplied by; sums
+// are multiplied by sum_scale.
 struct QuantizedMatmulParams {
   DType x_dtype;    // kBFloat16 or kFloat16
   DType out_dtype;  // x's or kFloat32
   int64_t B, M, N, K;
-  const void* x;  // (B, M, K)
+  const void* x;  // (B, M, K), of the gradient (B, M, N)
   FourBitWeight w;
-  void* out;  // (B, M, N)
+  void* out;                         // (B, M, N), of the gradient (B, M, K)
+  const float* sum_scale = nullptr;  // (B,), of the gradient
 };
 
 }  // namespace jaxkern

@@ -1,13 +1,15 @@
-// out = x w^T for weights of four bits and many rows of x (tokens).
+// out = x w^T for weights of four bits and many rows of x (tokens), or x w: the gradient.
 //
 // wgmma takes its operand A from registers, where weights become bfloat16 or float16
 // (four_bit.cuh): so weights are the rows, tokens the columns, and a tile is out^T. Persistent
 // clusters of blocks work through tiles. The blocks of a cluster lie below each other: each has
 // weights of its own, and they bring each other the tokens they share. Warpgroups have roles:
-//   producer   one thread loads panels of weights (128 columns) and of tokens (64 columns) into a
-//              ring of stages each;
+//   producer   one thread loads squares of weights (128 rows and columns) and panels of tokens (64
+//              columns) into a ring of stages each;
 //   consumers  each own 64 rows of weights, a warp 16 of them, and all tokens of the tile. While
 //              tensor cores multiply by 64 columns, the consumer expands the next 64.
+// For the gradient "rows of weights" are columns of w, and the sum is over its rows: a warp takes
+// 16 columns of each strip, transposed.
 #pragma once
 
 #include "cuda/matmul/four_bit.cuh"
@@ -15,7 +17,7 @@
 
 namespace jaxkern {
 
-template <FourBitFormat kFormat, class T_, class Out_, int kTokens_>
+template <FourBitFormat kFormat, class T_, class Out_, int kTokens_, bool kGradient_ = false>
 struct QuantizedMatmul {
   using T = T_;
   using Out = Out_;
@@ -23,13 +25,16 @@ struct QuantizedMatmul {
   using Cluster = tile::Cluster<2>;
   using Corner = tile::tma::Corner;
   static constexpr int kConsumers = 2, kTokens = kTokens_;
+  static constexpr bool kGradient = kGradient_;
   static constexpr int kStrips = 4 * kConsumers, kRows = kFourBitRows * kStrips;
   static constexpr int kThreads = tile::kWarpgroupSize * (1 + kConsumers);
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
   static constexpr int kStages = kTokens == 256 ? 5 : 8, kWeightStages = 3;
-  static constexpr int kPanelBytes =
+  static constexpr int kSquareBytes =
       kStrips * four_bit_tile_bytes(kFormat, kMostBlocks<kFormat>, kFormat == FourBitFormat::kInt4);
   static constexpr int kPiece = 64 / sizeof(Out);  // tokens that go to memory at once
+  static_assert(kRows == kFourBitColumns, "so squares are those of w^T too");
+  static constexpr bool kRowFactors = kGradient && kFormat == FourBitFormat::kMxfp4;
 
   using TileX = tile::SharedTile<T, kTokens, 64>;      // (kTokens, 64)
   using TileOut = tile::SharedTile<Out, kPiece, 64>;   // (kPiece, 64)
@@ -39,7 +44,8 @@ struct QuantizedMatmul {
   struct Storage {
     TileX x[kStages];
     TileOut out[kConsumers][2];
-    alignas(128) char weights[kWeightStages][kPanelBytes];
+    alignas(128) char weights[kWeightStages][kSquareBytes];
+    alignas(128) float factors[kWeightStages][kRowFactors ? kRows : 1];  // of rows of w
     tile::Ring<kStages> ring;
     tile::Ring<kWeightStages> weight_ring;
   };
@@ -47,22 +53,24 @@ struct QuantizedMatmul {
   static_assert(kSharedBytes <= tile::kMaxSharedBytes, "the tiles must fit a block");
 
   struct Params {
-    CUtensorMap x;    // (B * M, K); boxes: a block's share of a tile
-    CUtensorMap w;    // (B * strips, panels, bytes of a tile); boxes: kStrips of a panel
-    CUtensorMap out;  // (B, M, 1, N); boxes: a piece
+    CUtensorMap x;    // (B * M, K), of the gradient (B * M, N); boxes: a block's share of a tile
+    CUtensorMap w;    // (B, strips, panels, bytes of a tile); boxes: kStrips of a panel
+    CUtensorMap out;  // (B, M, 1, N), of the gradient (B, M, 1, K); boxes: a piece
+    CUtensorMap factors;  // (B, N), if kRowFactors; boxes: of kStrips
     FourBitWeight weight;
+    const float* sum_scale;   // (B,), of the gradient
     int tile_bytes;           // of weights
     tile::MatrixOrder order;  // of the tiles of clusters
-    int B, M, N, panels;      // of 128 columns
+    int B, M, N, squares;     // whose products are summed
   };
 
   // Where this block's tile lies.
   struct Work {
-    int batch, strip, token;
+    int batch, row, token;
 
     __device__ __forceinline__ Work(const Params& p, int index) : batch(index / p.order.count()) {
       const auto at = p.order.at(index % p.order.count());
-      strip = (at.row * Cluster::kBlocks + Cluster::rank()) * kStrips;
+      row = (at.row * Cluster::kBlocks + Cluster::rank()) * kRows;
       token = at.col * kTokens;
     }
   };
@@ -80,46 +88,64 @@ struct QuantizedMatmul {
     tile::Slot<kStages> slot;
     tile::Slot<kWeightStages> weights;
     for_each_work(p, [&](const Work& at) {
-      for (int panel = 0; panel < p.panels; ++panel, weights.advance()) {
+      for (int square = 0; square < p.squares; ++square, weights.advance()) {
         weights.wait_empty(shared.weight_ring);
         auto& arrived = shared.weight_ring.full[weights.stage()];
-        arrived.arrive_expect(kStrips * p.tile_bytes);
+        constexpr int kFactorBytes = kRowFactors ? kRows * sizeof(float) : 0;
+        arrived.arrive_expect(kStrips * p.tile_bytes + kFactorBytes);
+        const int own = at.row / kRows, row = kGradient ? square : own;
         tile::ptx::bulk_tensor_load_by(tile::ptx::evict_first_policy(),
                                        shared.weights[weights.stage()], &p.w, &arrived.word, 0,
-                                       panel, at.batch * all_strips(p) + at.strip);
+                                       kGradient ? own : square, row * kStrips, at.batch);
+        if constexpr (kRowFactors) {
+          tile::tma::load(shared.factors[weights.stage()], p.factors, at.batch, row * kRows,
+                          arrived);
+        }
         for (int half = 0; half < 2; ++half, slot.advance()) {
           slot.wait_empty(shared.ring);
           auto& full = shared.ring.full[slot.stage()];
           full.arrive_expect(TileX::kBytes);
           tile::tma::load_multicast<Cluster>(
               shared.x[slot.stage()], p.x,
-              Corner{at.batch * p.M + at.token, kFourBitColumns * panel + 64 * half}, full);
+              Corner{at.batch * p.M + at.token, kRows * square + 64 * half}, full);
         }
       }
     });
   }
 
   __device__ __forceinline__ static void multiply(const Params& p, Storage& shared, int consumer) {
-    const int warp = threadIdx.x % tile::kWarpgroupSize / tile::kWarpSize;
-    const int place = (4 * consumer + warp) * p.tile_bytes;  // of a warp's weights in a panel
+    // Of a warp in the rows of a square: its strip of w, or its columns.
+    const int own = 4 * consumer + threadIdx.x % tile::kWarpgroupSize / tile::kWarpSize;
     const auto x = tile::settled(tile::k_major<kTokens>(shared.x[0]));
     tile::Slot<kStages> slot;
-    tile::Slot<kWeightStages> panel_slot;
+    tile::Slot<kWeightStages> weight_slot;
     Sum sum;
     Operand operands[2];
     for_each_work(p, [&](const Work& at) {
-      for (int panel = 0; panel < p.panels; ++panel, panel_slot.advance()) {
-        panel_slot.wait_full(shared.weight_ring);
-        FourBitTile<kFormat, T> weights;
-        weights.load(p.weight, shared.weights[panel_slot.stage()] + place);
-        shared.weight_ring.empty[panel_slot.stage()].arrive_warp();
+      for (int square = 0; square < p.squares; ++square, weight_slot.advance()) {
+        weight_slot.wait_full(shared.weight_ring);
+        const char* weights = shared.weights[weight_slot.stage()];
+        const float* factors = shared.factors[weight_slot.stage()];
+        FourBitTile<kFormat, T> strip;
+        if constexpr (!kGradient) {
+          strip.load(p.weight, weights + own * p.tile_bytes);
+          shared.weight_ring.empty[weight_slot.stage()].arrive_warp();
+        }
 #pragma unroll
         for (int half = 0; half < 2; ++half, slot.advance()) {
 #pragma unroll
           for (int step = 0; step < 4; ++step) {
-            weights.expand(4 * half + step, operands[half].data + 4 * step);
+            const int i = 4 * half + step;
+            uint32_t* a = operands[half].data + 4 * step;
+            if constexpr (kGradient) {
+              expand_transposed<kFormat, T>(p.weight, weights + i * p.tile_bytes, own,
+                                            factors + kFourBitRows * i, a);
+            } else {
+              strip.expand(i, a);
+            }
           }
-          const bool first = panel == 0 && half == 0;
+          if (kGradient && half == 1) shared.weight_ring.empty[weight_slot.stage()].arrive_warp();
+          const bool first = square == 0 && half == 0;
           slot.wait_full(shared.ring);
           tile::mma_fence();
           tile::mma(sum, operands[half], x.of_tile(slot.stage()), !first);
@@ -140,10 +166,14 @@ struct QuantizedMatmul {
                                                const Sum& sum, int consumer) {
     const bool leader = threadIdx.x % tile::kWarpgroupSize == 0;
     const auto sync = [&] { tile::ptx::named_barrier_sync(1 + consumer, tile::kWarpgroupSize); };
-    const int row = kFourBitRows * at.strip + 64 * consumer;
+    const int row = at.row + 64 * consumer;
     tile::RowVector rows;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
+      if constexpr (kGradient) {
+        rows[i] = p.sum_scale[at.batch] * Weights::kSumScale;
+        continue;
+      }
       const int last = all_strips(p) * kFourBitRows - 1;
       const int n = min(row + tile::fragment_row(i), last);
       rows[i] = p.weight.row_scale[int64_t{at.batch} * (last + 1) + n] * Weights::kSumScale;
