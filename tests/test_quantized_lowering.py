@@ -69,8 +69,8 @@ def test_gradient_call(name, dtype, wanted):
     lines = custom_call_lines(gradient, x, weight(name, N, K), dy)
     operands, results = types(lines["quantized_matmul_grad"])
     data = f"1x{N // 16}x{K // 128}x{WORDS[name]}xui32"
-    row_scale = f"1x{N if name == 'mxfp4' else 0}xf32"
-    assert operands == [f"1x12x{N}x{wanted}", data, row_scale, "1xf32"]
+    row_factor = f"1x{N if name == 'mxfp4' else 0}x{wanted}"
+    assert operands == [f"1x12x{N}x{wanted}", data, "1xf32", row_factor]
     assert results == [f"1x12x{K}x{wanted}"]
     forward = custom_call_lines(quantized_matmul, x, weight(name, N, K))["quantized_matmul"]
     assert attributes(lines["quantized_matmul_grad"]) == attributes(forward)
@@ -120,6 +120,24 @@ def test_results_of_the_kernel(wanted, found):
     assert jax.eval_shape(run, x, w).dtype == (wanted or "bfloat16")
 
 
+def test_gradients_are_where_x_is():
+    """On a mesh with Explicit axes, whatever is split by the weight."""
+    mesh = jax.make_mesh((4,), ("x",), (AxisType.Explicit,), devices=jax.devices("cpu")[:4])
+    w, dy = weight("nvfp4", N, K), normal(8, N)
+    wanted = gradient(normal(8, K), w, dy)
+    for w_spec in (P("x"), P(None, "x")):
+        for spec in (P(), P("x"), P(None, "x")):
+            with jax.set_mesh(mesh):
+                sharded = jax.tree.map(
+                    lambda a, s=w_spec: jax.device_put(a, s if a.ndim == 3 else P()), w
+                )
+                x = jax.device_put(normal(8, K), spec)
+                y, pullback = jax.vjp(lambda x, w=sharded: quantized_matmul(x, w), x)
+                (got,) = pullback(jax.sharding.reshard(dy, jax.typeof(y).sharding))
+            assert jax.typeof(got) == jax.typeof(x)
+            np.testing.assert_allclose(np.float32(got), np.float32(wanted), rtol=2**-7, atol=1e-3)
+
+
 def test_vmapped_gradients():
     def lines(w, axis):
         def run(x, w, dy):
@@ -131,13 +149,13 @@ def test_vmapped_gradients():
     operands, results = lines(weight("mxfp4", N, K), None)
     assert (operands[0], operands[2:], results) == (
         f"1x8x{N}xbf16",
-        [f"1x{N}xf32", "1xf32"],
+        ["1xf32", f"1x{N}xbf16"],
         [f"1x8x{K}xbf16"],
     )
     operands, results = lines(weight("mxfp4", 2, N, K), 0)
     assert (operands[0], operands[2:], results) == (
         f"2x4x{N}xbf16",
-        [f"2x{N}xf32", "2xf32"],
+        ["2xf32", f"2x{N}xbf16"],
         [f"2x4x{K}xbf16"],
     )
 
@@ -215,8 +233,10 @@ def test_sharded_gradient(kind, case, name):
     """The same, of sums over a sharded N."""
 
     def run(dy, w):
-        x = jax.ShapeDtypeStruct((8, K), dy.dtype)
-        return jax.linear_transpose(lambda x: quantized_matmul(x, w), x)(dy)[0]
+        x = jnp.zeros((8, K), dy.dtype)
+        if jax.sharding.get_abstract_mesh().explicit_axes:
+            x = jax.sharding.reshard(x, GRADIENT_SPECS[case][2])
+        return gradient(x, w, dy)
 
     exchanged = {f"all-reduce f32 {8 * K}": 1} if case == "N" else {}
     check_sharded(kind, run, normal(8, N), weight(name, N, K), GRADIENT_SPECS[case], exchanged)

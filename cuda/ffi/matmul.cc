@@ -134,23 +134,22 @@ ffi::Error quantized_matmul(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffe
 }
 
 ffi::Error quantized_matmul_grad(cudaStream_t stream, ffi::AnyBuffer dy, ffi::AnyBuffer data,
-                                 ffi::AnyBuffer row_scale, ffi::AnyBuffer sum_scale,
+                                 ffi::AnyBuffer sum_scale, ffi::AnyBuffer row_factor,
                                  ffi::Result<ffi::AnyBuffer> dx, int32_t format, int32_t block,
                                  bool zero_points) {
   Checks checks("quantized_matmul_grad");
   if (checks.rank("dy", dy, 3).rank("data", data, 4).failed()) return checks.error();
-  FourBitWeight w = four_bit_weight(checks, data, format, block, zero_points);
+  const FourBitWeight w = four_bit_weight(checks, data, format, block, zero_points);
   if (checks.failed()) return checks.error();
-  w.row_scale = static_cast<const float*>(row_scale.untyped_data());
   const int64_t B = data.dimensions()[0], M = dy.dimensions()[1];
   const int64_t N = data.dimensions()[1] * kFourBitRows;
   const int64_t K = data.dimensions()[2] * kFourBitColumns;
   checks.shape("dy", dy, {B, M, N})
       .dtype("dy", dy, {BF16, F16})
-      .shape("row_scale", row_scale, {B, w.format == FourBitFormat::kMxfp4 ? N : 0})
-      .dtype("row_scale", row_scale, {F32})
       .shape("sum_scale", sum_scale, {B})
       .dtype("sum_scale", sum_scale, {F32})
+      .shape("row_factor", row_factor, {B, w.format == FourBitFormat::kMxfp4 ? N : 0})
+      .dtype("row_factor", row_factor, {dy.element_type()})
       .shape("dx", *dx, {B, M, K})
       .dtype("dx", *dx, {dy.element_type(), F32});
   if (checks.failed() || B * M * K == 0) return checks.error();
@@ -165,6 +164,7 @@ ffi::Error quantized_matmul_grad(cudaStream_t stream, ffi::AnyBuffer dy, ffi::An
       .w = w,
       .out = dx->untyped_data(),
       .sum_scale = sum_scale.typed_data<float>(),
+      .row_factor = row_factor.untyped_data(),
   };
   return launch_error("quantized_matmul_grad", launch_quantized_matmul_grad(params, stream));
 }
@@ -200,8 +200,8 @@ JAXKERN_DEFINE_HANDLER(QuantizedMatmulGrad, quantized_matmul_grad,
                            .Ctx<Stream>()
                            .Arg<ffi::AnyBuffer>()  // dy
                            .Arg<ffi::AnyBuffer>()  // data
-                           .Arg<ffi::AnyBuffer>()  // row_scale
                            .Arg<ffi::AnyBuffer>()  // sum_scale
+                           .Arg<ffi::AnyBuffer>()  // row_factor
                            .Ret<ffi::AnyBuffer>()  // dx
                            .Attr<int32_t>("format")
                            .Attr<int32_t>("block")

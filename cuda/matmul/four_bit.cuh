@@ -178,35 +178,32 @@ struct FourBitTile {
 
 // --- Transposed ----------------------------------------------------------------------------------
 
-// Scales of a step for its transpose, whose operand has 16 columns of a tile as rows: a lane's are
-// of columns g and g + 8, and pairs of rows from 2 c and from 2 c + 8 on. NaN belongs to blocks
-// here, not to rows. `factors` are those of the rows of a strip of kMxfp4.
+// Scales of a step for its transpose, whose operand has 16 columns of a tile as rows. A lane has
+// pairs of tile rows, from 2 c and from 2 c + 8 on: scales() are those of a pair. NaN belongs to
+// blocks here, not to rows. `factors` are those of the rows of a strip of kMxfp4.
 template <FourBitFormat kFormat, class T>
 struct FourBitColumns;
 
-// Two codes of bytes, of rows a and b of a pair, with `high` those of the rows 8 further on.
-__device__ __forceinline__ uint32_t code_pair(uint32_t a, uint32_t b, bool high) {
-  return __byte_perm(a, b, high ? 0x2521 : 0x2420);
+// A byte of each half, the lower or the upper one, as a half.
+__device__ __forceinline__ uint32_t code_pair(const uint32_t (&codes)[2], int pair) {
+  return __byte_perm(codes[0], codes[1], pair == 0 ? 0x2420 : 0x2521);
 }
 
 template <class T>
 struct FourBitColumns<FourBitFormat::kNvfp4, T> {
-  uint32_t scales[2];
+  uint32_t codes[2];  // [row % 2], of rows 2 c and 2 c + 8
 
-  __device__ __forceinline__ void load(const FourBitWeight& w, const char* from, int step,
-                                       const float*) {
-    const auto* codes = reinterpret_cast<const uint16_t*>(from) + threadIdx.x % 4 * 16 + step;
-    const uint32_t even = codes[0], odd = codes[8];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t halves = code_pair(even, odd, i == 1);
-      if constexpr (std::is_same_v<T, tile::bf16>) {
-        scales[i] = halves * (2 * static_cast<uint32_t>(w.blocks)) + 0x70007000;
-      } else {
-        scales[i] = halves * 128;  // 2^-5 times as much, and 255 NaN, but no room to get there
-        as_pair<T>(scales[i]) = __hmul2(as_pair<T>(scales[i]), both<T>(__float2half(0x1p12f)));
-      }
-    }
+  __device__ __forceinline__ void load(const FourBitWeight&, const char* from, int step, const T*) {
+    const auto* pairs = reinterpret_cast<const uint16_t*>(from) + threadIdx.x % 4 * 16 + step;
+    codes[0] = pairs[0];
+    codes[1] = pairs[8];
+  }
+  __device__ __forceinline__ uint32_t scales(int pair) const {
+    const uint32_t halves = code_pair(codes, pair);
+    if constexpr (std::is_same_v<T, tile::bf16>) return halves * 16 + 0x70007000;
+    uint32_t smaller = halves * 128;  // 2^-5 times the scale, and 255 is NaN
+    as_pair<T>(smaller) = __hmul2(as_pair<T>(smaller), both<T>(static_cast<T>(0x1p12f)));
+    return smaller;
   }
   __device__ __forceinline__ void expand(uint32_t word, uint32_t (&a)[4]) const {
     expand_e2m1<T>(word, a);
@@ -215,27 +212,28 @@ struct FourBitColumns<FourBitFormat::kNvfp4, T> {
 
 template <class T>
 struct FourBitColumns<FourBitFormat::kMxfp4, T> {
-  uint32_t scales[2];
+  static constexpr bool kBf16 = std::is_same_v<T, tile::bf16>;
+  uint32_t codes[2], factors[2];
 
   __device__ __forceinline__ void load(const FourBitWeight&, const char* from, int step,
-                                       const float* factors) {
-    constexpr bool kBf16 = std::is_same_v<T, tile::bf16>;
-    constexpr uint32_t kLargest = kBf16 ? 0x00e900e9 : 0x001e001e, kShift = kBf16 ? 7 : 10;
+                                       const T* of_rows) {
     const int c = threadIdx.x % 4;
-    const auto* codes = reinterpret_cast<const uint16_t*>(from) + c * 8 + step / 2;
-    const uint32_t even = codes[0], odd = codes[4];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t halves = code_pair(even, odd, i == 1);
-      const float2 factor = reinterpret_cast<const float2*>(factors)[c + 4 * i];
-      uint32_t rows = tile::pack<T>(factor.x, factor.y);
-      scales[i] = (kLargest - __vminu2(halves, kLargest)) << kShift;
-      // Of 255 this is infinite and makes NaN, of all else finite.
-      uint32_t bad = kBf16 ? halves * 128 : halves * 124 + 0x007c007c;
-      uint32_t zero = 0;
-      as_pair<T>(scales[i]) = __hfma2(as_pair<T>(bad), as_pair<T>(zero),
-                                      __hmul2(as_pair<T>(scales[i]), as_pair<T>(rows)));
-    }
+    const auto* pairs = reinterpret_cast<const uint16_t*>(from) + c * 8 + step / 2;
+    codes[0] = pairs[0];
+    codes[1] = pairs[4];
+    const auto* factor_pairs = reinterpret_cast<const uint32_t*>(of_rows) + c;
+    factors[0] = factor_pairs[0];
+    factors[1] = factor_pairs[4];
+  }
+  __device__ __forceinline__ uint32_t scales(int pair) const {
+    constexpr uint32_t kLargest = kBf16 ? 0x00e900e9 : 0x001e001e, kShift = kBf16 ? 7 : 10;
+    const uint32_t halves = code_pair(codes, pair);
+    uint32_t scales = (kLargest - __vminu2(halves, kLargest)) << kShift;
+    // Infinite where the code is 255, which makes NaN, and finite elsewhere.
+    uint32_t bad = kBf16 ? halves * 128 : halves * 124 + 0x007c007c, factor = factors[pair];
+    as_pair<T>(scales) = __hmul2(as_pair<T>(scales), as_pair<T>(factor));
+    as_pair<T>(scales) = __hfma2(as_pair<T>(bad), both<T>(static_cast<T>(0.0f)), as_pair<T>(scales));
+    return scales;
   }
   __device__ __forceinline__ void expand(uint32_t word, uint32_t (&a)[4]) const {
     expand_e2m1<T>(word, a);
@@ -244,53 +242,63 @@ struct FourBitColumns<FourBitFormat::kMxfp4, T> {
 
 template <class T>
 struct FourBitColumns<FourBitFormat::kInt4, T> {
-  uint32_t scales[2], zeros[2];
+  static constexpr bool kBf16 = std::is_same_v<T, tile::bf16>;
+  uint32_t stored[2], zeros[2];  // [row % 2], of rows 2 c and 2 c + 8
 
   __device__ __forceinline__ void load(const FourBitWeight& w, const char* from, int step,
-                                       const float*) {
-    constexpr bool kBf16 = std::is_same_v<T, tile::bf16>;
+                                       const T*) {
     const int blocks = w.blocks, first = threadIdx.x % 4 * 2 * blocks + (step * blocks >> 3);
     const uint32_t* words = reinterpret_cast<const uint32_t*>(from) + first;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint32_t halves = i == 0 ? 0x5410 : 0x7632;
-      scales[i] = __byte_perm(words[0], words[blocks], halves);
-      zeros[i] = 0x43084308;  // 136
-      if (w.zero_points) zeros[i] = __byte_perm(words[8 * blocks], words[9 * blocks], halves);
-      if constexpr (!kBf16) {
-        const float2 pair = tile::unpack<tile::bf16>(scales[i]);
-        scales[i] = tile::pack<tile::f16>(pair.x, pair.y);
-        zeros[i] += 0x21002100;  // 1032 and more
-      }
+      stored[i] = words[i * blocks];
+      zeros[i] = w.zero_points ? words[(8 + i) * blocks] : 0x43084308;  // 136
     }
   }
-  __device__ __forceinline__ void expand(uint32_t word, uint32_t (&a)[4]) {
+  __device__ __forceinline__ static uint32_t half_pair(const uint32_t (&words)[2], int pair) {
+    return __byte_perm(words[0], words[1], pair == 0 ? 0x5410 : 0x7632);
+  }
+  __device__ __forceinline__ uint32_t scales(int pair) const {
+    const uint32_t halves = half_pair(stored, pair);
+    if constexpr (kBf16) return halves;
+    const float2 x = tile::unpack<tile::bf16>(halves);
+    return tile::pack<T>(x.x, x.y);
+  }
+  __device__ __forceinline__ void expand(uint32_t word, uint32_t (&a)[4]) const {
     expand_integers<T>(word, a);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      as_pair<T>(a[i]) = __hsub2(as_pair<T>(a[i]), as_pair<T>(zeros[i % 2]));
+      uint32_t zero = half_pair(zeros, i % 2) + (kBf16 ? 0 : 0x21002100);  // 1032 and more
+      as_pair<T>(a[i]) = __hsub2(as_pair<T>(a[i]), as_pair<T>(zero));
     }
   }
 };
 
-// A lane's part of the transpose of a step, of the tile that is given. The halves of a word are of
-// two columns and belong together in all rows, so one transposition of them is that of all values.
+// What a lane has of a step for its transpose: expand() makes its part of the operand.
 template <FourBitFormat kFormat, class T>
-__device__ __forceinline__ void expand_transposed(const FourBitWeight& w, const char* tile,
-                                                  int step, const float* factors, uint32_t* a) {
-  const int lane = threadIdx.x % tile::kWarpSize;
-  const auto* words = reinterpret_cast<const uint32_t*>(tile);
+struct FourBitTransposed {
+  uint32_t word;
   FourBitColumns<kFormat, T> columns;
-  columns.load(w, tile + kFourBitValueBytes, step, factors);
-  const uint32_t word = words[(step / 4 * tile::kWarpSize + lane) * 4 + step % 4];
-  uint32_t own[4];
-  columns.expand(tile::ptx::movmatrix_transposed(word), own);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int to = i % 2 * 2 + i / 2;  // values 1 and 2 change places
-    as_pair<T>(own[i]) = __hmul2(as_pair<T>(own[i]), as_pair<T>(columns.scales[i % 2]));
-    a[to] = own[i];
+
+  __device__ __forceinline__ void load(const FourBitWeight& w, const char* tile, int step,
+                                       const T* factors) {
+    const int lane = threadIdx.x % tile::kWarpSize;
+    word = reinterpret_cast<const uint32_t*>(
+        tile)[(step / 4 * tile::kWarpSize + lane) * 4 + step % 4];
+    columns.load(w, tile + kFourBitValueBytes, step, factors);
   }
-}
+  // The halves of a word belong to two columns and have the same rows, so that one transposition
+  // of halves is that of all values.
+  __device__ __forceinline__ void expand(uint32_t* a) const {
+    uint32_t own[4];
+    columns.expand(tile::ptx::movmatrix_transposed(word), own);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint32_t scales = columns.scales(i % 2);
+      as_pair<T>(own[i]) = __hmul2(as_pair<T>(own[i]), as_pair<T>(scales));
+      a[i % 2 * 2 + i / 2] = own[i];  // values 1 and 2 change places
+    }
+  }
+};
 
 }  // namespace jaxkern

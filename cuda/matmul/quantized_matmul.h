@@ -200,7 +200,8 @@ cudaError_t launch_four_bit_sm90(const QuantizedMatmulParams& params, cudaStream
                                           params.out, B, M, 1, rows, Matmul::kPiece))
     return error;
   if constexpr (Matmul::kRowFactors) {
-    if (cudaError_t error = make_row_map(&p.factors, params.w.row_scale, B, N, Matmul::kRows))
+    const auto* pairs = static_cast<const float*>(params.row_factor);
+    if (cudaError_t error = make_row_map(&p.factors, pairs, B, N / 2, Matmul::kRows / 2))
       return error;
   }
   p.order = {

@@ -45,7 +45,7 @@ struct QuantizedMatmul {
     TileX x[kStages];
     TileOut out[kConsumers][2];
     alignas(128) char weights[kWeightStages][kSquareBytes];
-    alignas(128) float factors[kWeightStages][kRowFactors ? kRows : 1];  // of rows of w
+    alignas(128) T factors[kWeightStages][kRowFactors ? kRows : 2];  // of rows of w
     tile::Ring<kStages> ring;
     tile::Ring<kWeightStages> weight_ring;
   };
@@ -80,6 +80,10 @@ struct QuantizedMatmul {
       work(Work(p, index));
     }
   }
+  // Of weights, of which only integers have several.
+  __device__ __forceinline__ static int tile_bytes(const Params& p) {
+    return kFormat == FourBitFormat::kInt4 ? p.tile_bytes : kSquareBytes / kStrips;
+  }
   __device__ __forceinline__ static int all_strips(const Params& p) {
     return tile::ceil_div(p.N, kFourBitRows);
   }
@@ -91,15 +95,15 @@ struct QuantizedMatmul {
       for (int square = 0; square < p.squares; ++square, weights.advance()) {
         weights.wait_empty(shared.weight_ring);
         auto& arrived = shared.weight_ring.full[weights.stage()];
-        constexpr int kFactorBytes = kRowFactors ? kRows * sizeof(float) : 0;
-        arrived.arrive_expect(kStrips * p.tile_bytes + kFactorBytes);
+        constexpr int kFactorBytes = kRowFactors ? kRows * sizeof(T) : 0;
+        arrived.arrive_expect(kStrips * tile_bytes(p) + kFactorBytes);
         const int own = at.row / kRows, row = kGradient ? square : own;
         tile::ptx::bulk_tensor_load_by(tile::ptx::evict_first_policy(),
                                        shared.weights[weights.stage()], &p.w, &arrived.word, 0,
                                        kGradient ? own : square, row * kStrips, at.batch);
         if constexpr (kRowFactors) {
-          tile::tma::load(shared.factors[weights.stage()], p.factors, at.batch, row * kRows,
-                          arrived);
+          tile::ptx::bulk_tensor_load(shared.factors[weights.stage()], &p.factors, &arrived.word,
+                                      row * kRows / 2, at.batch);
         }
         for (int half = 0; half < 2; ++half, slot.advance()) {
           slot.wait_empty(shared.ring);
@@ -121,35 +125,62 @@ struct QuantizedMatmul {
     tile::Slot<kWeightStages> weight_slot;
     Sum sum;
     Operand operands[2];
+    FourBitTransposed<kFormat, T> columns[4];
+    const auto load_columns = [&](tile::Slot<kWeightStages> from, int half, int step) {
+      const int i = 4 * half + step;
+      columns[step].load(p.weight, shared.weights[from.stage()] + i * tile_bytes(p), own,
+                         shared.factors[from.stage()] + kFourBitRows * i);
+    };
     for_each_work(p, [&](const Work& at) {
-      for (int square = 0; square < p.squares; ++square, weight_slot.advance()) {
+      if (kGradient && PREFETCH) {
         weight_slot.wait_full(shared.weight_ring);
-        const char* weights = shared.weights[weight_slot.stage()];
-        const float* factors = shared.factors[weight_slot.stage()];
+#pragma unroll
+        for (int step = 0; step < 4; ++step) load_columns(weight_slot, 0, step);
+      }
+      for (int square = 0; square < p.squares; ++square, weight_slot.advance()) {
+        if (!kGradient || !PREFETCH) weight_slot.wait_full(shared.weight_ring);
         FourBitTile<kFormat, T> strip;
         if constexpr (!kGradient) {
-          strip.load(p.weight, weights + own * p.tile_bytes);
+          strip.load(p.weight, shared.weights[weight_slot.stage()] + own * tile_bytes(p));
           shared.weight_ring.empty[weight_slot.stage()].arrive_warp();
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half, slot.advance()) {
+          const bool first = square == 0 && half == 0;
+          const bool more = half == 0 || square + 1 < p.squares;
+          if (kGradient && PREFETCH == 1 && half == 1 && more)
+            weight_slot.next().wait_full(shared.weight_ring);
+          if (STEPWISE) slot.wait_full(shared.ring);
 #pragma unroll
           for (int step = 0; step < 4; ++step) {
-            const int i = 4 * half + step;
             uint32_t* a = operands[half].data + 4 * step;
             if constexpr (kGradient) {
-              expand_transposed<kFormat, T>(p.weight, weights + i * p.tile_bytes, own,
-                                            factors + kFourBitRows * i, a);
+              if (!PREFETCH) load_columns(weight_slot, half, step);
+              columns[step].expand(a);
+              if (PREFETCH == 1 && more)
+                load_columns(half == 0 ? weight_slot : weight_slot.next(), 1 - half, step);
             } else {
-              strip.expand(i, a);
+              strip.expand(4 * half + step, a);
+            }
+            if (STEPWISE) {
+              tile::mma_fence();
+              tile::mma_step(sum, operands[half], x.of_tile(slot.stage()), step, !first || step > 0);
             }
           }
-          if (kGradient && half == 1) shared.weight_ring.empty[weight_slot.stage()].arrive_warp();
-          const bool first = square == 0 && half == 0;
-          slot.wait_full(shared.ring);
-          tile::mma_fence();
-          tile::mma(sum, operands[half], x.of_tile(slot.stage()), !first);
+          if (kGradient && PREFETCH < 2 && half == (PREFETCH ? 0 : 1)) shared.weight_ring.empty[weight_slot.stage()].arrive_warp();
+          if (!STEPWISE) {
+            slot.wait_full(shared.ring);
+            tile::mma_fence();
+            tile::mma(sum, operands[half], x.of_tile(slot.stage()), !first);
+          }
           tile::mma_commit();
+          if (kGradient && PREFETCH == 2 && more) {
+            if (half == 1) weight_slot.next().wait_full(shared.weight_ring);
+#pragma unroll
+            for (int step = 0; step < 4; ++step)
+              load_columns(half == 0 ? weight_slot : weight_slot.next(), 1 - half, step);
+          }
+          if (kGradient && PREFETCH == 2 && half == 0) shared.weight_ring.empty[weight_slot.stage()].arrive_warp();
           tile::mma_wait<1>();  // the products before these
           if (!first) Cluster::arrive_warp(shared.ring.empty[slot.previous().stage()]);
         }

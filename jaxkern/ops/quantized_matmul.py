@@ -125,12 +125,25 @@ def _quantized_matmul(config, x, w):
     return _product(config.dtype, x, "k", w, "n")
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Placed:
+    """Where an array is, which its gradient must be too on a mesh with Explicit axes."""
+
+    sharding: jax.sharding.NamedSharding
+
+    def put(self, gradient):
+        explicit = self.sharding.mesh.explicit_axes
+        return jax.sharding.reshard(gradient, self.sharding) if explicit else gradient
+
+
 def _forward(config, x, w):
-    return _quantized_matmul(config, x, w), w
+    return _quantized_matmul(config, x, w), (_Placed(jax.typeof(x).sharding), w)
 
 
-def _backward(config, w, dy):
-    return _gradient(config, dy, w), None
+def _backward(config, kept, dy):
+    x, w = kept
+    return x.put(_gradient(config, dy, w)), None
 
 
 _quantized_matmul.defvjp(_forward, _backward)
@@ -146,11 +159,12 @@ def _gradient(config, dy, w):
 
 
 def _gradient_forward(config, dy, w):
-    return _gradient(config, dy, w), w
+    return _gradient(config, dy, w), (_Placed(jax.typeof(dy).sharding), w)
 
 
-def _gradient_backward(config, w, ddx):
-    return _quantized_matmul(config._replace(quantizes=False), ddx, w), None
+def _gradient_backward(config, kept, ddx):
+    dy, w = kept
+    return dy.put(_quantized_matmul(config._replace(quantizes=False), ddx, w)), None
 
 
 _gradient.defvjp(_gradient_forward, _gradient_backward)
@@ -289,7 +303,9 @@ def by_kernel(config, x, data, row_scale, *tensor_scale):
     (count, block), side = config.sides(data)
     scales = (row_scale.reshape(batch, high * ROWS),)
     if config.gradient:
-        scales = _gradient_scales(config, *scales, *(a.reshape(batch) for a in tensor_scale))
+        scales = _gradient_scales(
+            config, x.dtype, *scales, *(a.reshape(batch) for a in tensor_scale)
+        )
     (out,) = _ffi.call(
         "jaxkern.quantized_matmul_grad" if config.gradient else "jaxkern.quantized_matmul",
         [((batch, rows, math.prod(side)), x.dtype if config.dtype == x.dtype else _SINGLE)],
@@ -303,16 +319,18 @@ def by_kernel(config, x, data, row_scale, *tensor_scale):
     return (out.astype(config.dtype).reshape(*x.shape[:-2], *side),)
 
 
-def _gradient_scales(config, row_scale, *tensor_scale):
-    """The kernel's scales of rows, and of sums.
+def _gradient_scales(config, dtype, row_scale, *tensor_scale):
+    """What sums, and rows of the weight, are multiplied by in the gradient.
 
-    Of MXFP4 the former are relative to the largest. Other formats have none: their row_scale says
-    too that a row has NaN, which belongs to one block of it here, and tiles have that.
+    A scale of a row belongs to what is summed. Of MXFP4 it becomes a power of two times the
+    largest of them; of other formats all rows have the same, or NaN, which tiles have too, and
+    where it belongs: in the scale of a block.
     """
     if config.format == "mxfp4":
-        return relative_row_scale(row_scale)
+        factor, largest = relative_row_scale(row_scale)
+        return largest, factor.astype(dtype)
     ones = jnp.ones(row_scale.shape[:1], jnp.float32)
-    return row_scale[:, :0], *(tensor_scale or (ones,))
+    return *(tensor_scale or (ones,)), row_scale[:, :0].astype(dtype)
 
 
 def by_reference(config, x, data, row_scale, *tensor_scale):
