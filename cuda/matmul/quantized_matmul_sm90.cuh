@@ -29,7 +29,7 @@ struct QuantizedMatmul {
   static constexpr int kStrips = 4 * kConsumers, kRows = kFourBitRows * kStrips;
   static constexpr int kThreads = tile::kWarpgroupSize * (1 + kConsumers);
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-  static constexpr int kStages = kTokens == 256 ? 5 : 8, kWeightStages = 3;
+  static constexpr int kStages = kTokens == 256 ? 5 : 8, kWeightStages = kGradient ? 4 : 3;
   static constexpr int kSquareBytes =
       kStrips * four_bit_tile_bytes(kFormat, kMostBlocks<kFormat>, kFormat == FourBitFormat::kInt4);
   static constexpr int kPiece = 64 / sizeof(Out);  // tokens that go to memory at once
@@ -125,62 +125,52 @@ struct QuantizedMatmul {
     tile::Slot<kWeightStages> weight_slot;
     Sum sum;
     Operand operands[2];
+    const FourBitPlace<kFormat> place(p.weight, own);
     FourBitTransposed<kFormat, T> columns[4];
-    const auto load_columns = [&](tile::Slot<kWeightStages> from, int half, int step) {
-      const int i = 4 * half + step;
-      columns[step].load(p.weight, shared.weights[from.stage()] + i * tile_bytes(p), own,
-                         shared.factors[from.stage()] + kFourBitRows * i);
+    const auto load_columns = [&](tile::Slot<kWeightStages> from, int half) {
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        const int strip = 4 * half + step;
+        columns[step].load(p.weight, shared.weights[from.stage()] + strip * tile_bytes(p), place,
+                           shared.factors[from.stage()] + kFourBitRows * strip);
+      }
     };
     for_each_work(p, [&](const Work& at) {
-      if (kGradient && PREFETCH) {
+      if constexpr (kGradient) {
         weight_slot.wait_full(shared.weight_ring);
-#pragma unroll
-        for (int step = 0; step < 4; ++step) load_columns(weight_slot, 0, step);
+        load_columns(weight_slot, 0);
       }
       for (int square = 0; square < p.squares; ++square, weight_slot.advance()) {
-        if (!kGradient || !PREFETCH) weight_slot.wait_full(shared.weight_ring);
         FourBitTile<kFormat, T> strip;
         if constexpr (!kGradient) {
+          weight_slot.wait_full(shared.weight_ring);
           strip.load(p.weight, shared.weights[weight_slot.stage()] + own * tile_bytes(p));
           shared.weight_ring.empty[weight_slot.stage()].arrive_warp();
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half, slot.advance()) {
-          const bool first = square == 0 && half == 0;
-          const bool more = half == 0 || square + 1 < p.squares;
-          if (kGradient && PREFETCH == 1 && half == 1 && more)
-            weight_slot.next().wait_full(shared.weight_ring);
-          if (STEPWISE) slot.wait_full(shared.ring);
 #pragma unroll
           for (int step = 0; step < 4; ++step) {
             uint32_t* a = operands[half].data + 4 * step;
             if constexpr (kGradient) {
-              if (!PREFETCH) load_columns(weight_slot, half, step);
               columns[step].expand(a);
-              if (PREFETCH == 1 && more)
-                load_columns(half == 0 ? weight_slot : weight_slot.next(), 1 - half, step);
             } else {
               strip.expand(4 * half + step, a);
             }
-            if (STEPWISE) {
-              tile::mma_fence();
-              tile::mma_step(sum, operands[half], x.of_tile(slot.stage()), step, !first || step > 0);
-            }
           }
-          if (kGradient && PREFETCH < 2 && half == (PREFETCH ? 0 : 1)) shared.weight_ring.empty[weight_slot.stage()].arrive_warp();
-          if (!STEPWISE) {
-            slot.wait_full(shared.ring);
-            tile::mma_fence();
-            tile::mma(sum, operands[half], x.of_tile(slot.stage()), !first);
+          if (kGradient && half == 0) {
+            load_columns(weight_slot, 1);
+            shared.weight_ring.empty[weight_slot.stage()].arrive_warp();
+          } else if (kGradient) {
+            // After the last square nobody uses what comes.
+            if (square + 1 < p.squares) weight_slot.next().wait_full(shared.weight_ring);
+            load_columns(weight_slot.next(), 0);
           }
+          const bool first = square == 0 && half == 0;
+          slot.wait_full(shared.ring);
+          tile::mma_fence();
+          tile::mma(sum, operands[half], x.of_tile(slot.stage()), !first);
           tile::mma_commit();
-          if (kGradient && PREFETCH == 2 && more) {
-            if (half == 1) weight_slot.next().wait_full(shared.weight_ring);
-#pragma unroll
-            for (int step = 0; step < 4; ++step)
-              load_columns(half == 0 ? weight_slot : weight_slot.next(), 1 - half, step);
-          }
-          if (kGradient && PREFETCH == 2 && half == 0) shared.weight_ring.empty[weight_slot.stage()].arrive_warp();
           tile::mma_wait<1>();  // the products before these
           if (!first) Cluster::arrive_warp(shared.ring.empty[slot.previous().stage()]);
         }

@@ -147,16 +147,4 @@ __device__ __forceinline__ void mma(RegisterTile<float, 64, kN>& d,
   }
 }
 
-// The k-th instruction of that alone: products of 16 columns of A.
-template <class T, int kN, int kK, class TileB, bool kMajorB>
-__device__ __forceinline__ void mma_step(RegisterTile<float, 64, kN>& d,
-                                         const RegisterTile<T, 64, kK>& a,
-                                         const Operand<TileB, kN, kMajorB>& b, int k,
-                                         bool accumulate) {
-  using B = Operand<TileB, kN, kMajorB>;
-  static_assert(B::kDepth == kK, "A and B must agree on the reduction length");
-  ptx::Wgmma<kN>::template register_shared<ElementType<T>, B::kTransposed>(
-      d.data, a.data + 4 * k, b.step(k), accumulate);
-}
-
 }  // namespace jaxkern::tile
