@@ -43,10 +43,10 @@ def quantized_matmul(
     their scale to x's dtype, which must have the scale in its range; and blocks of MXFP4 below
     2^-100 of the largest of their row, in float16 2^-24, lose bits or are zero.
 
-    w is a constant: the gradient is x's alone, dx = dy w. Where the product is a kernel, that is
-    one too, and rounds the same. Of MXFP4 it loses the bits of blocks that far below the largest of
-    w, and it has dy in x's dtype: of another dtype it is rounded to bfloat16, but for an x of
-    float16, whose range is too small; then, as with "xla", the gradient is plain jax.numpy.
+    w is a constant: the gradient is x's alone, dx = dy w. Kernels that make it do as above, but
+    blocks of MXFP4 count from the largest of w. They take dy in x's dtype: where the result has
+    another one, dy is rounded to bfloat16 for an x of that; for an x of float16, whose range dy may
+    leave, the gradient is plain jax.numpy.
 
     With activation_format "nvfp4" x is quantised too, each matrix [rows, K] with a float32 scale of
     its own, and counts as what that stands for; its gradient is as without. On GPUs of compute
@@ -61,7 +61,7 @@ def quantized_matmul(
       preferred_element_type: of the result: bfloat16, float16 or float32. None is x's.
       implementation: "cuda" (kernels: a packed w, and x in bfloat16 or float16), "xla" (plain
         jax.numpy), or a sequence of them to take the first that supports the call. None is ("cuda",
-        "xla"). Gradients are made as the result is, but for those named above.
+        "xla"). Gradients are made by the same, but for those that no kernel takes (see above).
 
     Returns:
       [..., N].
