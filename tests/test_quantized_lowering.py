@@ -93,6 +93,20 @@ def test_dtypes_of_gradients(dtype, wanted, kernel):
     assert jax.eval_shape(lambda x, dy: gradient(x, w, dy, wanted), x, dy).dtype == dtype
 
 
+def test_gradient_of_quantised_activations():
+    """Is that without: neither x nor dy is quantised for it."""
+    x, w, dy = normal(4, K), weight("nvfp4", N, K), normal(4, N)
+
+    def run(x, **options):
+        return jax.vjp(lambda x: quantized_matmul(x, w, **options), x)[1](dy)[0]
+
+    def quantised(x):
+        return run(x, activation_format="nvfp4")
+
+    assert custom_calls(quantised, x)["quantized_matmul_grad"] == 1
+    np.testing.assert_array_equal(np.float32(quantised(x)), np.float32(run(x)))
+
+
 def test_gradients_of_gradients():
     """Of g = (dy x w^T) w, which is a product and a gradient, by both again."""
     w, x, dy = weight("nvfp4", N, K), normal(4, K), normal(4, N)
