@@ -12,7 +12,7 @@
 // 16 columns of each strip, transposed.
 #pragma once
 
-#include "cuda/matmul/four_bit.cuh"
+#include "cuda/matmul/four_bit_columns.cuh"
 #include "cuda/tile/tile.cuh"
 
 namespace jaxkern {

@@ -3,6 +3,7 @@
 #include "cuda/matmul/quantized_matmul.h"
 
 #include <functional>
+#include <thread>
 
 #include "cuda/tests/test.h"
 
@@ -124,21 +125,27 @@ constexpr DType kDType = std::is_same_v<T, float>  ? DType::kFloat32
                                                    : DType::kFloat16;
 
 template <class T, class Out>
-void test_matmul(const std::vector<Launch>& launches, std::string what, const Weight& w,
-                 int64_t M) {
+void test_matmul(const std::vector<Launch>& launches, std::string what, const Weight& w, int64_t M,
+                 float larger = 1.0f) {
   what += ", B " + std::to_string(w.B) + ", M " + std::to_string(M) + ", N " + std::to_string(w.N) +
           ", K " + std::to_string(w.K);
-  const auto x = test::integers<T>(w.B * M * w.K, static_cast<int>(M), 3);
-  std::vector<float> wanted;
-  for (int64_t m = 0; m < w.B * M; ++m) {
-    for (int64_t n = 0; n < w.N; ++n) {
+  auto x = test::integers<T>(w.B * M * w.K, static_cast<int>(M), 3);
+  for (T& value : x) value = static_cast<T>(test::to_float(value) * larger);
+  std::vector<float> wanted(w.B * M * w.N);
+  const auto some_rows = [&](int64_t first, int64_t step) {
+    for (int64_t i = first; i < w.B * M * w.N; i += step) {
+      const int64_t m = i / w.N, n = i % w.N;
       const T* row = x.data() + m * w.K;
       const float* col = w.values.data() + (m / M * w.N + n) * w.K;
       float sum = 0.0f;
       for (int64_t k = 0; k < w.K; ++k) sum += test::to_float(row[k]) * col[k];
-      wanted.push_back(test::round_to<Out>(sum * w.row_scale[m / M * w.padded_rows() + n]));
+      wanted[i] = test::round_to<Out>(sum * w.row_scale[m / M * w.padded_rows() + n]);
     }
-  }
+  };
+  std::vector<std::thread> threads;
+  const int cores = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  for (int i = 0; i < cores; ++i) threads.emplace_back(some_rows, i, cores);
+  for (std::thread& thread : threads) thread.join();
   wanted.insert(wanted.end(), kGuard, NAN);
 
   const test::Array<T> in_x(guarded(x));
@@ -232,6 +239,28 @@ int multiprocessors() {
   return count;
 }
 
+template <FourBitFormat kFormat, class T, class Out>
+void test_one_row(std::string what, int blocks, bool zero_points) {
+  using Matmul = QuantizedMatmulOneRow<kFormat, T, Out>;
+  what += ", one row";
+  std::vector<Launch> launches;
+  for (const int warps : {0, 1, 3, 16}) {  // 0 stands for the launcher's
+    launches.push_back({", warps " + std::to_string(warps), [=](const auto& p) {
+                          const int own = one_row_warps<Matmul>(p, multiprocessors());
+                          return launch_one_row<Matmul>(p, nullptr, warps == 0 ? own : warps);
+                        }});
+  }
+  const auto test = [&](int64_t B, int64_t N, int64_t K, float larger = 1.0f) {
+    test_matmul<T, Out>(launches, what, Weight(kFormat, blocks, zero_points, B, N, K), 1, larger);
+  };
+  test(1, 16, 128);
+  test(1, 272, 1152);        // a panel for some warps only
+  test(2, 80, 128 + 32);     // several matrices, columns that fill no tile
+  test(3, 528, 8192);        // several tiles a warp
+  test(1, 128 * 1024, 256);  // more blocks than there is room for
+  if constexpr (std::is_same_v<T, bf16>) test(1, 48, 1152, 0x1p70f);
+}
+
 template <FourBitFormat kFormat, class T, class Out, int kTokens>
 void test_few_rows(const std::string& what, int blocks, bool zero_points) {
   using Matmul = QuantizedMatmulFewRows<kFormat, T, Out, kTokens>;
@@ -278,7 +307,24 @@ void test_many_rows(std::string what, int blocks, bool zero_points) {
   test(1, kTokens + 7, 272, 1152);          // a little more
   test(2, kTokens - 29, 144, 4096);         // several rounds of the rings
   test(3, 2 * kTokens + 1, 80, 128 + 32);   // several matrices, columns that fill no tile
-  test(1, 9 * kTokens - 5, 16 * 272, 256);  // several tiles a block
+  test(1, 9 * kTokens - 5, 16 * 272, 128);  // several tiles a block
+}
+
+template <int kTokens>
+void test_plan_of_some_rows(std::string what, const QuantizedMatmulParams& p, int count) {
+  using Some = QuantizedMatmulSomeRows<FourBitFormat::kNvfp4, bf16, bf16, kTokens>;
+  what += ", some rows " + std::to_string(kTokens);
+  const FourBitPlan plan = some_rows_plan<Some>(p, count);
+  const int groups = tile::ceil_div(plan.strips, 4);
+  const int64_t tiles = p.B * tile::ceil_div(p.N / kFourBitRows, plan.strips);
+  test::expect(plan.strips > 0 && plan.panels > 0 && groups <= Some::kMaxGroups &&
+                   groups * plan.panels <= Some::kConsumers,
+               what);
+  test::expect(
+      2 * stage_bytes(kTokens, plan.strips, plan.panels, p.w.tile_bytes()) <= Some::kStageBytes,
+      what + ": stages");
+  test::expect(plan.splits == 1 || (plan.splits == 2 && groups == 1 && 2 * tiles <= count),
+               what + ": splits");
 }
 
 template <FourBitFormat kFormat, class T, class Out>
@@ -320,7 +366,6 @@ void test_all_gradients(const std::string& what, int blocks, bool zero_points) {
 // The launchers' plans: what their kernels can hold, and clusters only where each has one tile.
 void test_launchers_plans() {
   using Few = QuantizedMatmulFewRows<FourBitFormat::kNvfp4, bf16, bf16, 16>;
-  using Some = QuantizedMatmulSomeRows<FourBitFormat::kNvfp4, bf16, bf16, 32>;
   const int count = multiprocessors();
   for (const int64_t B : {1, 3, 200}) {
     for (const int64_t N : {16, 1040, 4096, 7168, 14336, 28672, 128256}) {
@@ -334,14 +379,8 @@ void test_launchers_plans() {
         test::expect(few.strips > 0 && few.panels > 0 && few.splits == 1 &&
                          few.strips * few.panels <= Few::kConsumers,
                      what + ", few rows");
-        const FourBitPlan some = some_rows_plan<Some>(p, count);
-        const int groups = tile::ceil_div(some.strips, 4);
-        const int64_t tiles = B * tile::ceil_div(N / kFourBitRows, some.strips);
-        test::expect(some.strips > 0 && some.panels > 0 && groups <= Some::kMaxGroups &&
-                         groups * some.panels <= Some::kConsumers,
-                     what + ", some rows");
-        test::expect(some.splits == 1 || (some.splits == 2 && groups == 1 && 2 * tiles <= count),
-                     what + ", some rows: splits");
+        test_plan_of_some_rows<32>(what, p, count);
+        test_plan_of_some_rows<64>(what, p, count);
       }
     }
   }
@@ -350,13 +389,15 @@ void test_launchers_plans() {
 template <FourBitFormat kFormat>
 void test_format(std::string what, int blocks, bool zero_points = false) {
   what += ", blocks " + std::to_string(blocks) + (zero_points ? ", zero points" : "");
+  test_one_row<kFormat, bf16, bf16>(what + ", bf16 to bf16", blocks, zero_points);
+  test_one_row<kFormat, f16, float>(what + ", f16 to float32", blocks, zero_points);
   test_few_rows<kFormat, bf16, bf16, 8>(what + ", bf16 to bf16", blocks, zero_points);
   test_few_rows<kFormat, f16, float, 16>(what + ", f16 to float32", blocks, zero_points);
   test_some_rows<kFormat, bf16, float, 32>(what + ", bf16 to float32", blocks, zero_points);
-  test_some_rows<kFormat, f16, f16, 32>(what + ", f16 to f16", blocks, zero_points);
+  test_some_rows<kFormat, f16, f16, 64>(what + ", f16 to f16", blocks, zero_points);
   test_many_rows<kFormat, bf16, bf16, 256>(what + ", bf16 to bf16", blocks, zero_points);
   test_many_rows<kFormat, f16, f16, 128>(what + ", f16 to f16", blocks, zero_points);
-  test_many_rows<kFormat, bf16, float, 64>(what + ", bf16 to float32", blocks, zero_points);
+  test_many_rows<kFormat, bf16, float, 128>(what + ", bf16 to float32", blocks, zero_points);
   test_all_gradients<kFormat>(what, blocks, zero_points);
 }
 

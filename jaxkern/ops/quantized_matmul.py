@@ -41,7 +41,8 @@ def quantized_matmul(
 
     w counts exactly as what it stands for, and sums are float32. But kernels round integers times
     their scale to x's dtype, which must have the scale in its range; and blocks of MXFP4 below
-    2^-100 of the largest of their row, in float16 2^-24, lose bits or are zero.
+    2^-100 of the largest of their row, in float16 2^-24, lose bits or are zero; as do, where x is a
+    single row in bfloat16, its products with values of e2m1 below 2^-62.
 
     w is a constant: the gradient is x's alone, dx = dy w. Kernels that make it do as above, but
     blocks of MXFP4 count from the largest of w. They take dy in x's dtype: where the result has
