@@ -256,6 +256,24 @@ def test_quantized_matmul(name, rows):
     assert relative_error(out, np.float64(x) @ exact.T) < 5e-3
 
 
+@pytest.mark.parametrize("rows", [5, 140, 270])
+@pytest.mark.parametrize("name", FORMATS)
+def test_gradient_of_quantized_matmul(name, rows):
+    [x], [w] = normal(0, [(rows, 320)], jnp.bfloat16), normal(1, [(136, 320)], np.float32)
+    [dy] = normal(2, [(rows, 136)], jnp.bfloat16)
+    with jax.default_device(jax.devices("cpu")[0]):
+        quantized = quantize(jnp.asarray(w), name.split()[0], **FORMATS[name])
+        packed, exact = pack_weight(quantized), np.float64(quantized.dequantize())
+    packed = jax.device_put(packed, jax.devices("cuda")[0])
+
+    @jax.jit
+    def gradient(x, packed, dy):
+        run = functools.partial(quantized_matmul, w=packed, implementation="cuda")
+        return jax.vjp(run, x)[1](dy)[0]
+
+    assert relative_error(gradient(x, packed, dy), np.float64(dy) @ exact) < 5e-3
+
+
 @pytest.mark.parametrize("case", DECODE)
 def test_decode(case):
     name, weights, lengths, options = DECODE[case]

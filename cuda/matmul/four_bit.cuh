@@ -87,7 +87,7 @@ struct FourBit;
 template <class T>
 struct FourBit<FourBitFormat::kNvfp4, T> {
   static constexpr bool kBf16 = std::is_same_v<T, tile::bf16>;
-  static constexpr float kSumScale = kBf16 ? 0x1p20f : 0x1p7f;
+  static constexpr float kSumScale = kBf16 ? 0x1p19f : 0x1p7f;
   uint4 codes;  // [step][row / 8]
   // NOTE: a factor that the compiler does not know: a shift would be for the pipe of logic, which
   // has most to do.
@@ -100,8 +100,8 @@ struct FourBit<FourBitFormat::kNvfp4, T> {
   __device__ __forceinline__ void expand(uint32_t word, int step, uint32_t (&a)[4]) const {
     const uint32_t pair = step < 2 ? codes.x : step < 4 ? codes.y : step < 6 ? codes.z : codes.w;
     const uint32_t halves = __byte_perm(pair, 0, step % 2 == 0 ? 0x4140 : 0x4342);
-    // (1 + m / 8) 2^(e - 10) becomes 2^106 or 2^7 times as much.
-    const uint32_t scales = kBf16 ? halves * sixteen + 0x6f806f80 : halves * 128 + 0x30003000;
+    // (1 + m / 8) 2^(e - 10) becomes 2^107 or 2^7 times as much, and 255 in bfloat16 NaN.
+    const uint32_t scales = kBf16 ? halves * sixteen + 0x70007000 : halves * 128 + 0x30003000;
     expand_e2m1<T>(word, a);
     scale_rows<T>(a, scales);
   }

@@ -214,6 +214,7 @@ cudaError_t launch_some_rows_plan_sm90(const QuantizedMatmulParams& params, cuda
 // Rows of tiles of clusters that are worked through together, so that L2 keeps what they share.
 inline constexpr int kFourBitGroup = 1;
 
+// Matmul's product or gradient.
 template <class Matmul>
 cudaError_t launch_four_bit_sm90(const QuantizedMatmulParams& params, cudaStream_t stream,
                                  int group = kFourBitGroup) {
@@ -221,26 +222,33 @@ cudaError_t launch_four_bit_sm90(const QuantizedMatmulParams& params, cudaStream
   int multiprocessors;
   if (cudaError_t error = multiprocessor_count(&multiprocessors)) return error;
   const int64_t B = params.B, M = params.M, N = params.N, K = params.K;
-  const int64_t strips = tile::ceil_div(N, kFourBitRows);
+  const int64_t rows = Matmul::kGradient ? K : N, depth = Matmul::kGradient ? N : K;
   typename Matmul::Params p = {};
   p.weight = params.w;
+  p.sum_scale = params.sum_scale;
   p.tile_bytes = params.w.tile_bytes();
   p.B = static_cast<int>(B);
   p.M = static_cast<int>(M);
   p.N = static_cast<int>(N);
-  p.panels = static_cast<int>(tile::ceil_div(K, kFourBitColumns));
+  p.squares = static_cast<int>(tile::ceil_div(depth, Matmul::kRows));
   if (cudaError_t error = make_matrix_map(&p.x, tensor_map_type<typename Matmul::T>(), params.x,
-                                          B * M, K, Matmul::kTokens / Cluster::kBlocks))
+                                          B * M, depth, Matmul::kTokens / Cluster::kBlocks))
     return error;
-  if (cudaError_t error = make_block_map(&p.w, params.w.data, B * strips, p.panels, p.tile_bytes,
-                                         Matmul::kStrips, 1))
+  if (cudaError_t error = make_batched_block_map(
+          &p.w, params.w.data, B, tile::ceil_div(N, kFourBitRows),
+          tile::ceil_div(K, kFourBitColumns), p.tile_bytes, Matmul::kStrips, 1))
     return error;
   if (cudaError_t error = make_tensor_map(&p.out, tensor_map_type<typename Matmul::Out>(),
-                                          params.out, B, M, 1, N, Matmul::kPiece))
+                                          params.out, B, M, 1, rows, Matmul::kPiece))
     return error;
+  if constexpr (Matmul::kRowFactors) {
+    const auto* pairs = static_cast<const float*>(params.row_factor);
+    if (cudaError_t error = make_row_map(&p.factors, pairs, B, N / 2, Matmul::kRows / 2))
+      return error;
+  }
   p.order = {
-      .rows = tile::ceil_div(p.N, Matmul::kRows * Cluster::kBlocks),
-      .cols = tile::ceil_div(p.M, Matmul::kTokens),
+      .rows = static_cast<int>(tile::ceil_div(rows, Matmul::kRows * Cluster::kBlocks)),
+      .cols = static_cast<int>(tile::ceil_div(M, Matmul::kTokens)),
       .group = group,
   };
   const int clusters = std::min(p.B * p.order.count(), multiprocessors / Cluster::kBlocks);
@@ -250,12 +258,13 @@ cudaError_t launch_four_bit_sm90(const QuantizedMatmulParams& params, cudaStream
 
 // How long the kernel takes, in tiles of 256 tokens on the busiest multiprocessor.
 //
-// NOTE: on an H200 a tile of 128 tokens takes 0.56 of the time of one of 256.
+// NOTE: on an H200 a tile of 128 tokens takes 0.56 of the time of one of 256, of the gradient 0.65.
 template <class Matmul>
 double four_bit_tiles(const QuantizedMatmulParams& p, int multiprocessors) {
-  constexpr double kTime = Matmul::kTokens == 256 ? 1.0 : 0.56;
+  constexpr double kTime = Matmul::kTokens == 256 ? 1.0 : Matmul::kGradient ? 0.65 : 0.56;
   constexpr int kBlocks = Matmul::Cluster::kBlocks;
-  const int64_t high = tile::ceil_div<int64_t>(p.N, Matmul::kRows * kBlocks);
+  const int64_t rows = Matmul::kGradient ? p.K : p.N;
+  const int64_t high = tile::ceil_div<int64_t>(rows, Matmul::kRows * kBlocks);
   const int64_t tiles = p.B * high * tile::ceil_div<int64_t>(p.M, Matmul::kTokens);
   return kTime * static_cast<double>(tile::ceil_div(tiles, multiprocessors / kBlocks));
 }
@@ -289,6 +298,21 @@ cudaError_t launch_four_bit_of_sm90(const QuantizedMatmulParams& params, cudaStr
   const double wide = four_bit_tiles<Wide>(params, multiprocessors);
   return wide <= middle ? launch_four_bit_sm90<Wide>(params, stream)
                         : launch_four_bit_sm90<Middle>(params, stream);
+}
+
+// --- Gradient ------------------------------------------------------------------------------------
+
+// By the faster of two kernels: with few rows of x there is none of its own.
+template <FourBitFormat kFormat, class T, class Out>
+cudaError_t launch_four_bit_grad_of_sm90(const QuantizedMatmulParams& params, cudaStream_t stream) {
+  using Middle = QuantizedMatmul<kFormat, T, Out, 128, true>;
+  using Wide = QuantizedMatmul<kFormat, T, Out, 256, true>;
+  int multiprocessors;
+  if (cudaError_t error = multiprocessor_count(&multiprocessors)) return error;
+  return four_bit_tiles<Wide>(params, multiprocessors) <=
+                 four_bit_tiles<Middle>(params, multiprocessors)
+             ? launch_four_bit_sm90<Wide>(params, stream)
+             : launch_four_bit_sm90<Middle>(params, stream);
 }
 
 }  // namespace jaxkern

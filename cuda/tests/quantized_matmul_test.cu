@@ -1,4 +1,5 @@
-// Products with weights of four bits against a scalar loop over what their bits mean.
+// Products with weights of four bits, and their gradients, against a scalar loop over what bits
+// mean.
 #include "cuda/matmul/quantized_matmul.h"
 
 #include <functional>
@@ -32,7 +33,9 @@ struct Weight {
   std::vector<uint8_t> data;
   std::vector<float> row_scale, values;
 
-  Weight(FourBitFormat format, int blocks, bool zero_points, int64_t B, int64_t N, int64_t K)
+  // bad: some blocks have NaN for a scale.
+  Weight(FourBitFormat format, int blocks, bool zero_points, int64_t B, int64_t N, int64_t K,
+         bool bad = false)
       : format(format), blocks(blocks), zero_points(zero_points), B(B), N(N), K(K) {
     const int64_t strips = tile::ceil_div(N, kFourBitRows);
     const int64_t panels = tile::ceil_div(K, kFourBitColumns);
@@ -41,7 +44,11 @@ struct Weight {
     data.resize(B * strips * panels * bytes);
     for (auto& byte : data) byte = static_cast<uint8_t>(random());
     for (int64_t tile = 0; tile < B * strips * panels; ++tile) {
-      fill_scales(data.data() + tile * bytes + kFourBitValueBytes, random);
+      uint8_t* scales = data.data() + tile * bytes + kFourBitValueBytes;
+      fill_scales(scales, random);
+      const int at = static_cast<int>(random() % (kFourBitRows * blocks));
+      if (!bad || random() % 8 > 0) continue;
+      format == FourBitFormat::kInt4 ? put(scales, at, NAN) : void(scales[at] = 255);
     }
     for (int64_t i = 0; i < B * strips * kFourBitRows; ++i) {
       row_scale.push_back(std::ldexp(1.0f, static_cast<int>(random() % 3)));
@@ -51,12 +58,13 @@ struct Weight {
         for (int64_t k = 0; k < K; ++k) {
           const int64_t strip = b * strips + n / kFourBitRows;
           const uint8_t* tile = data.data() + (strip * panels + k / kFourBitColumns) * bytes;
-          values.push_back(value(tile, n % kFourBitRows, k % kFourBitColumns) *
-                           row_scale[b * strips * kFourBitRows + n]);
+          values.push_back(value(tile, n % kFourBitRows, k % kFourBitColumns));
         }
       }
     }
   }
+
+  int64_t padded_rows() const { return tile::ceil_div(N, kFourBitRows) * kFourBitRows; }
 
  private:
   void fill_scales(uint8_t* scales, std::mt19937& random) const {
@@ -100,6 +108,7 @@ struct Weight {
     for (const int bit : kBits[i]) bits = 2 * bits + (half >> bit & 1);
     const float e2m1 = bits & 8 ? -kMagnitudes[bits & 7] : kMagnitudes[bits];
     const int code = scales[at];
+    if (code == 255) return NAN;
     if (format == FourBitFormat::kMxfp4) return std::ldexp(e2m1, -code);
     return std::ldexp(e2m1 * (8.0f + static_cast<float>(code % 8)) / 8, code / 8 - 10);
   }
@@ -130,7 +139,7 @@ void test_matmul(const std::vector<Launch>& launches, std::string what, const We
       const float* col = w.values.data() + (m / M * w.N + n) * w.K;
       float sum = 0.0f;
       for (int64_t k = 0; k < w.K; ++k) sum += test::to_float(row[k]) * col[k];
-      wanted[i] = test::round_to<Out>(sum);
+      wanted[i] = test::round_to<Out>(sum * w.row_scale[m / M * w.padded_rows() + n]);
     }
   };
   std::vector<std::thread> threads;
@@ -155,6 +164,49 @@ void test_matmul(const std::vector<Launch>& launches, std::string what, const We
     test::synchronize(what + run.how);
     test::compare(what + run.how, out.host(), wanted, w.N);
   }
+}
+
+// The gradient: x is dy, out is dx.
+template <class T, class Out>
+void test_gradient(const Launch& run, std::string what, const Weight& w, int64_t M) {
+  what += run.how + ", gradient, B " + std::to_string(w.B) + ", M " + std::to_string(M) + ", N " +
+          std::to_string(w.N) + ", K " + std::to_string(w.K);
+  const bool has_factors = w.format == FourBitFormat::kMxfp4;
+  std::vector<float> sum_scale, wanted;
+  std::vector<T> factors;
+  for (const float scale : w.row_scale) factors.push_back(static_cast<T>(scale / 4));
+  for (int64_t b = 0; b < w.B; ++b) sum_scale.push_back(0.5f + static_cast<float>(b));
+  const auto dy = test::integers<T>(w.B * M * w.N, static_cast<int>(M), 3);
+  for (int64_t m = 0; m < w.B * M; ++m) {
+    std::vector<float> sums(w.K, 0.0f);
+    for (int64_t n = 0; n < w.N; ++n) {
+      const int64_t b = m / M;
+      const float factor = has_factors ? test::to_float(factors[b * w.N + n]) : 1.0f;
+      const float y = test::to_float(dy[m * w.N + n]) * factor;
+      const float* row = w.values.data() + (b * w.N + n) * w.K;
+      for (int64_t k = 0; k < w.K; ++k) sums[k] += y * row[k];
+    }
+    for (const float sum : sums) wanted.push_back(test::round_to<Out>(sum * sum_scale[m / M]));
+  }
+  wanted.insert(wanted.end(), kGuard, NAN);
+
+  const test::Array<T> in_dy(guarded(dy));
+  const test::Array<uint8_t> data(guarded(w.data));
+  const test::Array<T> in_factors(guarded(factors));
+  const test::Array<float> in_scale(guarded(sum_scale));
+  const test::Array<Out> out(wanted.size());
+  QuantizedMatmulParams params = {};
+  params.x_dtype = kDType<T>;
+  params.out_dtype = kDType<Out>;
+  params.B = w.B, params.M = M, params.N = w.N, params.K = w.K;
+  params.x = in_dy.data();
+  params.w = {w.format, w.blocks, w.zero_points, data.data(), nullptr};
+  params.sum_scale = in_scale.data();
+  if (has_factors) params.row_factor = in_factors.data();
+  params.out = out.data();
+  test::check(run.launch(params), what);
+  test::synchronize(what);
+  test::compare(what, out.host(), wanted, w.K);
 }
 
 // By the launcher's plan and by others, of which those of clusters have one tile each.
@@ -275,6 +327,42 @@ void test_plan_of_some_rows(std::string what, const QuantizedMatmulParams& p, in
                what + ": splits");
 }
 
+template <FourBitFormat kFormat, class T, class Out>
+void test_gradients(const std::string& what, int blocks, bool zero_points, const Launch& run,
+                    int tokens) {
+  const auto test = [&](int64_t B, int64_t M, int64_t N, int64_t K, bool bad = false) {
+    test_gradient<T, Out>(run, what, Weight(kFormat, blocks, zero_points, B, N, K, bad), M);
+  };
+  test(1, tokens, 128, 256);               // a tile of a cluster
+  test(1, 1, 16, 128);                     // almost nothing of one
+  test(1, tokens + 7, 144, 384);           // a little more
+  test(2, tokens - 29, 4096, 128);         // several rounds of the rings
+  test(3, 33, 80, 384, true);              // several matrices, rows that fill no square
+  test(1, 200, 272, 1152, true);           // some columns are NaN
+  test(1, 3 * tokens - 5, 144, 45 * 256);  // several tiles a block
+}
+
+template <FourBitFormat kFormat>
+void test_all_gradients(const std::string& what, int blocks, bool zero_points) {
+  const auto test = [&]<class T, class Out, int kTokens>(const std::string& types) {
+    using Matmul = QuantizedMatmul<kFormat, T, Out, kTokens, true>;
+    const Launch run = {", tokens " + std::to_string(kTokens),
+                        [](const auto& p) { return launch_four_bit_sm90<Matmul>(p, nullptr); }};
+    test_gradients<kFormat, T, Out>(what + types, blocks, zero_points, run, kTokens);
+  };
+  test.template operator()<bf16, bf16, 256>(", bf16 to bf16");
+  test.template operator()<f16, f16, 128>(", f16 to f16");
+  test.template operator()<f16, float, 256>(", f16 to float32");
+  test.template operator()<bf16, float, 128>(", bf16 to float32");
+  const Launch launcher = {", launcher", [](const auto& p) {
+                             return launch_four_bit_grad_of_sm90<kFormat, bf16, bf16>(p, nullptr);
+                           }};
+  for (const int M : {1, 7, 65, 300}) {
+    const Weight w(kFormat, blocks, zero_points, 2, 208, 640);
+    test_gradient<bf16, bf16>(launcher, what, w, M);
+  }
+}
+
 // The launchers' plans: what their kernels can hold, and clusters only where each has one tile.
 void test_launchers_plans() {
   using Few = QuantizedMatmulFewRows<FourBitFormat::kNvfp4, bf16, bf16, 16>;
@@ -310,6 +398,7 @@ void test_format(std::string what, int blocks, bool zero_points = false) {
   test_many_rows<kFormat, bf16, bf16, 256>(what + ", bf16 to bf16", blocks, zero_points);
   test_many_rows<kFormat, f16, f16, 128>(what + ", f16 to f16", blocks, zero_points);
   test_many_rows<kFormat, bf16, float, 128>(what + ", bf16 to float32", blocks, zero_points);
+  test_all_gradients<kFormat>(what, blocks, zero_points);
 }
 
 }  // namespace

@@ -85,6 +85,19 @@ __device__ __forceinline__ void bulk_tensor_load_by(uint64_t policy, void* share
       : "memory");
 }
 
+// The same of a rank-4 tensor.
+__device__ __forceinline__ void bulk_tensor_load_by(uint64_t policy, void* shared,
+                                                    const CUtensorMap* map, uint64_t* barrier,
+                                                    int c0, int c1, int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;"
+      :
+      : "r"(shared_address(shared)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1),
+        "r"(c2), "r"(c3), "l"(policy)
+      : "memory");
+}
+
 // Policies: what is read by them leaves the L2 cache before all else, or after it.
 __device__ __forceinline__ uint64_t evict_first_policy() {
   uint64_t policy;
