@@ -159,7 +159,7 @@ std::vector<Provider> providers(int64_t M) {
   }
   const auto many = [&]<int kTokens>() {
     using Matmul = QuantizedMatmul<kFormat, bf16, bf16, kTokens>;
-    for (const int group : {2, 4, 8, 16}) {
+    for (const int group : {1, 2, 4, 8}) {
       const auto run = [=](const auto& p, cudaStream_t stream) {
         return launch_four_bit_sm90<Matmul>(p, stream, group);
       };
@@ -167,8 +167,7 @@ std::vector<Provider> providers(int64_t M) {
           "tokens" + std::to_string(kTokens) + " group" + std::to_string(group), run));
     }
   };
-  if (M > 16) {
-    many.template operator()<64>();
+  if (M > 64) {
     many.template operator()<128>();
     many.template operator()<256>();
   }

@@ -25,11 +25,11 @@ _OPS = {
         "jaxkern.rms_norm_bwd",
         "jaxkern.scaled_matmul",
     ),
-    "quantize": ("jaxkern.quantize",),
+    "quantize": ("jaxkern.quantize", "jaxkern.quantize_four_bit", "jaxkern.row_amax"),
     "quantize_rms_norm": ("jaxkern.quantize_rms_norm",),
     "quantize_swiglu": ("jaxkern.quantize_swiglu",),
     "quantize_swiglu_grad": ("jaxkern.quantize_swiglu_grad",),
-    "quantized_matmul": ("jaxkern.quantized_matmul",),
+    "quantized_matmul": ("jaxkern.quantized_matmul", "jaxkern.quantized_matmul_grad"),
     "rms_norm": ("jaxkern.rms_norm_fwd", "jaxkern.rms_norm_bwd"),
     "scaled_matmul": ("jaxkern.scaled_matmul",),
 }

@@ -1,6 +1,7 @@
 """The kernels of weights of four bits against float64, and the plain path on a GPU."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -117,15 +118,72 @@ def test_transforms(name):
     assert_product(jax.vmap(run, (None, 0))(x[0], packed), jnp.stack([x[0]] * 3), w)
 
 
+@functools.partial(jax.jit, static_argnames="wanted")
+def gradient(w, dy, like, wanted=None):
+    """Of x, which has the dtype of `like`."""
+    x = jnp.zeros((*dy.shape[:-1], w.shape[-1]), like.dtype)
+    options = {"preferred_element_type": wanted, "implementation": "cuda"}
+    return jax.vjp(lambda x: quantized_matmul(x, w, **options), x)[1](dy)[0]
+
+
+def assert_gradient(got, dy, w):
+    """As assert_product, of dy w."""
+    exact = np.einsum("...mn,...nk->...mk", np.float64(dy), np.float64(w.dequantize()))
+    same = jnp.einsum(
+        "...mn,...nk->...mk", dy, w.dequantize(got.dtype), preferred_element_type=jnp.float32
+    )
+    assert_close_to_reference(got, exact, same.astype(got.dtype), atol=1e-3)
+
+
 @formats
-def test_gradient(name):
-    x, w = jnp.asarray(normal(1, 5, 256), "bfloat16"), weight(name, 48, 256)
-    dy = jnp.asarray(normal(2, 5, 48), "bfloat16")
-    packed = pack_weight(w)
-    _, pullback = jax.vjp(lambda x: quantized_matmul(x, packed, implementation="cuda"), x)
-    exact = np.float64(dy) @ np.float64(w.dequantize())
-    same = jnp.dot(dy, w.dequantize("bfloat16"), preferred_element_type=jnp.float32)
-    assert_close_to_reference(pullback(dy)[0], exact, same.astype("bfloat16"), atol=1e-3)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("rows", [1, 7, 33, 130, 600])
+@pytest.mark.parametrize("size", [(24, 128), (200, 1088), (1040, 4096), (4096, 576)])
+def test_gradient(name, dtype, rows, size):
+    w, dy = weight(name, *size), jnp.asarray(normal(2, rows, size[0]), dtype)
+    assert_gradient(gradient(pack_weight(w), dy, dy), dy, w)
+
+
+@formats
+def test_gradient_of_float32_results(name):
+    """Takes what comes back in bfloat16."""
+    w, dy = weight(name, 200, 512), jnp.asarray(normal(2, 50, 200))
+    got = gradient(pack_weight(w), dy, jnp.zeros((), "bfloat16"), "float32")
+    assert got.dtype == jnp.bfloat16
+    assert_gradient(got, dy, w)
+
+
+def test_gradient_by_rows_of_all_sizes():
+    """Rows whose scales are far apart, in both types."""
+    w = normal(3, 200, 256) * np.exp2(np.arange(200) % 21 - 10)[:, None]
+    for dtype in ("bfloat16", "float16"):
+        quantized = quantize(jnp.asarray(w, "float32"), "mxfp4")
+        dy = jnp.asarray(normal(2, 50, 200) / 8, dtype)
+        assert_gradient(gradient(pack_weight(quantized), dy, dy), dy, quantized)
+
+
+@formats
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_gradient_of_what_is_not_finite(name, dtype):
+    """NaN is in the columns of its block alone, in all rows of dx, of one matrix of two."""
+    w = normal(2, 2, 70, 256)
+    w[1, 3, 5], w[1, 69, 200] = np.nan, np.nan
+    quantized = quantize(jnp.asarray(w), name.split()[0], **FORMATS[name])
+    dy = jnp.asarray(normal(1, 2, 40, 70), dtype).at[..., 3].set(0)
+    got = jax.vmap(lambda w, dy: gradient(w, dy, dy))(pack_weight(quantized), dy)
+    wanted = np.einsum("bmn,bnk->bmk", np.float64(dy), np.float64(quantized.dequantize()))
+    assert np.isnan(wanted).any() and not np.isnan(wanted).all()
+    np.testing.assert_array_equal(np.isnan(np.float32(got)), np.isnan(wanted))
+
+
+@formats
+def test_transformed_gradients(name):
+    w, dy = weight(name, 3, 48, 256), jnp.asarray(normal(1, 3, 5, 48), "bfloat16")
+    packed, first = pack_weight(w), jax.tree.map(lambda a: a[0], w)
+    run = functools.partial(gradient, like=dy)
+    assert_gradient(jax.vmap(run)(packed, dy), dy, w)
+    assert_gradient(run(pack_weight(first), dy), dy, first)
+    assert_gradient(jax.vmap(run, (None, 0))(pack_weight(first), dy), dy, first)
 
 
 @formats

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from lowering import attributes, custom_call_lines, custom_calls, exchanges, types
 
 from jaxkern import pack_weight, quantize, quantized_matmul
+from jaxkern.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -56,6 +57,70 @@ def test_calls():
     assert types(line["quantized_matmul"])[1] == [f"2x4x{N}xbf16"]
 
 
+def gradient(x, w, dy, wanted=None):
+    _, pullback = jax.vjp(lambda x: quantized_matmul(x, w, preferred_element_type=wanted), x)
+    return pullback(dy)[0]
+
+
+@formats
+@pytest.mark.parametrize("dtype, wanted", [("bfloat16", "bf16"), ("float16", "f16")])
+def test_gradient_call(name, dtype, wanted):
+    x, dy = normal(3, 4, K, dtype=dtype), normal(3, 4, N, dtype=dtype)
+    lines = custom_call_lines(gradient, x, weight(name, N, K), dy)
+    operands, results = types(lines["quantized_matmul_grad"])
+    data = f"1x{N // 16}x{K // 128}x{WORDS[name]}xui32"
+    row_factor = f"1x{N if name == 'mxfp4' else 0}x{wanted}"
+    assert operands == [f"1x12x{N}x{wanted}", data, "1xf32", row_factor]
+    assert results == [f"1x12x{K}x{wanted}"]
+    forward = custom_call_lines(quantized_matmul, x, weight(name, N, K))["quantized_matmul"]
+    assert attributes(lines["quantized_matmul_grad"]) == attributes(forward)
+
+
+@pytest.mark.parametrize(
+    "dtype, wanted, kernel",
+    [
+        ("bfloat16", "float32", True),
+        ("bfloat16", "float16", True),
+        ("float16", "float32", False),
+        ("float32", None, False),
+    ],
+)
+def test_dtypes_of_gradients(dtype, wanted, kernel):
+    x, w = normal(4, K, dtype=dtype), weight("nvfp4", N, K)
+    dy = normal(4, N, dtype=wanted or dtype)
+    calls = custom_calls(lambda x, dy: gradient(x, w, dy, wanted), x, dy)
+    assert ("quantized_matmul_grad" in calls) is kernel
+    assert jax.eval_shape(lambda x, dy: gradient(x, w, dy, wanted), x, dy).dtype == dtype
+
+
+def test_gradient_of_quantised_activations():
+    """Is that without: neither x nor dy is quantised for it."""
+    x, w, dy = normal(4, K), weight("nvfp4", N, K), normal(4, N)
+
+    def run(x, **options):
+        return jax.vjp(lambda x: quantized_matmul(x, w, **options), x)[1](dy)[0]
+
+    def quantised(x):
+        return run(x, activation_format="nvfp4")
+
+    assert custom_calls(quantised, x)["quantized_matmul_grad"] == 1
+    np.testing.assert_array_equal(np.float32(quantised(x)), np.float32(run(x)))
+
+
+def test_gradients_of_gradients():
+    """Of g = (dy x w^T) w, which is a product and a gradient, by both again."""
+    w, x, dy = weight("nvfp4", N, K), normal(4, K), normal(4, N)
+
+    def loss(x):
+        g = gradient(x, w, dy * quantized_matmul(x, w))
+        return (g.astype(jnp.float32) ** 2).sum() / 2
+
+    assert custom_calls(jax.grad(loss), x) == {"quantized_matmul": 2, "quantized_matmul_grad": 2}
+    exact, x64, dy64 = (np.float64(a) for a in (w.dequantize(), x, dy))
+    wanted = (dy64 * ((dy64 * (x64 @ exact.T)) @ exact @ exact.T)) @ exact
+    assert relative_error(jax.grad(loss)(x), wanted) < 1e-2
+
+
 @pytest.mark.parametrize("wanted, found", [("float32", "f32"), ("float16", "f32"), (None, "bf16")])
 def test_results_of_the_kernel(wanted, found):
     """Are x's or float32, and rounded once to other types."""
@@ -67,6 +132,59 @@ def test_results_of_the_kernel(wanted, found):
     line = custom_call_lines(run, x, w)["quantized_matmul"]
     assert types(line)[1] == [f"1x4x{N}x{found}"]
     assert jax.eval_shape(run, x, w).dtype == (wanted or "bfloat16")
+
+
+def test_gradients_are_where_x_is():
+    """On a mesh with Explicit axes, whatever is split by the weight."""
+    mesh = jax.make_mesh((4,), ("x",), (AxisType.Explicit,), devices=jax.devices("cpu")[:4])
+    w, dy = weight("nvfp4", N, K), normal(8, N)
+    wanted = gradient(normal(8, K), w, dy)
+    for w_spec in (P("x"), P(None, "x")):
+        for spec in (P(), P("x"), P(None, "x")):
+            with jax.set_mesh(mesh):
+                sharded = jax.tree.map(
+                    lambda a, s=w_spec: jax.device_put(a, s if a.ndim == 3 else P()), w
+                )
+                x = jax.device_put(normal(8, K), spec)
+                y, pullback = jax.vjp(lambda x, w=sharded: quantized_matmul(x, w), x)
+                (got,) = pullback(jax.sharding.reshard(dy, jax.typeof(y).sharding))
+            assert jax.typeof(got) == jax.typeof(x)
+            np.testing.assert_allclose(np.float32(got), np.float32(wanted), rtol=2**-7, atol=1e-3)
+
+
+def test_vmapped_gradients():
+    def lines(w, axis):
+        def run(x, w, dy):
+            return jax.vmap(gradient, (0, axis, 0))(x, w, dy)
+
+        line = custom_call_lines(run, normal(2, 4, K), w, normal(2, 4, N))
+        return types(line["quantized_matmul_grad"])
+
+    operands, results = lines(weight("mxfp4", N, K), None)
+    assert (operands[0], operands[2:], results) == (
+        f"1x8x{N}xbf16",
+        ["1xf32", f"1x{N}xbf16"],
+        [f"1x8x{K}xbf16"],
+    )
+    operands, results = lines(weight("mxfp4", 2, N, K), 0)
+    assert (operands[0], operands[2:], results) == (
+        f"2x4x{N}xbf16",
+        ["2xf32", f"2x{N}xbf16"],
+        [f"2x4x{K}xbf16"],
+    )
+
+
+@formats
+def test_gradient_on_other_platforms(name):
+    """Ends in the reference too."""
+    x, w, dy = normal(3, 5, K - 64), weight(name, 3, N - 6, K - 64), normal(3, 5, N - 6)
+    got = jax.vmap(gradient)(x, w, dy)
+    wanted = np.einsum("bmn,bnk->bmk", np.float64(dy), np.float64(w.dequantize()))
+    np.testing.assert_allclose(np.float64(got), wanted, rtol=2**-8, atol=1e-4)
+    first = jax.tree.map(lambda a: a[0], w)
+    got = jax.vmap(gradient, (0, None, 0))(x, first, dy)
+    wanted = np.float64(dy) @ np.float64(first.dequantize())
+    np.testing.assert_allclose(np.float64(got), wanted, rtol=2**-8, atol=1e-4)
 
 
 @formats
@@ -85,28 +203,57 @@ def test_on_other_platforms(name):
         )
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("case", ["rows of x", "N", "K"])
-def test_sharded(kind, case):
-    """Each device has tiles of its own; only sums over a sharded K are exchanged."""
+kinds = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+SPECS = {  # of x, w and the result
+    "rows of x": (P("x"), P(), P("x")),
+    "N": (P(), P("x"), P(None, "x")),
+    "K": (P(None, "x"), P(None, "x"), P()),
+}
+GRADIENT_SPECS = SPECS | {
+    "N": (P(None, "x"), P("x"), P()),
+    "K": (P(), P(None, "x"), P(None, "x")),
+}
+
+
+def check_sharded(kind, run, x, w, specs, exchanged):
+    """run(x, w) on 4 devices: what they exchange, and the result."""
     mesh = jax.make_mesh((4,), ("x",), (kind,), devices=jax.devices("cpu")[:4])
-    x, w = normal(8, K), weight("nvfp4", N, K)
-    wanted = quantized_matmul(x, w)
-    x_spec, w_spec, out = {
-        "rows of x": (P("x"), P(), P("x")),
-        "N": (P(), P("x"), P(None, "x")),
-        "K": (P(None, "x"), P(None, "x"), P()),
-    }[case]
+    wanted, (x_spec, w_spec, out) = run(x, w), specs
 
     def put(a, spec):
         return jax.device_put(a, NamedSharding(mesh, spec))
 
     sharded = jax.tree.map(lambda a: put(a, w_spec if a.ndim == 3 else P()), w)
     with jax.set_mesh(mesh):
-        found, got = exchanges(quantized_matmul, put(x, x_spec), sharded)
-    assert found == ({f"all-reduce f32 {8 * N}": 1} if case == "K" else {})
+        found, got = exchanges(run, put(x, x_spec), sharded)
+    assert found == exchanged
     assert got.sharding.is_equivalent_to(NamedSharding(mesh, out), 2)
     np.testing.assert_allclose(np.float32(got), np.float32(wanted), rtol=2**-7, atol=1e-3)
+
+
+@kinds
+@pytest.mark.parametrize("case", SPECS)
+def test_sharded(kind, case):
+    """Each device has tiles of its own; only sums over a sharded K are exchanged."""
+    exchanged = {f"all-reduce f32 {8 * N}": 1} if case == "K" else {}
+    x, w = normal(8, K), weight("nvfp4", N, K)
+    check_sharded(kind, quantized_matmul, x, w, SPECS[case], exchanged)
+
+
+@kinds
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize("case", GRADIENT_SPECS)
+def test_sharded_gradient(kind, case, name):
+    """The same, of sums over a sharded N."""
+
+    def run(dy, w):
+        x = jnp.zeros((8, K), dy.dtype)
+        if jax.sharding.get_abstract_mesh().explicit_axes:
+            x = jax.sharding.reshard(x, GRADIENT_SPECS[case][2])
+        return gradient(x, w, dy)
+
+    exchanged = {f"all-reduce f32 {8 * K}": 1} if case == "N" else {}
+    check_sharded(kind, run, normal(8, N), weight(name, N, K), GRADIENT_SPECS[case], exchanged)
 
 
 def test_errors():

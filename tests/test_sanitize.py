@@ -188,6 +188,20 @@ def test_quantize(scaling):
         assert_same_fp8(array.values, values)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("name", FORMATS)
+def test_quantize_four_bit(name, dtype):
+    [x] = normal(0, [(2, 37, 192)], dtype)
+    leaves = []
+    for platform, implementation in (("cuda", "cuda"), ("cpu", "xla")):
+        options = {"format": name.split()[0], **FORMATS[name], "implementation": implementation}
+        run = jax.jit(functools.partial(quantize, **options))
+        got = run(jax.device_put(x, jax.devices(platform)[0]))
+        leaves.append([np.float32(a) for a in jax.tree.leaves(got)])
+    for got, wanted in zip(*leaves, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
 @pytest.mark.parametrize("orientation", ["natural", "both"])
 @pytest.mark.parametrize("scaling", FUSED)
 def test_fused_quantizers(scaling, orientation):
@@ -240,6 +254,24 @@ def test_quantized_matmul(name, rows):
     packed = jax.device_put(packed, jax.devices("cuda")[0])
     out = jax.jit(functools.partial(quantized_matmul, implementation="cuda"))(x, packed)
     assert relative_error(out, np.float64(x) @ exact.T) < 5e-3
+
+
+@pytest.mark.parametrize("rows", [5, 140, 270])
+@pytest.mark.parametrize("name", FORMATS)
+def test_gradient_of_quantized_matmul(name, rows):
+    [x], [w] = normal(0, [(rows, 320)], jnp.bfloat16), normal(1, [(136, 320)], np.float32)
+    [dy] = normal(2, [(rows, 136)], jnp.bfloat16)
+    with jax.default_device(jax.devices("cpu")[0]):
+        quantized = quantize(jnp.asarray(w), name.split()[0], **FORMATS[name])
+        packed, exact = pack_weight(quantized), np.float64(quantized.dequantize())
+    packed = jax.device_put(packed, jax.devices("cuda")[0])
+
+    @jax.jit
+    def gradient(x, packed, dy):
+        run = functools.partial(quantized_matmul, w=packed, implementation="cuda")
+        return jax.vjp(run, x)[1](dy)[0]
+
+    assert relative_error(gradient(x, packed, dy), np.float64(dy) @ exact) < 5e-3
 
 
 @pytest.mark.parametrize("case", DECODE)

@@ -40,6 +40,12 @@ inline std::string dtype_name(ffi::DataType dtype) {
       return "float8_e5m2";
     case ffi::DataType::U32:
       return "uint32";
+    case ffi::DataType::F8E8M0FNU:
+      return "float8_e8m0fnu";
+    case ffi::DataType::F4E2M1FN:
+      return "float4_e2m1fn";
+    case ffi::DataType::S4:
+      return "int4";
     default:
       return "another type";
   }

@@ -81,30 +81,39 @@ bool is_block(FourBitFormat format, int32_t block) {
   return block == 32 || block == 64 || block == 128;
 }
 
-ffi::Error quantized_matmul(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer data,
-                            ffi::AnyBuffer row_scale, ffi::Result<ffi::AnyBuffer> out,
-                            int32_t format_code, int32_t block, bool zero_points) {
-  Checks checks("quantized_matmul");
-  if (checks.rank("x", x, 3).rank("data", data, 4).failed()) return checks.error();
-  const int64_t B = x.dimensions()[0], M = x.dimensions()[1], K = x.dimensions()[2];
-  const int64_t strips = data.dimensions()[1], panels = data.dimensions()[2];
-  const int64_t N = strips * kFourBitRows;
+// The weight (B, N, K) of operands and attributes. Fills checks with what is wrong with them.
+FourBitWeight four_bit_weight(Checks& checks, const ffi::AnyBuffer& data, int32_t format_code,
+                              int32_t block, bool zero_points) {
   const auto format = FourBitFormat(format_code);
   checks.that(format_code >= 0 && format_code <= 2, "format", std::to_string(format_code), "0 to 2")
       .that(is_block(format, block), "block", std::to_string(block), "one of the format");
-  if (checks.failed()) return checks.error();
+  if (checks.failed()) return {};
   const FourBitWeight w = {
       .format = format,
       .blocks = kFourBitColumns / block,
       .zero_points = zero_points,
       .data = data.untyped_data(),
-      .row_scale = static_cast<const float*>(row_scale.untyped_data()),
+      .row_scale = nullptr,
   };
-  checks.dtype("x", x, {BF16, F16})
-      .that(K == panels * kFourBitColumns, "x", "has K " + std::to_string(K),
-            std::to_string(panels * kFourBitColumns))
-      .shape("data", data, {B, strips, panels, w.tile_bytes() / 4})
-      .dtype("data", data, {U32})
+  const auto sizes = data.dimensions();
+  checks.shape("data", data, {sizes[0], sizes[1], sizes[2], w.tile_bytes() / 4})
+      .dtype("data", data, {U32});
+  return w;
+}
+
+ffi::Error quantized_matmul(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer data,
+                            ffi::AnyBuffer row_scale, ffi::Result<ffi::AnyBuffer> out,
+                            int32_t format, int32_t block, bool zero_points) {
+  Checks checks("quantized_matmul");
+  if (checks.rank("x", x, 3).rank("data", data, 4).failed()) return checks.error();
+  FourBitWeight w = four_bit_weight(checks, data, format, block, zero_points);
+  if (checks.failed()) return checks.error();
+  w.row_scale = static_cast<const float*>(row_scale.untyped_data());
+  const int64_t B = data.dimensions()[0], M = x.dimensions()[1];
+  const int64_t N = data.dimensions()[1] * kFourBitRows;
+  const int64_t K = data.dimensions()[2] * kFourBitColumns;
+  checks.shape("x", x, {B, M, K})
+      .dtype("x", x, {BF16, F16})
       .shape("row_scale", row_scale, {B, N})
       .dtype("row_scale", row_scale, {F32})
       .shape("out", *out, {B, M, N})
@@ -122,6 +131,42 @@ ffi::Error quantized_matmul(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffe
       .out = out->untyped_data(),
   };
   return launch_error("quantized_matmul", launch_quantized_matmul(params, stream));
+}
+
+ffi::Error quantized_matmul_grad(cudaStream_t stream, ffi::AnyBuffer dy, ffi::AnyBuffer data,
+                                 ffi::AnyBuffer sum_scale, ffi::AnyBuffer row_factor,
+                                 ffi::Result<ffi::AnyBuffer> dx, int32_t format, int32_t block,
+                                 bool zero_points) {
+  Checks checks("quantized_matmul_grad");
+  if (checks.rank("dy", dy, 3).rank("data", data, 4).failed()) return checks.error();
+  const FourBitWeight w = four_bit_weight(checks, data, format, block, zero_points);
+  if (checks.failed()) return checks.error();
+  const int64_t B = data.dimensions()[0], M = dy.dimensions()[1];
+  const int64_t N = data.dimensions()[1] * kFourBitRows;
+  const int64_t K = data.dimensions()[2] * kFourBitColumns;
+  checks.shape("dy", dy, {B, M, N})
+      .dtype("dy", dy, {BF16, F16})
+      .shape("sum_scale", sum_scale, {B})
+      .dtype("sum_scale", sum_scale, {F32})
+      .shape("row_factor", row_factor, {B, w.format == FourBitFormat::kMxfp4 ? N : 0})
+      .dtype("row_factor", row_factor, {dy.element_type()})
+      .shape("dx", *dx, {B, M, K})
+      .dtype("dx", *dx, {dy.element_type(), F32});
+  if (checks.failed() || B * M * K == 0) return checks.error();
+  const QuantizedMatmulParams params = {
+      .x_dtype = to_dtype(dy.element_type()),
+      .out_dtype = to_dtype(dx->element_type()),
+      .B = B,
+      .M = M,
+      .N = N,
+      .K = K,
+      .x = dy.untyped_data(),
+      .w = w,
+      .out = dx->untyped_data(),
+      .sum_scale = sum_scale.typed_data<float>(),
+      .row_factor = row_factor.untyped_data(),
+  };
+  return launch_error("quantized_matmul_grad", launch_quantized_matmul_grad(params, stream));
 }
 
 }  // namespace
@@ -146,6 +191,18 @@ JAXKERN_DEFINE_HANDLER(QuantizedMatmul, quantized_matmul,
                            .Arg<ffi::AnyBuffer>()  // data
                            .Arg<ffi::AnyBuffer>()  // row_scale
                            .Ret<ffi::AnyBuffer>()  // out
+                           .Attr<int32_t>("format")
+                           .Attr<int32_t>("block")
+                           .Attr<bool>("zero_points"));
+
+JAXKERN_DEFINE_HANDLER(QuantizedMatmulGrad, quantized_matmul_grad,
+                       ffi::Ffi::Bind()
+                           .Ctx<Stream>()
+                           .Arg<ffi::AnyBuffer>()  // dy
+                           .Arg<ffi::AnyBuffer>()  // data
+                           .Arg<ffi::AnyBuffer>()  // sum_scale
+                           .Arg<ffi::AnyBuffer>()  // row_factor
+                           .Ret<ffi::AnyBuffer>()  // dx
                            .Attr<int32_t>("format")
                            .Attr<int32_t>("block")
                            .Attr<bool>("zero_points"));

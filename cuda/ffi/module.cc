@@ -14,17 +14,20 @@
 namespace nb = nanobind;
 
 // One line per target: its name, its handler.
-#define JAXKERN_TARGETS(TARGET)                              \
-  TARGET("jaxkern.attention_fwd", AttentionFwd)              \
-  TARGET("jaxkern.attention_bwd", AttentionBwd)              \
-  TARGET("jaxkern.decode_step", DecodeStep)                  \
-  TARGET("jaxkern.quantize", Quantize)                       \
-  TARGET("jaxkern.quantize_rms_norm", QuantizeRmsNorm)       \
-  TARGET("jaxkern.quantize_swiglu", QuantizeSwiglu)          \
-  TARGET("jaxkern.quantize_swiglu_grad", QuantizeSwigluGrad) \
-  TARGET("jaxkern.quantized_matmul", QuantizedMatmul)        \
-  TARGET("jaxkern.rms_norm_fwd", RmsNormFwd)                 \
-  TARGET("jaxkern.rms_norm_bwd", RmsNormBwd)                 \
+#define JAXKERN_TARGETS(TARGET)                                \
+  TARGET("jaxkern.attention_bwd", AttentionBwd)                \
+  TARGET("jaxkern.attention_fwd", AttentionFwd)                \
+  TARGET("jaxkern.decode_step", DecodeStep)                    \
+  TARGET("jaxkern.quantize", Quantize)                         \
+  TARGET("jaxkern.quantize_four_bit", QuantizeFourBit)         \
+  TARGET("jaxkern.quantize_rms_norm", QuantizeRmsNorm)         \
+  TARGET("jaxkern.quantize_swiglu", QuantizeSwiglu)            \
+  TARGET("jaxkern.quantize_swiglu_grad", QuantizeSwigluGrad)   \
+  TARGET("jaxkern.quantized_matmul", QuantizedMatmul)          \
+  TARGET("jaxkern.quantized_matmul_grad", QuantizedMatmulGrad) \
+  TARGET("jaxkern.rms_norm_bwd", RmsNormBwd)                   \
+  TARGET("jaxkern.rms_norm_fwd", RmsNormFwd)                   \
+  TARGET("jaxkern.row_amax", RowAmax)                          \
   TARGET("jaxkern.scaled_matmul", ScaledMatmul)
 
 #define JAXKERN_DECLARE(name, Handler) extern "C" XLA_FFI_Error* Handler(XLA_FFI_CallFrame*);

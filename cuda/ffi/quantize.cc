@@ -181,6 +181,81 @@ ffi::Error quantize_rms_norm(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuff
                          {output(values, scale, values_t, scale_t, workspace)}, scaling, &norm);
 }
 
+// --- Four bits -----------------------------------------------------------------------------------
+
+struct Types {
+  ffi::DataType values, scale;
+};
+// By FourBitFormat.
+constexpr Types kTypes[] = {
+    {ffi::DataType::F4E2M1FN, F8E4M3FN},
+    {ffi::DataType::F4E2M1FN, ffi::DataType::F8E8M0FNU},
+    {ffi::DataType::S4, BF16},
+};
+
+ffi::Error quantize_four_bit(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer tensor_scale,
+                             Result values, Result scale, Result zero_point, int32_t format) {
+  constexpr char kOp[] = "quantize_four_bit";
+  Checks checks(kOp);
+  checks.rank("x", x, 3)
+      .dtype("x", x, {F32, BF16, F16})
+      .rank("scale", *scale, 3)
+      .that(0 <= format && format <= 2, "format", "is " + std::to_string(format), "0 to 2");
+  if (checks.failed()) return checks.error();
+  const auto which = static_cast<FourBitFormat>(format);
+  const bool is_int4 = which == FourBitFormat::kInt4;
+  const int64_t M = x.dimensions()[0], R = x.dimensions()[1], C = x.dimensions()[2];
+  const int64_t blocks = scale->dimensions()[2], block = blocks == 0 ? 0 : C / blocks;
+  const bool known = is_int4 ? block == 32 || block == 64 || block == 128
+                             : block == (which == FourBitFormat::kNvfp4 ? 16 : 32);
+  checks
+      .that(known && blocks * block == C, "scale", "has shape " + shape_text(scale->dimensions()),
+            "blocks of the format")
+      .shape("scale", *scale, {M, R, blocks})
+      .dtype("scale", *scale, {kTypes[format].scale})
+      .shape("values", *values, {M, R, C})
+      .dtype("values", *values, {kTypes[format].values})
+      .shape("tensor_scale", tensor_scale, {which == FourBitFormat::kNvfp4 ? M : 0})
+      .dtype("tensor_scale", tensor_scale, {F32})
+      .dtype("zero_point", *zero_point, {ffi::DataType::S4});
+  const bool has_zero_point = is_int4 && zero_point->dimensions().size() == 3;
+  if (has_zero_point) {
+    checks.shape("zero_point", *zero_point, {1, R, blocks});
+  } else {
+    checks.shape("zero_point", *zero_point, {0});
+  }
+  if (checks.failed() || x.element_count() == 0) return checks.error();
+
+  QuantizeFourBitParams params = {};
+  params.x = x.untyped_data();
+  if (which == FourBitFormat::kNvfp4) {
+    params.tensor_scale = static_cast<const float*>(tensor_scale.untyped_data());
+  }
+  params.values = values->untyped_data();
+  params.scale = scale->untyped_data();
+  params.zero_point = has_zero_point ? zero_point->untyped_data() : nullptr;
+  params.matrices = M;
+  params.size = R * C;
+  params.block = static_cast<int32_t>(block);
+  params.dtype = to_dtype(x.element_type());
+  params.format = which;
+  return launch_error(kOp, launch_quantize_four_bit(params, stream));
+}
+
+ffi::Error row_amax(cudaStream_t stream, ffi::AnyBuffer x, Result amax) {
+  Checks checks("row_amax");
+  checks.rank("x", x, 2).dtype("x", x, {F32, BF16, F16});
+  if (checks.failed()) return checks.error();
+  const int64_t rows = x.dimensions()[0], cols = x.dimensions()[1];
+  checks.that(cols % 16 == 0, "x", "has " + std::to_string(cols) + " columns", "a multiple of 16")
+      .shape("amax", *amax, {rows})
+      .dtype("amax", *amax, {F32});
+  if (checks.failed() || x.element_count() == 0) return checks.error();
+  const RowAmaxParams params = {x.untyped_data(), static_cast<float*>(amax->untyped_data()), rows,
+                                cols, to_dtype(x.element_type())};
+  return launch_error("row_amax", launch_row_amax(params, stream));
+}
+
 // The results of a matrix: values, scale, values_t, scale_t, workspace.
 template <class Binding>
 auto with_output(Binding&& binding) {
@@ -225,5 +300,21 @@ JAXKERN_DEFINE_HANDLER(QuantizeRmsNorm, quantize_rms_norm,
                            .Ret<ffi::AnyBuffer>()               // rstd
                            .Attr<int32_t>("scaling")
                            .Attr<float>("epsilon"));
+
+JAXKERN_DEFINE_HANDLER(QuantizeFourBit, quantize_four_bit,
+                       ffi::Ffi::Bind()
+                           .Ctx<Stream>()
+                           .Arg<ffi::AnyBuffer>()  // x
+                           .Arg<ffi::AnyBuffer>()  // tensor_scale
+                           .Ret<ffi::AnyBuffer>()  // values
+                           .Ret<ffi::AnyBuffer>()  // scale
+                           .Ret<ffi::AnyBuffer>()  // zero_point
+                           .Attr<int32_t>("format"));
+
+JAXKERN_DEFINE_HANDLER(RowAmax, row_amax,
+                       ffi::Ffi::Bind()
+                           .Ctx<Stream>()
+                           .Arg<ffi::AnyBuffer>()    // x
+                           .Ret<ffi::AnyBuffer>());  // amax
 
 }  // namespace jaxkern

@@ -95,6 +95,19 @@ cudaError_t make_block_map(CUtensorMap* map, const void* data, int64_t rows, int
                     CU_TENSOR_MAP_SWIZZLE_NONE);
 }
 
+cudaError_t make_batched_block_map(CUtensorMap* map, const void* data, int64_t batch, int64_t rows,
+                                   int64_t cols, int block_bytes, int box_rows, int box_cols) {
+  const cuuint32_t words = static_cast<cuuint32_t>(block_bytes) / sizeof(uint64_t);
+  const cuuint64_t sizes[4] = {words, static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows),
+                               static_cast<cuuint64_t>(batch)};
+  const cuuint64_t block = words * sizeof(uint64_t);
+  const cuuint64_t strides[3] = {block, block * sizes[1], block * sizes[1] * sizes[2]};
+  const cuuint32_t box[4] = {words, static_cast<cuuint32_t>(box_cols),
+                             static_cast<cuuint32_t>(box_rows), 1};
+  return encode_map(map, CU_TENSOR_MAP_DATA_TYPE_UINT64, 4, data, sizes, strides, box,
+                    CU_TENSOR_MAP_SWIZZLE_NONE);
+}
+
 cudaError_t make_row_map(CUtensorMap* map, const float* data, int64_t rows, int64_t cols,
                          int box_cols) {
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};

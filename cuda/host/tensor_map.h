@@ -32,6 +32,11 @@ cudaError_t make_panel_map(CUtensorMap* map, CUtensorMapDataType dtype, const vo
 cudaError_t make_block_map(CUtensorMap* map, const void* data, int64_t rows, int64_t cols,
                            int block_bytes, int box_rows, int box_cols);
 
+// The same of (batch, rows, cols) blocks, whose boxes do not reach into the next matrix. Their
+// coordinates are (0, col, row, batch).
+cudaError_t make_batched_block_map(CUtensorMap* map, const void* data, int64_t batch, int64_t rows,
+                                   int64_t cols, int block_bytes, int box_rows, int box_cols);
+
 // Describes a contiguous (rows, cols) float32 tensor and a box of `box_cols` of one row. cols is a
 // multiple of 4.
 cudaError_t make_row_map(CUtensorMap* map, const float* data, int64_t rows, int64_t cols,

@@ -28,6 +28,13 @@ __device__ __forceinline__ void scale_rows(uint32_t (&a)[4], uint32_t scales) {
   }
 }
 
+// The word of a step, of a lane's of a tile.
+__device__ __forceinline__ uint32_t word_of(const uint4 (&values)[2], int step) {
+  const uint4& four = values[step / 4];
+  const uint32_t words[4] = {four.x, four.y, four.z, four.w};
+  return words[step % 4];
+}
+
 // --- Formats -------------------------------------------------------------------------------------
 
 // Scales that a lane has of a tile. expand() makes the operand of a step.
@@ -37,7 +44,7 @@ struct FourBit;
 template <class T>
 struct FourBit<FourBitFormat::kNvfp4, T> {
   static constexpr bool kBf16 = std::is_same_v<T, tile::bf16>;
-  static constexpr float kSumScale = kBf16 ? 0x1p20f : 0x1p7f;
+  static constexpr float kSumScale = kBf16 ? 0x1p19f : 0x1p7f;
   uint4 codes;  // [step][row / 8]
   // NOTE: a factor that the compiler does not know: a shift would be for the pipe of logic, which
   // has most to do.
@@ -50,8 +57,8 @@ struct FourBit<FourBitFormat::kNvfp4, T> {
   __device__ __forceinline__ void expand(uint32_t word, int step, uint32_t (&a)[4]) const {
     const uint32_t pair = step < 2 ? codes.x : step < 4 ? codes.y : step < 6 ? codes.z : codes.w;
     const uint32_t halves = __byte_perm(pair, 0, step % 2 == 0 ? 0x4140 : 0x4342);
-    // (1 + m / 8) 2^(e - 10) becomes 2^106 or 2^7 times as much.
-    const uint32_t scales = kBf16 ? halves * sixteen + 0x6f806f80 : halves * 128 + 0x30003000;
+    // (1 + m / 8) 2^(e - 10) becomes 2^107 or 2^7 times as much, and 255 in bfloat16 NaN.
+    const uint32_t scales = kBf16 ? halves * sixteen + 0x70007000 : halves * 128 + 0x30003000;
     expand_e2m1<T>(word, a);
     scale_rows<T>(a, scales);
   }
@@ -123,12 +130,85 @@ struct FourBitTile {
     scales.load(w, tile + kFourBitValueBytes);
   }
   __device__ __forceinline__ void expand(int step, uint32_t* a) const {
-    const uint4& four = values[step / 4];
-    const uint32_t words[4] = {four.x, four.y, four.z, four.w};
     uint32_t own[4];
-    scales.expand(words[step % 4], step, own);
+    scales.expand(word_of(values, step), step, own);
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[i] = own[i];
+  }
+};
+
+// --- Scales of sums ------------------------------------------------------------------------------
+
+// Where values count as they are, and it is sums over the 16 columns of a step that are multiplied:
+// lane 4 g + c has those of rows g and g + 8 and of steps 2 c and 2 c + 1, whose scales these are.
+// x has to be larger by kLargerBy, pairs of which are kLarger and kOne of 1; that leaves kSumScale.
+// finish() makes of a sum what its values stand for; it needs the sum of x where kZeros.
+template <FourBitFormat kFormat, class T>
+struct FourBitSums;
+
+// e2m1, by a scale with the bits of float32, or what follows from it.
+template <class T>
+struct E2m1Sums {
+  static constexpr bool kBf16 = std::is_same_v<T, tile::bf16>, kZeros = false;
+  static constexpr float kLargerBy = kBf16 ? 0x1p62f : 1.0f, kSumScale = kBf16 ? 0x1p64f : 0x1p14f;
+  static constexpr uint32_t kOne = kBf16 ? 0x3f803f80 : 0x3c003c00;
+  static constexpr uint32_t kLarger = kBf16 ? 0x5e805e80 : kOne;
+
+  __device__ __forceinline__ static void expand(uint32_t word, uint32_t (&a)[4]) {
+    expand_e2m1<T>(word, a);
+  }
+};
+
+template <class T>
+struct FourBitSums<FourBitFormat::kNvfp4, T> : E2m1Sums<T> {
+  uint32_t codes;  // [step % 2][row / 8]
+
+  __device__ __forceinline__ void load(const FourBitWeight&, const char* scales) {
+    codes = reinterpret_cast<const uint32_t*>(scales)[threadIdx.x % tile::kWarpSize];
+  }
+  __device__ __forceinline__ float finish(float sum, float, int row, int step) const {
+    // A byte of e5m3 is exponent and mantissa where they are after a shift by 4.
+    const uint32_t byte = __byte_perm(codes, 0, 0x4044 | (2 * step + row) << 8);
+    return sum * __uint_as_float((byte << 4) + (117 << 23));
+  }
+};
+
+template <class T>
+struct FourBitSums<FourBitFormat::kMxfp4, T> : E2m1Sums<T> {
+  uint32_t codes;  // [row / 8]
+
+  __device__ __forceinline__ void load(const FourBitWeight&, const char* scales) {
+    codes = reinterpret_cast<const uint16_t*>(scales)[threadIdx.x % tile::kWarpSize];
+  }
+  __device__ __forceinline__ float finish(float sum, float, int row, int) const {
+    return sum * __uint_as_float((127 - min(codes >> 8 * row & 0xff, 127u)) << 23);
+  }
+};
+
+template <class T>
+struct FourBitSums<FourBitFormat::kInt4, T> {
+  static constexpr bool kBf16 = std::is_same_v<T, tile::bf16>, kZeros = true;
+  static constexpr float kLargerBy = 1.0f, kSumScale = 1.0f;
+  static constexpr uint32_t kOne = kBf16 ? 0x3f803f80 : 0x3c003c00, kLarger = kOne;
+  uint32_t scales, zeros;  // bfloat16, of rows g and g + 8
+
+  __device__ __forceinline__ void load(const FourBitWeight& w, const char* from) {
+    const int lane = threadIdx.x % tile::kWarpSize, block = lane % 4 * w.blocks >> 2;
+    const auto* words = reinterpret_cast<const uint32_t*>(from) + lane / 4 * w.blocks + block;
+    scales = words[0];
+    zeros = w.zero_points ? words[8 * w.blocks] : 0x43084308;  // 136
+  }
+  __device__ __forceinline__ static void expand(uint32_t word, uint32_t (&a)[4]) {
+    expand_integers<T>(word, a);
+  }
+  __device__ __forceinline__ float finish(float sum, float x, int row, int) const {
+    constexpr float kMore = kBf16 ? 0.0f : 1024 - 128;
+    return (sum - x * (of(zeros, row) + kMore)) * of(scales, row);
+  }
+
+ private:
+  __device__ __forceinline__ static float of(uint32_t pair, int row) {
+    return __uint_as_float(row == 0 ? pair << 16 : pair & 0xffff0000);
   }
 };
 

@@ -8,9 +8,6 @@
 
 namespace jaxkern {
 
-// The numbers are those of the attributes of calls.
-enum class FourBitFormat : int32_t { kNvfp4, kMxfp4, kInt4 };
-
 constexpr int kFourBitRows = 16, kFourBitColumns = 128;  // of a tile
 
 constexpr int kFourBitValueBytes = kFourBitRows * kFourBitColumns / 2;  // before scales
@@ -37,13 +34,19 @@ struct FourBitWeight {
 
 // out = x w^T, for each of B matrices. All row-major, contiguous and 16-byte aligned; K is a
 // multiple of 8, N of 16, and no size is zero.
+//
+// Or out = x w, the gradient of that, where K is a multiple of 128. Scales of rows would belong to
+// what is summed there: w.row_scale is not read. What all rows have in common, sums are multiplied
+// by; what rows of kMxfp4 have besides, powers of two up to 1, their values.
 struct QuantizedMatmulParams {
   DType x_dtype;    // kBFloat16 or kFloat16
   DType out_dtype;  // x's or kFloat32
   int64_t B, M, N, K;
-  const void* x;  // (B, M, K)
+  const void* x;  // (B, M, K), of the gradient (B, M, N)
   FourBitWeight w;
-  void* out;  // (B, M, N)
+  void* out;                         // (B, M, N), of the gradient (B, M, K)
+  const float* sum_scale = nullptr;  // (B,), of the gradient
+  const void* row_factor = nullptr;  // (B, N) of x_dtype, of the gradient of kMxfp4
 };
 
 }  // namespace jaxkern

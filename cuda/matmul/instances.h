@@ -36,5 +36,8 @@ cudaError_t launch_scaled_matmul_few_rows(const ScaledMatmulParams& params, cuda
 // Weights of the format; the result is of x's type or float32.
 template <FourBitFormat kFormat>
 cudaError_t launch_quantized_matmul_of(const QuantizedMatmulParams& params, cudaStream_t stream);
+template <FourBitFormat kFormat>
+cudaError_t launch_quantized_matmul_grad_of(const QuantizedMatmulParams& params,
+                                            cudaStream_t stream);
 
 }  // namespace jaxkern

@@ -33,19 +33,37 @@ cudaError_t launch_scaled_matmul(const ScaledMatmulParams& params, cudaStream_t 
   return launch_scaled_matmul_of<e4m3, e4m3>(params, stream);
 }
 
-cudaError_t launch_quantized_matmul(const QuantizedMatmulParams& params, cudaStream_t stream) {
+namespace {
+
+// Calls launch<kFormat>() of what the format and the types are.
+template <class Launch>
+cudaError_t select_format(const QuantizedMatmulParams& params, const Launch& launch) {
   if (params.out_dtype != DType::kFloat32 && params.out_dtype != params.x_dtype) {
     return cudaErrorInvalidValue;
   }
   switch (params.w.format) {
     case FourBitFormat::kNvfp4:
-      return launch_quantized_matmul_of<FourBitFormat::kNvfp4>(params, stream);
+      return launch.template operator()<FourBitFormat::kNvfp4>();
     case FourBitFormat::kMxfp4:
-      return launch_quantized_matmul_of<FourBitFormat::kMxfp4>(params, stream);
+      return launch.template operator()<FourBitFormat::kMxfp4>();
     case FourBitFormat::kInt4:
-      return launch_quantized_matmul_of<FourBitFormat::kInt4>(params, stream);
+      return launch.template operator()<FourBitFormat::kInt4>();
   }
   return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+cudaError_t launch_quantized_matmul(const QuantizedMatmulParams& params, cudaStream_t stream) {
+  return select_format(params, [&]<FourBitFormat kFormat>() {
+    return launch_quantized_matmul_of<kFormat>(params, stream);
+  });
+}
+
+cudaError_t launch_quantized_matmul_grad(const QuantizedMatmulParams& params, cudaStream_t stream) {
+  return select_format(params, [&]<FourBitFormat kFormat>() {
+    return launch_quantized_matmul_grad_of<kFormat>(params, stream);
+  });
 }
 
 }  // namespace jaxkern

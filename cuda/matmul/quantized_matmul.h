@@ -7,11 +7,43 @@
 #include "cuda/host/device.h"
 #include "cuda/host/launch.h"
 #include "cuda/matmul/quantized_matmul_few_rows_sm90.cuh"
+#include "cuda/matmul/quantized_matmul_one_row.cuh"
 #include "cuda/matmul/quantized_matmul_sm90.cuh"
 #include "cuda/matmul/quantized_matmul_some_rows_sm90.cuh"
 #include "cuda/matmul/tensor_maps.h"
 
 namespace jaxkern {
+
+// --- One row -------------------------------------------------------------------------------------
+
+// Warps of a block: as many as leave room for all blocks at once, or, of very many blocks, so many
+// that each has some tiles.
+template <class Matmul>
+int one_row_warps(const QuantizedMatmulParams& p, int multiprocessors) {
+  constexpr int kTiles = 8;
+  const int64_t blocks = p.B * tile::ceil_div(p.N, kFourBitRows);
+  const int64_t panels = tile::ceil_div(p.K, kFourBitColumns);
+  int64_t most = int64_t{Matmul::kResidentWarps} * multiprocessors / blocks;
+  if (most == 0) most = tile::ceil_div<int64_t>(panels, kTiles);
+  int warps = 1;
+  while (2 * warps <= std::min({most, panels, int64_t{Matmul::kMaxWarps}})) warps *= 2;
+  return warps;
+}
+
+template <class Matmul>
+cudaError_t launch_one_row(const QuantizedMatmulParams& params, cudaStream_t stream, int warps) {
+  typename Matmul::Params p = {};
+  p.x = static_cast<const typename Matmul::T*>(params.x);
+  p.out = static_cast<typename Matmul::Out*>(params.out);
+  p.weight = params.w;
+  p.tile_bytes = params.w.tile_bytes();
+  p.N = static_cast<int>(params.N);
+  p.K = static_cast<int>(params.K);
+  p.strips = static_cast<int>(tile::ceil_div(params.N, kFourBitRows));
+  p.panels = static_cast<int>(tile::ceil_div(params.K, kFourBitColumns));
+  return launch(quantized_matmul_one_row_kernel<Matmul>, params.B * p.strips,
+                warps * tile::kWarpSize, 0, stream, p);
+}
 
 // --- Few and some rows ---------------------------------------------------------------------------
 
@@ -76,8 +108,14 @@ FourBitPlan few_rows_plan(const QuantizedMatmulParams& p, int multiprocessors) {
   return best;
 }
 
+// Of a stage: weights, and `rows` of x; swizzles repeat after 1,024.
+inline int stage_bytes(int rows, int strips, int panels, int tile_bytes) {
+  const int bytes = panels * (2 * rows * tile::kPanelBytes + strips * tile_bytes);
+  return tile::ceil_div(bytes, 1024) * 1024;
+}
+
 // The same for some rows, where warps beyond a tile's strips have nothing to do, and clusters only
-// one tile.
+// one tile. There is room for two stages at least.
 template <class Matmul>
 FourBitPlan some_rows_plan(const QuantizedMatmulParams& p, int multiprocessors) {
   const FourBitSizes sizes(p, Matmul::kTokens);
@@ -87,9 +125,13 @@ FourBitPlan some_rows_plan(const QuantizedMatmulParams& p, int multiprocessors) 
       const int64_t tiles = p.B * tile::ceil_div(sizes.strips, strips);
       const int64_t rounds = tile::ceil_div(tiles, multiprocessors / splits);
       if (splits == 2 && rounds > 1) continue;
-      const int most = Matmul::kConsumers / tile::ceil_div(strips, 4);
-      const auto panels =
-          static_cast<int>(std::min<int64_t>(most, tile::ceil_div<int64_t>(sizes.panels, splits)));
+      int panels = Matmul::kConsumers / tile::ceil_div(strips, 4);
+      const auto too_many = [&] {
+        return panels > tile::ceil_div<int64_t>(sizes.panels, splits) ||
+               2 * stage_bytes(Matmul::kTokens, strips, panels, p.w.tile_bytes()) >
+                   Matmul::kStageBytes;
+      };
+      while (panels > 1 && too_many()) --panels;
       const int64_t steps = tile::ceil_div(tile::ceil_div(sizes.panels, panels), splits);
       const double us = four_bit_us(sizes, strips, splits, rounds, steps * panels, multiprocessors);
       if (us < best.us) best = {strips, panels, splits, us};
@@ -120,7 +162,7 @@ cudaError_t fill_stream(FourBitStream::Params* p, const QuantizedMatmulParams& p
   p->x_bytes = rows * tile::kPanelBytes;
   p->w_place = p->x_box * p->x_bytes;
   p->w_bytes = plan.strips * plan.panels * p->tile_bytes;
-  p->stage_bytes = tile::ceil_div(p->w_place + p->w_bytes, 1024) * 1024;  // as swizzles repeat
+  p->stage_bytes = stage_bytes(rows, plan.strips, plan.panels, p->tile_bytes);
   p->stages = std::min(FourBitStream::kMaxStages, Matmul::kStageBytes / p->stage_bytes);
   p->ahead = std::min(p->stages, tile::ceil_div(kBytesAhead, p->w_bytes));
   if (p->stages < 2) return cudaErrorInvalidValue;
@@ -170,8 +212,9 @@ cudaError_t launch_some_rows_plan_sm90(const QuantizedMatmulParams& params, cuda
 // --- Many rows -----------------------------------------------------------------------------------
 
 // Rows of tiles of clusters that are worked through together, so that L2 keeps what they share.
-inline constexpr int kFourBitGroup = 4;
+inline constexpr int kFourBitGroup = 1;
 
+// Matmul's product or gradient.
 template <class Matmul>
 cudaError_t launch_four_bit_sm90(const QuantizedMatmulParams& params, cudaStream_t stream,
                                  int group = kFourBitGroup) {
@@ -179,26 +222,33 @@ cudaError_t launch_four_bit_sm90(const QuantizedMatmulParams& params, cudaStream
   int multiprocessors;
   if (cudaError_t error = multiprocessor_count(&multiprocessors)) return error;
   const int64_t B = params.B, M = params.M, N = params.N, K = params.K;
-  const int64_t strips = tile::ceil_div(N, kFourBitRows);
+  const int64_t rows = Matmul::kGradient ? K : N, depth = Matmul::kGradient ? N : K;
   typename Matmul::Params p = {};
   p.weight = params.w;
+  p.sum_scale = params.sum_scale;
   p.tile_bytes = params.w.tile_bytes();
   p.B = static_cast<int>(B);
   p.M = static_cast<int>(M);
   p.N = static_cast<int>(N);
-  p.panels = static_cast<int>(tile::ceil_div(K, kFourBitColumns));
+  p.squares = static_cast<int>(tile::ceil_div(depth, Matmul::kRows));
   if (cudaError_t error = make_matrix_map(&p.x, tensor_map_type<typename Matmul::T>(), params.x,
-                                          B * M, K, Matmul::kTokens / Cluster::kBlocks))
+                                          B * M, depth, Matmul::kTokens / Cluster::kBlocks))
     return error;
-  if (cudaError_t error = make_block_map(&p.w, params.w.data, B * strips, p.panels, p.tile_bytes,
-                                         Matmul::kStrips, 1))
+  if (cudaError_t error = make_batched_block_map(
+          &p.w, params.w.data, B, tile::ceil_div(N, kFourBitRows),
+          tile::ceil_div(K, kFourBitColumns), p.tile_bytes, Matmul::kStrips, 1))
     return error;
   if (cudaError_t error = make_tensor_map(&p.out, tensor_map_type<typename Matmul::Out>(),
-                                          params.out, B, M, 1, N, Matmul::kPiece))
+                                          params.out, B, M, 1, rows, Matmul::kPiece))
     return error;
+  if constexpr (Matmul::kRowFactors) {
+    const auto* pairs = static_cast<const float*>(params.row_factor);
+    if (cudaError_t error = make_row_map(&p.factors, pairs, B, N / 2, Matmul::kRows / 2))
+      return error;
+  }
   p.order = {
-      .rows = tile::ceil_div(p.N, Matmul::kRows * Cluster::kBlocks),
-      .cols = tile::ceil_div(p.M, Matmul::kTokens),
+      .rows = static_cast<int>(tile::ceil_div(rows, Matmul::kRows * Cluster::kBlocks)),
+      .cols = static_cast<int>(tile::ceil_div(M, Matmul::kTokens)),
       .group = group,
   };
   const int clusters = std::min(p.B * p.order.count(), multiprocessors / Cluster::kBlocks);
@@ -208,13 +258,13 @@ cudaError_t launch_four_bit_sm90(const QuantizedMatmulParams& params, cudaStream
 
 // How long the kernel takes, in tiles of 256 tokens on the busiest multiprocessor.
 //
-// NOTE: on an H200 a tile of 128 tokens takes 0.56 of the time of one of 256, and one of 64, of
-// which expanding weights is most, 0.46.
+// NOTE: on an H200 a tile of 128 tokens takes 0.56 of the time of one of 256, of the gradient 0.65.
 template <class Matmul>
 double four_bit_tiles(const QuantizedMatmulParams& p, int multiprocessors) {
-  constexpr double kTime = Matmul::kTokens == 256 ? 1.0 : Matmul::kTokens == 128 ? 0.56 : 0.46;
+  constexpr double kTime = Matmul::kTokens == 256 ? 1.0 : Matmul::kGradient ? 0.65 : 0.56;
   constexpr int kBlocks = Matmul::Cluster::kBlocks;
-  const int64_t high = tile::ceil_div<int64_t>(p.N, Matmul::kRows * kBlocks);
+  const int64_t rows = Matmul::kGradient ? p.K : p.N;
+  const int64_t high = tile::ceil_div<int64_t>(rows, Matmul::kRows * kBlocks);
   const int64_t tiles = p.B * high * tile::ceil_div<int64_t>(p.M, Matmul::kTokens);
   return kTime * static_cast<double>(tile::ceil_div(tiles, multiprocessors / kBlocks));
 }
@@ -229,22 +279,40 @@ cudaError_t launch_four_bit_of_sm90(const QuantizedMatmulParams& params, cudaStr
     const FourBitPlan plan = few_rows_plan<Matmul>(params, multiprocessors);
     return launch_few_rows_plan_sm90<Matmul>(params, stream, plan);
   };
+  if (params.M == 1) {
+    using Matmul = QuantizedMatmulOneRow<kFormat, T, Out>;
+    return launch_one_row<Matmul>(params, stream, one_row_warps<Matmul>(params, multiprocessors));
+  }
   if (params.M <= 8) return few.template operator()<8>();
   if (params.M <= 16) return few.template operator()<16>();
-  if (params.M <= 32) {
-    using Matmul = QuantizedMatmulSomeRows<kFormat, T, Out, 32>;
+  const auto some = [&]<int kTokens>() {
+    using Matmul = QuantizedMatmulSomeRows<kFormat, T, Out, kTokens>;
     const FourBitPlan plan = some_rows_plan<Matmul>(params, multiprocessors);
     return launch_some_rows_plan_sm90<Matmul>(params, stream, plan);
-  }
-  using Narrow = QuantizedMatmul<kFormat, T, Out, 64>;
+  };
+  if (params.M <= 32) return some.template operator()<32>();
+  if (params.M <= 64) return some.template operator()<64>();
   using Middle = QuantizedMatmul<kFormat, T, Out, 128>;
   using Wide = QuantizedMatmul<kFormat, T, Out, 256>;
-  const double narrow = four_bit_tiles<Narrow>(params, multiprocessors);
   const double middle = four_bit_tiles<Middle>(params, multiprocessors);
   const double wide = four_bit_tiles<Wide>(params, multiprocessors);
-  if (wide <= std::min(middle, narrow)) return launch_four_bit_sm90<Wide>(params, stream);
-  return middle <= narrow ? launch_four_bit_sm90<Middle>(params, stream)
-                          : launch_four_bit_sm90<Narrow>(params, stream);
+  return wide <= middle ? launch_four_bit_sm90<Wide>(params, stream)
+                        : launch_four_bit_sm90<Middle>(params, stream);
+}
+
+// --- Gradient ------------------------------------------------------------------------------------
+
+// By the faster of two kernels: with few rows of x there is none of its own.
+template <FourBitFormat kFormat, class T, class Out>
+cudaError_t launch_four_bit_grad_of_sm90(const QuantizedMatmulParams& params, cudaStream_t stream) {
+  using Middle = QuantizedMatmul<kFormat, T, Out, 128, true>;
+  using Wide = QuantizedMatmul<kFormat, T, Out, 256, true>;
+  int multiprocessors;
+  if (cudaError_t error = multiprocessor_count(&multiprocessors)) return error;
+  return four_bit_tiles<Wide>(params, multiprocessors) <=
+                 four_bit_tiles<Middle>(params, multiprocessors)
+             ? launch_four_bit_sm90<Wide>(params, stream)
+             : launch_four_bit_sm90<Middle>(params, stream);
 }
 
 }  // namespace jaxkern

@@ -1,4 +1,5 @@
-// Arguments of quantisation to 8-bit floats. R rows, C columns; everything is row-major.
+// Arguments of quantisation to 8-bit floats and to four bits. R rows, C columns; everything is
+// row-major.
 #pragma once
 
 #include <cstdint>
@@ -57,6 +58,30 @@ struct QuantizeParams {
   DType format;                // kFloat8E4M3 or kFloat8E5M2
   Scaling scaling;             // kTensor for kMatrix alone
   QuantizeSource source;
+};
+
+// The largest magnitude of each row, of those blocks of 16 that are finite.
+struct RowAmaxParams {
+  const void* x;  // [R, C] dtype; C is a multiple of 16, the array aligned to 16 bytes
+  float* amax;    // [R]
+  int64_t rows;   // at least 1
+  int64_t cols;   // at least 16
+  DType dtype;    // kFloat32, kBFloat16 or kFloat16
+};
+
+// Of M matrices. No block crosses the end of a row, so that rows need not be told apart.
+struct QuantizeFourBitParams {
+  const void* x;              // [M, size] dtype; aligned to 16 bytes
+  const float* tensor_scale;  // [M], of kNvfp4
+  void* values;               // [M, size], two in a byte, the first in its lower half
+  void* scale;                // [M, size / block] e4m3, e8m0 or bfloat16
+  void* zero_point;           // [M, size / block] as values, of kInt4; or null: zero is zero
+  int64_t matrices;           // at least 1; 1 with zero_point
+  int64_t size;               // elements of a matrix: a multiple of the block, at least one
+  int32_t block;              // 16 of kNvfp4, 32 of kMxfp4; 32, 64 or 128 of kInt4
+  DType dtype;                // kFloat32, kBFloat16 or kFloat16
+  FourBitFormat format;
+  int32_t blocks;  // set by the launcher: of threads, of a matrix
 };
 
 }  // namespace jaxkern

@@ -61,17 +61,17 @@ cudaError_t launch_tiles(const QuantizeParams& p, cudaStream_t stream) {
                                      sizeof(TilesMemory<Source, T>), p, stream);
 }
 
-// As few threads per row as hold it in their slots, or else the most there may be. With rstd they
-// are whole groups, as kBlock1x128 wants them.
+// As few threads per row, from `least` on, as hold it in their slots, or else the most there may
+// be. With rstd they are whole groups, as kBlock1x128 wants them.
 template <class Source, class T>
 cudaError_t launch_rows(void (*kernel)(QuantizeParams), const QuantizeParams& p,
-                        cudaStream_t stream) {
+                        cudaStream_t stream,
+                        int64_t least = kNormalises<Source> ? kGroupLanes<T> : 1) {
   constexpr int kThreads = 128;  // per block, unless one row takes more
-  constexpr int64_t kLeast = kNormalises<Source> ? kGroupLanes<T> : 1,
-                    kMost = kMaxThreadsPerRow<Source>;
+  constexpr int64_t kMost = kMaxThreadsPerRow<Source>;
   const int64_t wanted = tile::ceil_div(p.cols, kSlots<Source> * kVec<T>);
   const int threads =
-      static_cast<int>(std::bit_ceil(static_cast<uint64_t>(std::clamp(wanted, kLeast, kMost))));
+      static_cast<int>(std::bit_ceil(static_cast<uint64_t>(std::clamp(wanted, least, kMost))));
   const int rows = std::max(1, kThreads / threads);
   const dim3 block(threads, rows);
   int64_t blocks = tile::ceil_div(p.rows, rows);

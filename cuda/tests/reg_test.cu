@@ -1,8 +1,10 @@
-// tile/reg.cuh: where a register tile's elements lie, and the maps and reductions over them.
+// tile/reg.cuh: where a register tile's elements lie, and the maps and reductions over them; and of
+// tile/ptx/matrix.cuh a matrix's transposition in registers.
 #include "cuda/tile/reg.cuh"
 
 #include "cuda/host/launch.h"
 #include "cuda/tests/test.h"
+#include "cuda/tile/ptx/matrix.cuh"
 
 namespace jaxkern {
 
@@ -138,6 +140,26 @@ __global__ void reductions_kernel(const float* in, float* max, float* sum) {
   }
 }
 
+__global__ void movmatrix_kernel(const uint32_t* in, uint32_t* out) {
+  out[threadIdx.x] = tile::ptx::movmatrix_transposed(in[threadIdx.x]);
+}
+
+// Of numbers from 0 to 63, row by row.
+void test_movmatrix() {
+  std::vector<uint32_t> rows, columns;
+  for (uint32_t lane = 0; lane < 32; ++lane) {
+    rows.push_back(2 * lane | (2 * lane + 1) << 16);
+    const uint32_t row = lane / 4, col = lane % 4 * 2;
+    columns.push_back((8 * col + row) | (8 * (col + 1) + row) << 16);
+  }
+  const test::Array<uint32_t> in(rows), out(32);
+  test::check(launch(movmatrix_kernel, 1, 32, 0, nullptr, in.data(), out.data()), "movmatrix");
+  test::synchronize("movmatrix");
+  const std::vector<uint32_t> got = out.host();
+  test::compare("movmatrix_transposed", std::vector<int>(got.begin(), got.end()),
+                std::vector<int>(columns.begin(), columns.end()), 4);
+}
+
 template <int kCols>
 void test_layout() {
   const test::Array<int> owner(kRows * kCols);
@@ -236,6 +258,7 @@ void test_all() {
 }  // namespace jaxkern
 
 int main() {
+  jaxkern::test_movmatrix();
   jaxkern::test_all<16>();
   jaxkern::test_all<64>();
   jaxkern::test_all<176>();

@@ -101,6 +101,14 @@ def format_of(w: QuantizedArray) -> str:
     return "nvfp4" if w.scale.dtype == four_bit.E4M3 else "mxfp4"
 
 
+def relative_row_scale(row_scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of MXFP4's row_scale [..., rows], without NaN: over the largest, and the largest [...]."""
+    power = _largest(row_scale)
+    largest = power.max(-1)
+    bits = jnp.maximum(power - largest[..., None] + 127, 0) << 23
+    return jax.lax.bitcast_convert_type(bits, jnp.float32), _row_scale(largest, False)
+
+
 @jax.jit
 def pack(w: QuantizedArray) -> PackedWeight:
     """w [..., N, K] of four bits, checked."""

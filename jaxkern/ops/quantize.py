@@ -49,7 +49,7 @@ def quantize(
     x^T are those of x transposed. It moves the exponent only, so the values of a floating-point
     format are as precise as with any other scale.
 
-    Formats of four bits are for weights [N, K], with blocks along K, and have no kernel yet:
+    Formats of four bits are for weights [N, K], with blocks along K:
 
     - "nvfp4": e2m1 values, float8_e4m3fn scales of 16 of them, and a float32 scale of the matrix,
       amax / (448 * 6). A block's is its amax / 6 / that, to the nearest.
@@ -73,9 +73,9 @@ def quantize(
       group_size: columns of a group of "int4": 32, 64 or 128. None is 128.
       zero_point: of "int4": whether groups have one.
       search: of four bits: take, for each block, the one of some scales around which has the least
-        squared error.
+        squared error. "xla" alone does that.
       key: of four bits: of jax.random, for rounding up or down at random, with the mean kept. None
-        rounds to the nearest.
+        rounds to the nearest. "xla" alone rounds at random.
       implementation: "cuda", "xla", or a sequence of them to take the first that supports the
         call. None is ("cuda", "xla"). "cuda" is a kernel for compute capability 9.0, used where the
         computation is lowered for CUDA. "xla" is plain jax.numpy. Both give the same bits.

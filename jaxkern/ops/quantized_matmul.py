@@ -13,7 +13,13 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxkern import _checks, _dispatch, _ffi, _partitioning, _stack
 from jaxkern.ops import four_bit_weight
-from jaxkern.ops.packed_weight import COLUMNS, ROWS, PackedWeight, format_of
+from jaxkern.ops.packed_weight import (
+    COLUMNS,
+    ROWS,
+    PackedWeight,
+    format_of,
+    relative_row_scale,
+)
 from jaxkern.ops.quantize import quantize
 from jaxkern.ops.quantized_array import QuantizedArray
 
@@ -35,10 +41,13 @@ def quantized_matmul(
 
     w counts exactly as what it stands for, and sums are float32. But kernels round integers times
     their scale to x's dtype, which must have the scale in its range; and blocks of MXFP4 below
-    2^-100 of the largest of their row, in float16 2^-24, lose bits or are zero.
+    2^-100 of the largest of their row, in float16 2^-24, lose bits or are zero; as do, where x is a
+    single row in bfloat16, its products with values of e2m1 below 2^-62.
 
-    w is a constant: the gradient is x's alone, and the weight that x is multiplied by is made anew
-    for it, not kept.
+    w is a constant: the gradient is x's alone, dx = dy w. Kernels that make it do as above, but
+    blocks of MXFP4 count from the largest of w. They take dy in x's dtype: where the result has
+    another one, dy is rounded to bfloat16 for an x of that; for an x of float16, whose range dy may
+    leave, the gradient is plain jax.numpy.
 
     With activation_format "nvfp4" x is quantised too, each matrix [rows, K] with a float32 scale of
     its own, and counts as what that stands for; its gradient is as without. On GPUs of compute
@@ -53,7 +62,7 @@ def quantized_matmul(
       preferred_element_type: of the result: bfloat16, float16 or float32. None is x's.
       implementation: "cuda" (kernels: a packed w, and x in bfloat16 or float16), "xla" (plain
         jax.numpy), or a sequence of them to take the first that supports the call. None is ("cuda",
-        "xla"). Gradients are plain jax.numpy.
+        "xla"). Gradients are made by the same, but for those that no kernel takes (see above).
 
     Returns:
       [..., N].
@@ -117,15 +126,49 @@ def _quantized_matmul(config, x, w):
     return _product(config.dtype, x, "k", w, "n")
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Placed:
+    """Where an array is, which its gradient must be too on a mesh with Explicit axes."""
+
+    sharding: jax.sharding.NamedSharding
+
+    def put(self, gradient):
+        explicit = self.sharding.mesh.explicit_axes
+        return jax.sharding.reshard(gradient, self.sharding) if explicit else gradient
+
+
 def _forward(config, x, w):
-    return _quantized_matmul(config, x, w), w
+    return _quantized_matmul(config, x, w), (_Placed(jax.typeof(x).sharding), w)
 
 
-def _backward(config, w, dy):
-    return _product(config.input_dtype, dy, "n", w, "k"), None
+def _backward(config, kept, dy):
+    x, w = kept
+    return x.put(_gradient(config, dy, w)), None
 
 
 _quantized_matmul.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=0)
+def _gradient(config, dy, w):
+    """dy w, whose gradient is the product again."""
+    if config.kernel and (dy.dtype == config.input_dtype or config.input_dtype == jnp.bfloat16):
+        return _by_tiles(config, dy.astype(config.input_dtype), w, gradient=True)
+    return _product(config.input_dtype, dy, "n", w, "k")
+
+
+def _gradient_forward(config, dy, w):
+    return _gradient(config, dy, w), (_Placed(jax.typeof(dy).sharding), w)
+
+
+def _gradient_backward(config, kept, ddx):
+    dy, w = kept
+    return dy.put(_quantized_matmul(config._replace(quantizes=False), ddx, w)), None
+
+
+_gradient.defvjp(_gradient_forward, _gradient_backward)
 
 
 def _of_quantized(config, x, w):
@@ -185,43 +228,53 @@ class TilesConfig(NamedTuple):
     block: int
     zero_points: bool
     fallback: bool
+    gradient: bool  # x w, not x w^T
 
-    @staticmethod
-    def axes(x_rank, data_rank, *others):
+    def axes(self, x_rank, data_rank, *others):
         """Names of the axes of the operands, and of the result.
 
         The leading axes of a weight are the first ones of x.
         """
         lead = tuple(f"b{i}" for i in range(x_rank - 2))
         of_weight = lead[: data_rank - 3]
+        of_x, of_out = (*lead, "bk", "columns"), (*lead, "bn", "rows")
+        if self.gradient:
+            of_x, of_out = of_out, of_x
         operands = (
-            (*lead, "bk", "columns"),
+            of_x,
             (*of_weight, "bn", "bk", "words"),
             (*of_weight, "bn", "rows"),
             (*of_weight, "one", "another"),
         )
-        return operands[: 2 + len(others)], ((*lead, "bn", "rows"),)
+        return operands[: 2 + len(others)], (of_out,)
+
+    def sides(self, data):
+        """Columns of x and of the result."""
+        *_, high, wide, _ = data.shape
+        sides = (wide, COLUMNS), (high, ROWS)
+        return sides[::-1] if self.gradient else sides
 
 
-def _by_tiles(config, x, w):
+def _by_tiles(config, x, w, gradient=False):
     """The product by an op of whole tiles, whose rows and columns are axes of their own."""
-    wide = w.data.shape[-2] * COLUMNS
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, wide - w.columns)])
+    dtype = config.input_dtype if gradient else config.dtype
+    tiles = TilesConfig(dtype, w.format, w.block, w.zero_points, config.fallback, gradient)
+    (count, block), _ = tiles.sides(w.data)
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, count * block - x.shape[-1])])
     operands = (
-        _partitioning.split_axes(x, (x.ndim - 1,), COLUMNS),
+        _partitioning.split_axes(x, (x.ndim - 1,), block),
         w.data,
         _partitioning.split_axes(w.row_scale, (w.row_scale.ndim - 1,), ROWS),
         *(() if w.tensor_scale is None else (w.tensor_scale,)),
     )
-    tiles = TilesConfig(config.dtype, w.format, w.block, w.zero_points, config.fallback)
     operand_axes, _ = tiles.axes(*(a.ndim for a in operands))
     (out,) = _op(tiles)(*_partitioning.alike(operands, operand_axes))
-    return out.reshape(*x.shape[:-1], -1)[..., : w.rows]
+    return out.reshape(*x.shape[:-1], -1)[..., : w.columns if gradient else w.rows]
 
 
 @functools.cache
 def _op(config):
-    # Sums over a sharded K are float32 up to their end, where the rounding belongs.
+    # Sums over a sharded axis are float32 up to their end, where the rounding belongs.
     shares = config._replace(dtype=_SINGLE)
 
     def vmapped(op, axis_size, in_batched, operands):
@@ -244,26 +297,47 @@ def _op(config):
     )
 
 
-def by_kernel(config, x, data, row_scale, *_):
+def by_kernel(config, x, data, row_scale, *tensor_scale):
     """The product by the kernel, whose results are of x's dtype or float32."""
     *lead, high, wide, words = data.shape
     batch, rows = math.prod(lead), math.prod(x.shape[len(lead) : -2])
+    (count, block), side = config.sides(data)
+    scales = (row_scale.reshape(batch, high * ROWS),)
+    if config.gradient:
+        scales = _gradient_scales(
+            config, x.dtype, *scales, *(a.reshape(batch) for a in tensor_scale)
+        )
     (out,) = _ffi.call(
-        "jaxkern.quantized_matmul",
-        [((batch, rows, high * ROWS), x.dtype if config.dtype == x.dtype else _SINGLE)],
-        x.reshape(batch, rows, wide * COLUMNS),
+        "jaxkern.quantized_matmul_grad" if config.gradient else "jaxkern.quantized_matmul",
+        [((batch, rows, math.prod(side)), x.dtype if config.dtype == x.dtype else _SINGLE)],
+        x.reshape(batch, rows, count * block),
         data.reshape(batch, high, wide, words),
-        row_scale.reshape(batch, high * ROWS),
+        *scales,
         format=np.int32(_FORMATS.index(config.format)),
         block=np.int32(config.block),
         zero_points=np.bool_(config.zero_points),
     )
-    return (out.astype(config.dtype).reshape(*x.shape[:-2], high, ROWS),)
+    return (out.astype(config.dtype).reshape(*x.shape[:-2], *side),)
+
+
+def _gradient_scales(config, dtype, row_scale, *tensor_scale):
+    """What sums, and rows of the weight, are multiplied by in the gradient.
+
+    A scale of a row belongs to what is summed. Of MXFP4 it becomes a power of two times the
+    largest of them; of other formats all rows have the same, or NaN, which tiles have too, and
+    where it belongs: in the scale of a block.
+    """
+    if config.format == "mxfp4":
+        factor, largest = relative_row_scale(row_scale)
+        return largest, factor.astype(dtype)
+    ones = jnp.ones(row_scale.shape[:1], jnp.float32)
+    return *(tensor_scale or (ones,)), row_scale[:, :0].astype(dtype)
 
 
 def by_reference(config, x, data, row_scale, *tensor_scale):
     """The product by the reference."""
     *lead, high, wide, _ = data.shape
+    (count, block), side = config.sides(data)
     row_scale = row_scale.reshape(*lead, high * ROWS)
     size = high * ROWS, wide * COLUMNS
     (tensor_scale,) = tensor_scale or (None,)
@@ -272,9 +346,9 @@ def by_reference(config, x, data, row_scale, *tensor_scale):
     )
     rows = x.shape[len(lead) : -2]
     out = jnp.einsum(
-        "...mk,...nk->...mn",
-        x.reshape(*lead, math.prod(rows), size[1]).astype(jnp.float32),
+        "...mn,...nk->...mk" if config.gradient else "...mk,...nk->...mn",
+        x.reshape(*lead, math.prod(rows), count * block).astype(jnp.float32),
         weight.dequantize(),
         precision=jax.lax.Precision.HIGHEST,
     )
-    return (out.astype(config.dtype).reshape(*x.shape[:-2], high, ROWS),)
+    return (out.astype(config.dtype).reshape(*x.shape[:-2], *side),)

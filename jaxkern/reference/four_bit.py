@@ -17,6 +17,7 @@ E2M1, E4M3, E8M0 = jnp.float4_e2m1fn, jnp.float8_e4m3fn, jnp.float8_e8m0fnu
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
+_NVFP4_BLOCK = 16
 _LARGEST_CODE = 126  # of e4m3: 448
 _MANTISSA_BITS = 23  # of float32
 _INFINITY = 0xFF << _MANTISSA_BITS
@@ -52,7 +53,7 @@ def dequantize(x):
     return out if x.tensor_scale is None else out * x.tensor_scale
 
 
-def nvfp4(x, *, search=False, noise=None):
+def nvfp4(x, *, tensor_scale=None, search=False, noise=None):
     """A FourBit of float32 x [..., R, C]: e2m1, with e4m3 scales of 16 and a float32 one of all.
 
     tensor_scale is a matrix's amax / (448 * 6), or 1 if that is subnormal. A block's scale is its
@@ -60,14 +61,15 @@ def nvfp4(x, *, search=False, noise=None):
     that holds a NaN or an infinity has the scale NaN, and counts in no other.
 
     Args:
+      tensor_scale: of tensor_scale_of; None computes it.
       search: take that one of some scales around which has the least squared error.
       noise: uniform in [0, 1), of x's shape: values are rounded up with the probability that keeps
         their mean. None rounds to the nearest, ties to the even code.
     """
-    blocks = _blocks(x, 16)
+    blocks = _blocks(x, _NVFP4_BLOCK)
     amax, finite = _amax(blocks)
-    tensor_scale = amax.max((-2, -1), keepdims=True, initial=0) * np.float32(1 / (448 * 6))
-    tensor_scale = jnp.where(tensor_scale < _TINY, 1, tensor_scale)
+    if tensor_scale is None:
+        tensor_scale = tensor_scale_of(row_amax(x))
     code = _e4m3_code(amax, 6 * tensor_scale)
 
     def scale_of(code):
@@ -79,6 +81,18 @@ def nvfp4(x, *, search=False, noise=None):
     values = _e2m1(blocks, scale_of(code), finite, noise)
     scale = jax.lax.bitcast_convert_type(jnp.where(finite, code, 0x7F).astype(jnp.uint8), E4M3)
     return FourBit(values.reshape(x.shape), scale, tensor_scale)
+
+
+def row_amax(x):
+    """The largest magnitude of each row, of those blocks of NVFP4 that are finite, [..., R]."""
+    amax, _ = _amax(_blocks(x, _NVFP4_BLOCK))
+    return amax.max(-1, initial=0)
+
+
+def tensor_scale_of(row_amax):
+    """nvfp4's, float32 [..., 1, 1], of row_amax [..., R]."""
+    scale = row_amax.max(-1, initial=0)[..., None, None] * np.float32(1 / (448 * 6))
+    return jnp.where(scale < _TINY, 1, scale)
 
 
 def mxfp4(x, *, search=False, noise=None):
@@ -148,7 +162,7 @@ def int4(x, *, group, zero_point=False, search=False, noise=None):
 
 
 def _blocks(x, size):
-    return x.astype(jnp.float32).reshape(*x.shape[:-1], -1, size)
+    return x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // size, size)
 
 
 def _amax(blocks):

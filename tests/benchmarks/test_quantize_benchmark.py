@@ -1,4 +1,5 @@
 import common
+import jax
 import pytest
 import quantize
 
@@ -19,6 +20,37 @@ def test_spelling():
     message = "wanted the form 'quantize row both r16384 w8192 bf16 e4m3', got 'quantize row r1'"
     with pytest.raises(ValueError, match=message):
         quantize.Shape.parse("quantize row r1")
+
+
+def test_spelling_of_four_bits():
+    """With a block that the format has."""
+    for case in (
+        "quantize 1x64 natural r8 w128 bf16 e4m3",
+        "quantize row natural r8 w128 bf16 nvfp4",
+        "quantize 1x32 natural r8 w128 bf16 nvfp4",
+        "quantize 1x16 both r8 w128 bf16 nvfp4",
+        "quantize 1x128 natural r8 w64 bf16 int4",
+        "quantize_swiglu 1x32 natural r8 w128 bf16 mxfp4",
+    ):
+        with pytest.raises(ValueError, match="wanted the form"):
+            quantize.Shape.parse(case)
+
+
+@pytest.mark.parametrize(
+    "format, block",
+    [(name, block) for name, (_, blocks) in quantize.FOUR_BIT.items() for block in blocks],
+)
+def test_bytes_of_four_bits_are_those_of_the_arrays(format, block):
+    case = quantize.Shape("quantize", f"1x{block}", "natural", 6, 256, "bf16", format)
+    assert case.is_known
+    [(x,)] = common.normal_inputs([(6, 256)], ["bfloat16"]).arguments[:1]
+    result = jaxkern.quantize(x, **case.options, implementation="xla")
+    assert (result.zero_point is not None) == (format == "int4-zero")
+    bits = {"int4": 4, "float4_e2m1fn": 4}
+    written = sum(
+        a.size * bits.get(a.dtype.name, 8 * a.dtype.itemsize) // 8 for a in jax.tree.leaves(result)
+    )
+    assert case.work("fwd") == (2 if format == "nvfp4" else 1) * x.nbytes + written
 
 
 @pytest.mark.parametrize("scaling", quantize.SCALINGS)

@@ -1,5 +1,7 @@
 """pack_weight: the order of docs, and the way back."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxkern import PackedWeight, pack_weight, quantize
+from jaxkern.ops.packed_weight import relative_row_scale
 
 FORMATS = {
     "nvfp4": {},
@@ -180,3 +183,18 @@ def test_errors():
         pack_weight(type(w)(w.values, w.scale[:, 1:], w.tensor_scale))
     with pytest.raises(ValueError, match=r"w.values has shape \(128,\), wanted two axes"):
         pack_weight(type(w)(w.values[0], w.scale[0], w.tensor_scale))
+
+
+def test_scales_of_rows_relative_to_the_largest():
+    """Powers of two, also where a row has NaN or the least of scales."""
+    codes = [[0, 120, 0, 100], [127, 3, 255, 127], [90, 130, 7, 1], [0, 0, 0, 0]]
+    scale = jax.lax.bitcast_convert_type(jnp.array([codes, codes], jnp.uint8), jnp.float8_e8m0fnu)
+    w = quantize(jnp.ones((2, 4, 128)), "mxfp4")
+    packed = pack_weight(dataclasses.replace(w, scale=scale.at[1, 2].set(1)))
+    factor, largest = relative_row_scale(packed.row_scale)
+    powers = np.array([[120, 127, 130, 0], [120, 127, 127, 0]])
+    wanted = np.ldexp(1.0, powers - powers.max(1, keepdims=True))
+    np.testing.assert_array_equal(factor[:, :4], np.where(powers == 0, 0, wanted))
+    assert largest.tolist() == [8.0, 1.0]
+    least, _ = relative_row_scale(packed.row_scale[:, 3:4])
+    np.testing.assert_array_equal(least, [[1], [1]])

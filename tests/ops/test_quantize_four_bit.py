@@ -266,6 +266,6 @@ def test_errors():
             quantize(x, **options)
     with pytest.raises(ValueError, match="x has 120 columns, wanted a multiple of 16 for 'nvfp4'"):
         quantize(x[:, :120], "nvfp4")
-    with pytest.raises(NotImplementedError, match="'cuda': 'nvfp4' has no kernel"):
-        quantize(x, "nvfp4", implementation="cuda")
-    quantize(x, "nvfp4", implementation=["cuda", "xla"])
+    with pytest.raises(NotImplementedError, match="'cuda': search is True, wanted False"):
+        quantize(x, "nvfp4", search=True, implementation="cuda")
+    quantize(x, "nvfp4", search=True, implementation=["cuda", "xla"])

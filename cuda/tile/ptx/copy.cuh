@@ -85,6 +85,19 @@ __device__ __forceinline__ void bulk_tensor_load_by(uint64_t policy, void* share
       : "memory");
 }
 
+// The same of a rank-4 tensor.
+__device__ __forceinline__ void bulk_tensor_load_by(uint64_t policy, void* shared,
+                                                    const CUtensorMap* map, uint64_t* barrier,
+                                                    int c0, int c1, int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;"
+      :
+      : "r"(shared_address(shared)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1),
+        "r"(c2), "r"(c3), "l"(policy)
+      : "memory");
+}
+
 // Policies: what is read by them leaves the L2 cache before all else, or after it.
 __device__ __forceinline__ uint64_t evict_first_policy() {
   uint64_t policy;
@@ -108,6 +121,15 @@ __device__ __forceinline__ void bulk_load_by(uint64_t policy, void* shared, cons
       : "r"(shared_address(shared)), "l"(global), "r"(bytes), "r"(shared_address(barrier)),
         "l"(policy)
       : "memory");
+}
+
+// 16 bytes of global memory that nobody writes, and nobody reads again.
+__device__ __forceinline__ uint4 load_once(const uint4* global) {
+  uint4 x;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(global));
+  return x;
 }
 
 // Has the tensor map fetched, so that the first copy need not wait for it.

@@ -34,6 +34,13 @@ __device__ __forceinline__ void ldmatrix_x4(const void* row, uint32_t& r0, uint3
                : "memory");
 }
 
+// A matrix transposed: lane 4 g + c has, before and after, columns 2 c and 2 c + 1 of row g.
+__device__ __forceinline__ uint32_t movmatrix_transposed(uint32_t x) {
+  uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 // D(16 x 8) += A(16 x 16) B(16 x 8) of 16-bit elements, by a warp. Lane 4 g + c has, of A, columns
 // 2 c, 2 c + 1 of rows g, g + 8 and then columns 2 c + 8, 2 c + 9 of both; of B, rows 2 c, 2 c + 1
 // and 2 c + 8, 2 c + 9 of column g; of D, columns 2 c, 2 c + 1 of rows g and g + 8. `Type::kName`

@@ -1,0 +1,123 @@
+// Quantisation to four bits, with a scale for each block of neighbours in a row.
+//
+// A warp has kFourBitSlots runs of eight elements for each lane, and loads them at once. The lanes
+// that share a block agree on its extent; then each has the values of a run in a word.
+#pragma once
+
+#include "cuda/quantize/four_bit.cuh"
+#include "cuda/quantize/quantize_rows.cuh"
+
+namespace jaxkern::quantize {
+
+inline constexpr int kFourBitThreads = 256;
+template <class T>
+inline constexpr int kFourBitSlots = 8 / sizeof(T);
+
+// Runs of a block of threads.
+template <class T>
+inline constexpr int kFourBitRuns = kFourBitThreads * kFourBitSlots<T>;
+
+// As many as registers allow without spills.
+template <class Format>
+inline constexpr int kFourBitBlocksPerSm = Format::kStays          ? 4
+                                           : Format::kHasZeroPoint ? 5
+                                                                   : 6;
+
+// p.blocks blocks share out a matrix: each has one part of it, or goes on where its format kStays.
+// NVFP4 has read x before, for tensor_scale: backwards, L2 still has what was read last.
+template <class T, class Format>
+__global__ void __launch_bounds__(kFourBitThreads, kFourBitBlocksPerSm<Format>)
+    quantize_four_bit_kernel(const QuantizeFourBitParams p) {
+  __shared__ typename Format::Shared shared;
+  constexpr int kCount = kFourBitSlots<T>;
+  const int64_t runs = p.size / kEight;
+  const unsigned blocks = p.blocks, matrix = blockIdx.x / blocks;
+  int part = static_cast<int>(tile::ceil_div<int64_t>(runs, kFourBitRuns<T>) - 1) -
+             static_cast<int>(blockIdx.x % blocks);
+  const int lane = threadIdx.x % tile::kWarpSize;
+  const int lanes = (Format::kBlock > 0 ? Format::kBlock : p.block) / kEight;  // of a block
+  const auto* const from = static_cast<const Bits<T>*>(p.x) + matrix * p.size;
+  auto* const values = static_cast<uint32_t*>(p.values) + matrix * runs;
+
+  const int of_part = static_cast<int>(threadIdx.x - lane) * kCount + lane;
+  const auto run = [&](int s) {  // of the matrix
+    return int64_t{part} * kFourBitRuns<T> + (of_part + s * tile::kWarpSize);
+  };
+  Eight<T> x[kCount];
+  const auto load = [&] {
+#pragma unroll
+    for (int s = 0; s < kCount; ++s) {
+      x[s].load(from + run(s) * kEight, run(s) < runs, true);
+    }
+  };
+  load();
+  const Format format(p.tensor_scale != nullptr ? p.tensor_scale[matrix] : 0.0f, shared);
+
+  while (true) {
+    typename Format::Extent extents[kCount];
+#pragma unroll
+    for (int s = 0; s < kCount; ++s) extents[s].see(x[s]);
+#pragma unroll
+    for (int offset = tile::kWarpSize / 2; offset > 0; offset /= 2) {
+      if (offset >= lanes) continue;
+#pragma unroll
+      for (int s = 0; s < kCount; ++s) extents[s].join_lane(offset);
+    }
+#pragma unroll
+    for (int s = 0; s < kCount; ++s) {
+      const auto block = format.block(extents[s]);
+      const uint32_t word = format.values(x[s], block);
+      const bool inside = run(s) < runs;
+      if (inside) values[run(s)] = word;
+      const int64_t at = (matrix * runs + run(s)) >> (__ffs(lanes) - 1);
+      if (inside && (lane & (lanes - 1)) == 0) {
+        static_cast<typename Format::Stored*>(p.scale)[at] = block.stored();
+      }
+      if constexpr (Format::kHasZeroPoint) {
+        const uint32_t next = __shfl_xor_sync(0xffffffffu, block.zero_point(), lanes);
+        if (inside && (lane & (2 * lanes - 1)) == 0) {
+          static_cast<uint8_t*>(p.zero_point)[at / 2] = block.zero_point() | next << 4;
+        }
+      }
+    }
+    if constexpr (!Format::kStays) return;
+    part -= static_cast<int>(blocks);
+    if (part < 0) return;
+    load();
+  }
+}
+
+// --- The largest magnitude -----------------------------------------------------------------------
+
+template <class T>
+inline constexpr int kNvfp4Lanes = 16 / kVec<T>;
+
+// Of the finite blocks of 16 of each row, in p.outputs[0].scale. blockDim.x is at least
+// kNvfp4Lanes.
+template <class T>
+__global__ void __maxnreg__(64) row_amax_kernel(const QuantizeParams p) {
+  __shared__ uint32_t scratch[tile::kMaxWarps];
+  const RowPart<Matrix, T, true> part{p, int64_t{blockIdx.x} * blockDim.y + threadIdx.y};
+  uint32_t most = 0;
+  const auto see = [&](const Load<T>(&x)[1]) {
+    Amax<T> amax;
+    amax.see(x[0]);
+    const uint32_t bits = tile::warp_max(amax.bits(), kNvfp4Lanes<T>);
+    most = max(most, bits < kInfinityBits ? bits : 0);
+  };
+  Load<T> x[kSlots<Matrix>][1];
+  part.load_slots(x);
+#pragma unroll
+  for (int s = 0; s < kSlots<Matrix>; ++s) see(x[s]);
+  part.beyond_slots([&](int64_t col) {
+    Load<T> beyond[1];
+    part.load(beyond, col);
+    see(beyond);
+  });
+  most = tile::row_max(most, scratch);
+  if (threadIdx.x == 0 && part.row < p.rows) {
+    p.outputs[0].scale[part.row] = __uint_as_float(most);
+  }
+}
+
+}  // namespace jaxkern::quantize
