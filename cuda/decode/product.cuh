@@ -157,12 +157,14 @@ struct HeldOperands {
 // there: registers hold them while others come in their place.
 template <class Weight, int kOctets, int kSlices>  // slices of bfloat16 of a warp
 struct HeldWeights {
-  static constexpr int kTiles = (kOctets + 1) / 2, kScaleBytes = Weights<Weight>::kScaleBytes;
-  static constexpr int kParts = Weights<Weight>::kParts, kTaken = kSlices / kParts;
+  using W = Weights<Weight>;
+  static constexpr int kParts = W::kParts, kTaken = kSlices / kParts, kScaleBytes = W::kScaleBytes;
   static constexpr int kSliceBytesMost = slice_bytes(8 * kOctets, kScaleBytes);
+  // Whether they are held as they came: those of four bits, which leave attention its registers.
+  static constexpr bool kPacked = kScaleBytes > 0;
   static_assert(kSlices % kParts == 0);
-  uint4 weights[kTaken][kOctets];
-  typename Weights<Weight>::Scales scales[kTaken][kOctets];
+  uint4 weights[kPacked ? kTaken : kSlices][kOctets];
+  typename W::Scales scales[kTaken][kOctets];
 
   // `part`: columns of vectors that shared memory has room for.
   static bool fit(const Rows& rows, int part) {
@@ -178,7 +180,7 @@ struct HeldWeights {
     static_assert(kChunkSlices >= kTaken && kTaken * kWarps <= kChunkSlices * Stream::kStages);
     const int lane = threadIdx.x % tile::kWarpSize;
     const int units = rows.units(block);
-    const int slices = units > 0 ? rows.K / Weights<Weight>::kColumns : 0;
+    const int slices = units > 0 ? rows.K / W::kColumns : 0;
     const auto [at_once, chunks, magic, bytes] = rows.chunks_of(block);
     const int begin = warp() * kTaken, count = min(kTaken, slices - begin);
     const int chunk = __umulhi(begin, magic);  // the warp's first
@@ -196,12 +198,23 @@ struct HeldWeights {
       const char* from_scales = from + units * kSliceBytes + lane / 4 * kScaleBytes;
 #pragma unroll
       for (int o = 0; o < kOctets; ++o) {
-        weights[i][o] = {};  // or the compiler keeps what there was in the last layer
-        scales[i][o] = {};
+        uint4 raw = {};  // or the compiler keeps what there was in the last layer
         if (i < count) {
-          weights[i][o] = *reinterpret_cast<const uint4*>(from + 8 * o * kSliceBytes + 16 * lane);
-          if constexpr (kScaleBytes > 0) {
+          raw = *reinterpret_cast<const uint4*>(from + 8 * o * kSliceBytes + 16 * lane);
+        }
+        if constexpr (kPacked) {
+          weights[i][o] = raw;
+          scales[i][o] = {};
+          if (i < count) {
             scales[i][o] = *reinterpret_cast<const uint2*>(from_scales + 8 * o * kScaleBytes);
+          }
+        } else {
+#pragma unroll
+          for (int part = 0; part < kParts; ++part) {
+            uint4& operand = weights[i * kParts + part][o];
+            operand = W::unpack(raw, part);
+            // Or they are unpacked when the vectors are there, which others wait for.
+            if (kParts > 1) tile::ptx::work_out_here(operand);
           }
         }
       }
@@ -213,16 +226,22 @@ struct HeldWeights {
     slot.count += chunks;
   }
 
-  // As they are multiplied. Worked out here, not when the vectors are there, which others wait for.
+  // As they are multiplied; to be called before the vectors are there, which others wait for.
   __device__ __forceinline__ HeldOperands<kOctets, kSlices> operands(const ScaleCode& code) const {
     HeldOperands<kOctets, kSlices> operands;
 #pragma unroll
     for (int i = 0; i < kSlices; ++i) {
 #pragma unroll
       for (int o = 0; o < kOctets; ++o) {
-        operands.data[i][o] =
-            operand_of<Weight>(weights[i / kParts][o], scales[i / kParts][o], i % kParts, code);
-        if (kParts > 1) tile::ptx::work_out_here(operands.data[i][o]);
+        uint4& operand = operands.data[i][o];
+        if constexpr (kPacked) {
+          const int part = i % kParts;
+          operand = W::unpack(weights[i / kParts][o], part, W::bits_of(scales[i / kParts][o], part),
+                              code);
+          tile::ptx::work_out_here(operand);
+        } else {
+          operand = weights[i][o];
+        }
       }
     }
     return operands;

@@ -133,17 +133,4 @@ struct Weights<s4> : FourBitWeights {
   }
 };
 
-// What registers multiply of a lane's 16 bytes, and of the scales of their row.
-template <class Weight>
-__device__ __forceinline__ uint4 operand_of(const uint4& raw,
-                                            const typename Weights<Weight>::Scales& scales,
-                                            int part, const ScaleCode& code) {
-  if constexpr (Weights<Weight>::kScaleBytes > 0) {
-    const uint32_t bits = Weights<Weight>::bits_of(scales, part);
-    return Weights<Weight>::unpack(raw, part, bits, code);
-  } else {
-    return Weights<Weight>::unpack(raw, part);
-  }
-}
-
 }  // namespace jaxkern::decode
