@@ -34,7 +34,7 @@ int main() {
   test_model<DecodeStep<bf16, 64, 8, 9>>("hidden units in parts", kBf16, units_in_parts,
                                          {1, 2, 3, 4, 5, 6, 7}, 2);
   test_model<DecodeStep<bf16, 128, 8, 8>>("five sequences", kBf16, qwen, {3, 500, 64, 0, 255}, 2);
-  test_model<DecodeStep<bf16, 128, 8, 8>>("wide, five sequences",
+  test_model<DecodeStep<bf16, 128, 8, 8>>("wide, five sequences", kBf16,
                                           {1, 4096, 20'000, 32, 8, 128, 1120, 64, false, false},
                                           {3, 9, 0, 1, 20}, 2);
   test_model<DecodeStep<bf16, 64, 16, 7>>(
@@ -44,10 +44,10 @@ int main() {
                                           {0, 7, 31, 8, 3, 2, 1, 0, 20}, 2);
   test_model<DecodeStep<bf16, 64, 16, 7>>("eleven sequences in parts", kBf16, units_in_parts,
                                           {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11}, 2);
-  test_model<DecodeStep<bf16, 128, 16, 6>>("blocks of 136 rows, 13 sequences",
+  test_model<DecodeStep<bf16, 128, 16, 6>>("blocks of 136 rows, 13 sequences", kBf16,
                                            {1, 256, 500, 2, 1, 128, 8960, 64, true, false},
                                            {9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 1, 2, 3}, 2);
-  test_model<DecodeStep<bf16, 128, 16, 6>>("wide, ten sequences",
+  test_model<DecodeStep<bf16, 128, 16, 6>>("wide, ten sequences", kBf16,
                                            {1, 4096, 13'000, 32, 8, 128, 1120, 64, false, false},
                                            {9, 8, 7, 6, 5, 4, 3, 2, 1, 0}, 2);
 
@@ -60,7 +60,7 @@ int main() {
   test_model<DecodeStep<e4m3, 64, 4, 11>>("FP8, four sequences", kFp8, small, {0, 7, 31, 8}, 2);
   test_model<DecodeStep<e4m3, 64, 8, 9>>("FP8, hidden units in parts", kFp8, units_in_parts,
                                          {1, 2, 3, 4, 5, 6, 7}, 2);
-  test_model<DecodeStep<e4m3, 128, 16, 6>>("FP8, twelve sequences",
+  test_model<DecodeStep<e4m3, 128, 16, 6>>("FP8, twelve sequences", kFp8,
                                            {1, 256, 500, 2, 1, 128, 8960, 64, true, false},
                                            {9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 1, 2}, 2);
   return test::finish();
