@@ -124,6 +124,52 @@ ffi::Error quantized_matmul(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffe
   return launch_error("quantized_matmul", launch_quantized_matmul(params, stream));
 }
 
+ffi::Error quantized_matmul_fp8(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer x_scale,
+                                ffi::AnyBuffer data, ffi::AnyBuffer row_scale,
+                                ffi::Result<ffi::AnyBuffer> out, int32_t format_code, int32_t block,
+                                bool zero_points) {
+  Checks checks("quantized_matmul_fp8");
+  if (checks.rank("x", x, 3).rank("data", data, 4).failed()) return checks.error();
+  const int64_t B = x.dimensions()[0], M = x.dimensions()[1], K = x.dimensions()[2];
+  const int64_t strips = data.dimensions()[1], panels = data.dimensions()[2];
+  const int64_t N = strips * kFourBitRows;
+  const auto format = FourBitFormat(format_code);
+  checks.that(format_code >= 0 && format_code <= 2, "format", std::to_string(format_code), "0 to 2")
+      .that(is_block(format, block), "block", std::to_string(block), "one of the format");
+  if (checks.failed()) return checks.error();
+  const FourBitWeight w = {
+      .format = format,
+      .blocks = kFourBitColumns / block,
+      .zero_points = zero_points,
+      .data = data.untyped_data(),
+      .row_scale = static_cast<const float*>(row_scale.untyped_data()),
+  };
+  checks.dtype("x", x, {F8E4M3FN})
+      .that(K == panels * kFourBitColumns, "x", "has K " + std::to_string(K),
+            std::to_string(panels * kFourBitColumns))
+      .shape("x_scale", x_scale, {B, M})
+      .dtype("x_scale", x_scale, {F32})
+      .shape("data", data, {B, strips, panels, w.tile_bytes() / 4})
+      .dtype("data", data, {U32})
+      .shape("row_scale", row_scale, {B, N})
+      .dtype("row_scale", row_scale, {F32})
+      .shape("out", *out, {B, M, N})
+      .dtype("out", *out, {BF16, F16, F32});
+  if (checks.failed() || B * M * N == 0) return checks.error();
+  const QuantizedMatmulFp8Params params = {
+      .out_dtype = to_dtype(out->element_type()),
+      .B = B,
+      .M = M,
+      .N = N,
+      .K = K,
+      .x = x.untyped_data(),
+      .x_scale = x_scale.typed_data<float>(),
+      .w = w,
+      .out = out->untyped_data(),
+  };
+  return launch_error("quantized_matmul_fp8", launch_quantized_matmul_fp8(params, stream));
+}
+
 }  // namespace
 
 JAXKERN_DEFINE_HANDLER(ScaledMatmul, scaled_matmul,
@@ -143,6 +189,18 @@ JAXKERN_DEFINE_HANDLER(QuantizedMatmul, quantized_matmul,
                        ffi::Ffi::Bind()
                            .Ctx<Stream>()
                            .Arg<ffi::AnyBuffer>()  // x
+                           .Arg<ffi::AnyBuffer>()  // data
+                           .Arg<ffi::AnyBuffer>()  // row_scale
+                           .Ret<ffi::AnyBuffer>()  // out
+                           .Attr<int32_t>("format")
+                           .Attr<int32_t>("block")
+                           .Attr<bool>("zero_points"));
+
+JAXKERN_DEFINE_HANDLER(QuantizedMatmulFp8, quantized_matmul_fp8,
+                       ffi::Ffi::Bind()
+                           .Ctx<Stream>()
+                           .Arg<ffi::AnyBuffer>()  // x
+                           .Arg<ffi::AnyBuffer>()  // x_scale
                            .Arg<ffi::AnyBuffer>()  // data
                            .Arg<ffi::AnyBuffer>()  // row_scale
                            .Ret<ffi::AnyBuffer>()  // out

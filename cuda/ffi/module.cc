@@ -23,6 +23,7 @@ namespace nb = nanobind;
   TARGET("jaxkern.quantize_swiglu", QuantizeSwiglu)          \
   TARGET("jaxkern.quantize_swiglu_grad", QuantizeSwigluGrad) \
   TARGET("jaxkern.quantized_matmul", QuantizedMatmul)        \
+  TARGET("jaxkern.quantized_matmul_fp8", QuantizedMatmulFp8) \
   TARGET("jaxkern.rms_norm_fwd", RmsNormFwd)                 \
   TARGET("jaxkern.rms_norm_bwd", RmsNormBwd)                 \
   TARGET("jaxkern.scaled_matmul", ScaledMatmul)

@@ -46,4 +46,15 @@ struct QuantizedMatmulParams {
   void* out;  // (B, M, N)
 };
 
+// The same for x of e4m3 with a scale for each row, which has the columns of each 16 in the order
+// 0, 1, 8, 9, 2, 3, 10, 11, ... of four_bit_fp8.cuh. K is a multiple of 128.
+struct QuantizedMatmulFp8Params {
+  DType out_dtype;  // kBFloat16, kFloat16 or kFloat32
+  int64_t B, M, N, K;
+  const void* x;         // (B, M, K)
+  const float* x_scale;  // (B, M)
+  FourBitWeight w;
+  void* out;  // (B, M, N)
+};
+
 }  // namespace jaxkern

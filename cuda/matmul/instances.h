@@ -37,4 +37,9 @@ cudaError_t launch_scaled_matmul_few_rows(const ScaledMatmulParams& params, cuda
 template <FourBitFormat kFormat>
 cudaError_t launch_quantized_matmul_of(const QuantizedMatmulParams& params, cudaStream_t stream);
 
+// The same for x of e4m3.
+template <FourBitFormat kFormat>
+cudaError_t launch_quantized_matmul_fp8_of(const QuantizedMatmulFp8Params& params,
+                                           cudaStream_t stream);
+
 }  // namespace jaxkern

@@ -48,4 +48,17 @@ cudaError_t launch_quantized_matmul(const QuantizedMatmulParams& params, cudaStr
   return cudaErrorInvalidValue;
 }
 
+cudaError_t launch_quantized_matmul_fp8(const QuantizedMatmulFp8Params& params,
+                                        cudaStream_t stream) {
+  switch (params.w.format) {
+    case FourBitFormat::kNvfp4:
+      return launch_quantized_matmul_fp8_of<FourBitFormat::kNvfp4>(params, stream);
+    case FourBitFormat::kMxfp4:
+      return launch_quantized_matmul_fp8_of<FourBitFormat::kMxfp4>(params, stream);
+    case FourBitFormat::kInt4:
+      return launch_quantized_matmul_fp8_of<FourBitFormat::kInt4>(params, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
 }  // namespace jaxkern
