@@ -19,6 +19,7 @@ namespace nb = nanobind;
   TARGET("jaxkern.attention_bwd", AttentionBwd)              \
   TARGET("jaxkern.decode_step", DecodeStep)                  \
   TARGET("jaxkern.quantize", Quantize)                       \
+  TARGET("jaxkern.quantize_permuted", QuantizePermuted)      \
   TARGET("jaxkern.quantize_rms_norm", QuantizeRmsNorm)       \
   TARGET("jaxkern.quantize_swiglu", QuantizeSwiglu)          \
   TARGET("jaxkern.quantize_swiglu_grad", QuantizeSwigluGrad) \

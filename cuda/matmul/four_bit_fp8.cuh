@@ -1,14 +1,14 @@
 // Weights of four bits as the operand A of products of e4m3.
 //
 // Columns go in panels of 128. In each a row has a factor, a power of two or, of integers with one
-// scale there, that scale, and its weights are what e4m3 has nearest to their share of it. Sums of a
-// panel count times the factor. So weights are exact where they have at most four significant bits:
-// integers in groups of 128, those of MXFP4 down to 2^-9 of the panel's largest scale, and of NVFP4
-// all but some of +-1.5, 3 and 6.
+// scale there, that scale, and its weights are what e4m3 has nearest to their share of it. Sums of
+// a panel count times the factor. So weights are exact where they have at most four significant
+// bits: integers in groups of 128, those of MXFP4 down to 2^-9 of the panel's largest scale, and of
+// NVFP4 all but some of +-1.5, 3 and 6.
 //
-// A word's eight become float16 first, where they are scaled (four_bit.cuh). Four of them, of a row,
-// then fill a register. Of lane 4 g + c they are the columns 2 c + 0, 1, 8 and 9 of 16, which for
-// the tensor core are 4 c + 0, 1, 2 and 3: the other operand has its columns in that order too.
+// A word's eight become float16 first, where they are scaled (four_bit.cuh). Four of them, of a
+// row, then fill a register. Of lane 4 g + c they are the columns 2 c + 0, 1, 8 and 9 of 16, which
+// for the tensor core are 4 c + 0, 1, 2 and 3: the other operand has its columns in that order too.
 #pragma once
 
 #include "cuda/matmul/four_bit.cuh"
@@ -91,13 +91,11 @@ struct FourBitFp8<FourBitFormat::kMxfp4> {
 template <>
 struct FourBitFp8<FourBitFormat::kInt4> {
   uint32_t scales[4], zeros[4];  // of 32 columns each
-  bool scaled;                   // more than one scale
   tile::RowVector factors;
 
   __device__ __forceinline__ void load(const FourBitWeight& w, const char* from) {
     const int blocks = w.blocks, g = threadIdx.x % 32 / 4;
     const uint32_t* words = reinterpret_cast<const uint32_t*>(from) + g * blocks;
-    scaled = blocks > 1;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int block = i * blocks >> 2;
@@ -105,10 +103,16 @@ struct FourBitFp8<FourBitFormat::kInt4> {
       const uint32_t zero = w.zero_points ? words[8 * blocks + block] : 0x43084308;  // 136
       zeros[i] = zero + 0x21002100;  // 1032 and more, in float16
     }
-    const float2 first = tile::unpack<tile::bf16>(scales[0]);
-    factors[0] = first.x;
-    factors[1] = first.y;
-    if (scaled) share_out();
+    if (blocks > 1) {
+      share_out();
+      return;
+    }
+    const float2 only = tile::unpack<tile::bf16>(scales[0]);
+    factors[0] = only.x;
+    factors[1] = only.y;
+    constexpr uint32_t kOnes = 0x3c003c00;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) scales[i] = kOnes;
   }
   // The largest scale of a row becomes one in [8, 16), and its integers at most 240.
   __device__ __forceinline__ void share_out() {
@@ -138,26 +142,27 @@ struct FourBitFp8<FourBitFormat::kInt4> {
       auto& pair = as_pair<tile::f16>(values[i]);
       pair = __hsub2(pair, both<tile::f16>(i % 2 == 0 ? rows.x : rows.y));
     }
-    if (scaled) scale_rows<tile::f16>(values, scales[step / 2]);
+    scale_rows<tile::f16>(values, scales[step / 2]);
     round_to_e4m3(values, a);
   }
 };
 
-// What a warp has of a tile: its rows of an operand of 128 columns, and their factors.
+// What a lane has of a tile: expand() makes its part of an operand of 128 columns, two steps of 16
+// at a time, whose values it reads then.
 template <FourBitFormat kFormat>
-__device__ __forceinline__ tile::RowVector expand_fp8(const FourBitWeight& w, const char* tile,
-                                                      tile::RegisterTile<tile::e4m3, 64, 128>& y) {
-  const auto* from = reinterpret_cast<const uint4*>(tile) + threadIdx.x % tile::kWarpSize;
+struct FourBitFp8Tile {
+  const uint2* values;
   FourBitFp8<kFormat> scales;
-  scales.load(w, tile + kFourBitValueBytes);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const uint4 four = from[tile::kWarpSize * half];
-    const uint32_t words[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) scales.expand(words[i], 4 * half + i, y.data + 8 * half + 2 * i);
+
+  __device__ __forceinline__ void load(const FourBitWeight& w, const char* tile) {
+    values = reinterpret_cast<const uint2*>(tile) + 2 * (threadIdx.x % tile::kWarpSize);
+    scales.load(w, tile + kFourBitValueBytes);
   }
-  return scales.factors;
-}
+  __device__ __forceinline__ void expand(int steps, uint32_t* a) const {
+    const uint2 two = values[steps / 2 * 2 * tile::kWarpSize + steps % 2];
+    scales.expand(two.x, 2 * steps, a);
+    scales.expand(two.y, 2 * steps + 1, a + 2);
+  }
+};
 
 }  // namespace jaxkern

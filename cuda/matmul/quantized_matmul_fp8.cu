@@ -1,5 +1,5 @@
-// Instances of the product of e4m3 with weights of four bits: JAXKERN_FORMAT comes from the table in
-// CMakeLists.txt.
+// Instances of the product of e4m3 with weights of four bits: JAXKERN_FORMAT comes from the table
+// in CMakeLists.txt.
 #include "cuda/matmul/quantized_matmul_fp8.h"
 
 #include "cuda/matmul/instances.h"

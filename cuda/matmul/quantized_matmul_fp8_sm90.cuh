@@ -2,13 +2,14 @@
 //
 // wgmma takes its operand A from registers, where weights become e4m3 (four_bit_fp8.cuh): so
 // weights are the rows, tokens the columns, and a tile is out^T. Persistent clusters of blocks work
-// through tiles. The blocks of a cluster lie below each other: each has weights of its own, and they
-// bring each other the tokens they share. Warpgroups have roles:
+// through tiles. The blocks of a cluster lie below each other: each has weights of its own, and
+// they bring each other the tokens they share. Warpgroups have roles:
 //   producer   one thread loads panels of 128 columns, of weights and of tokens, into a ring;
 //   consumers  each own 64 rows of weights, a warp 16 of them, and all tokens of the tile.
-// A tensor core adds products of 8 bits with about 14. So a consumer takes the product of one panel,
-// of some tokens at a time, and adds it to a sum in float32 registers, times the factors that rows
-// have in the panel. While it does so, and expands weights, the other consumer multiplies.
+// A tensor core adds products of 8 bits with about 14. So a consumer takes the product of one
+// panel, of some tokens at a time, and adds it to a sum in float32 registers, times the factors
+// that rows have in the panel. While it does so, and expands weights, the other consumer
+// multiplies.
 #pragma once
 
 #include "cuda/matmul/four_bit_fp8.cuh"
@@ -27,10 +28,10 @@ struct QuantizedMatmulFp8 {
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
                 (1 + kConsumers) * tile::launch_registers(kThreads));
-  static constexpr int kStages = 4;
-  static constexpr int kPart = kTokens < 128 ? kTokens : 128;  // tokens of a product
-  static constexpr int kParts = kTokens / kPart;
-  static constexpr int kPiece = 64 / sizeof(Out);  // tokens that go to memory at once
+  static constexpr int kStages = 4, kWeightStages = 4;
+  static constexpr int kPart = 64, kParts = kTokens / kPart;  // tokens of a product
+  static constexpr int kPairs = kFourBitColumns / 32;         // of steps, of a panel
+  static constexpr int kPiece = 64 / sizeof(Out);             // tokens that go to memory at once
   static constexpr int kWeightBytes =
       kStrips * four_bit_tile_bytes(kFormat, kMostBlocks<kFormat>, kFormat == FourBitFormat::kInt4);
 
@@ -42,9 +43,10 @@ struct QuantizedMatmulFp8 {
   struct Storage {
     TileX x[kStages];
     TileOut out[kConsumers][2];
-    alignas(128) char weights[kStages][kWeightBytes];
+    alignas(128) char weights[kWeightStages][kWeightBytes];
     alignas(16) float token_scale[kConsumers][kTokens];
     tile::Ring<kStages> ring;
+    tile::Ring<kWeightStages> weight_ring;
   };
   static constexpr int kSharedBytes = sizeof(Storage);
   static_assert(kSharedBytes <= tile::kMaxSharedBytes, "the tiles must fit a block");
@@ -57,7 +59,8 @@ struct QuantizedMatmulFp8 {
     FourBitWeight weight;
     int tile_bytes;           // of weights
     tile::MatrixOrder order;  // of the tiles of clusters
-    int B, M, N, panels;      // of 128 columns
+    int B, M, N;
+    int panels;  // of 128 columns, an even number: what is beyond K is zero
   };
 
   // Where this block's tile lies.
@@ -82,47 +85,107 @@ struct QuantizedMatmulFp8 {
 
   __device__ __forceinline__ static void load(const Params& p, Storage& shared) {
     tile::Slot<kStages> slot;
+    tile::Slot<kWeightStages> weights;
     for_each_work(p, [&](const Work& at) {
-      for (int panel = 0; panel < p.panels; ++panel, slot.advance()) {
+      for (int panel = 0; panel < p.panels; ++panel, slot.advance(), weights.advance()) {
+        weights.wait_empty(shared.weight_ring);
+        auto& arrived = shared.weight_ring.full[weights.stage()];
+        arrived.arrive_expect(kStrips * p.tile_bytes);
+        tile::ptx::bulk_tensor_load_by(tile::ptx::evict_first_policy(),
+                                       shared.weights[weights.stage()], &p.w, &arrived.word, 0,
+                                       panel, at.batch * all_strips(p) + at.strip);
         slot.wait_empty(shared.ring);
-        const int stage = slot.stage();
-        auto& full = shared.ring.full[stage];
-        full.arrive_expect(kStrips * p.tile_bytes + TileX::kBytes);
-        tile::ptx::bulk_tensor_load_by(tile::ptx::evict_first_policy(), shared.weights[stage], &p.w,
-                                       &full.word, 0, panel, at.batch * all_strips(p) + at.strip);
+        auto& full = shared.ring.full[slot.stage()];
+        full.arrive_expect(TileX::kBytes);
         tile::tma::load_multicast<Cluster>(
-            shared.x[stage], p.x, Corner{at.batch * p.M + at.token, kFourBitColumns * panel}, full);
+            shared.x[slot.stage()], p.x, Corner{at.batch * p.M + at.token, kFourBitColumns * panel},
+            full);
       }
     });
   }
 
+  // The weights of a consumer, one panel after another, of one tile and the next. They begin again
+  // where there are no more.
+  struct Weights {
+    const Params& p;
+    Storage& shared;
+    int place;  // of a warp's in a panel
+    int left;   // panels to come
+    tile::Slot<kWeightStages> slot;
+    FourBitFp8Tile<kFormat> tile;
+
+    __device__ __forceinline__ Weights(const Params& p, Storage& shared, int consumer)
+        : p(p), shared(shared), left(0) {
+      const int warp = threadIdx.x % tile::kWarpgroupSize / tile::kWarpSize;
+      place = (4 * consumer + warp) * p.tile_bytes;
+      for_each_work(p, [&](const Work&) { left += p.panels; });
+    }
+    __device__ __forceinline__ void load() {
+      if (left > 0) slot.wait_full(shared.weight_ring);
+      tile.load(p.weight, shared.weights[slot.stage()] + place);
+    }
+    __device__ __forceinline__ void release() {
+      --left;
+      shared.weight_ring.empty[slot.stage()].arrive_warp();
+      slot.advance();
+    }
+  };
+
+  // Changes nothing, but factors are not known before the four registers are. zero: of which the
+  // compiler does not know that it is. NOTE: otherwise the compiler puts off most of expand() until
+  // the products of a panel are done, and its registers with it.
+  __device__ __forceinline__ static void wait_for(tile::RowVector& factors, const uint32_t* made,
+                                                  uint32_t zero) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t none = (made[2 * i] | made[2 * i + 1]) & zero;
+      factors[i] = __uint_as_float(__float_as_uint(factors[i]) | none);
+    }
+  }
+
   __device__ __forceinline__ static void multiply(const Params& p, Storage& shared, int consumer) {
-    const int warp = threadIdx.x % tile::kWarpgroupSize / tile::kWarpSize;
-    const int place = (4 * consumer + warp) * p.tile_bytes;  // of a warp's weights in a panel
     const auto x = tile::settled(tile::k_major<kPart>(shared.x[0]));
     float* token_scale = shared.token_scale[consumer];
     tile::Slot<kStages> slot;
+    Weights weights(p, shared, consumer);
+    Operand operands[2];
+    weights.load();
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) weights.tile.expand(i, operands[0].data + 4 * i);
+    weights.release();
     for_each_work(p, [&](const Work& at) {
       Sum sums[kParts];
 #pragma unroll
       for (int i = 0; i < kParts; ++i) tile::zero(sums[i]);
       load_token_scale(p, token_scale, at);
-      for (int panel = 0; panel < p.panels; ++panel, slot.advance()) {
+      // Adds the product of a panel, and expands the next one.
+      const auto add_panel = [&](const Operand& operand, Operand& next) {
         const int stage = slot.stage();
+        const tile::RowVector factors = weights.tile.scales.factors;
+        weights.load();
         slot.wait_full(shared.ring);
-        Operand weights;
-        const tile::RowVector factors =
-            expand_fp8<kFormat>(p.weight, shared.weights[stage] + place, weights);
 #pragma unroll
         for (int i = 0; i < kParts; ++i) {
           Sum part;
           tile::mma_fence(part);
-          tile::mma(part, weights, x.of_tile(stage).of_rows(kPart * i), false);
+          tile::mma(part, operand, x.of_tile(stage).of_rows(kPart * i), false);
           tile::mma_commit();
+          tile::RowVector own = factors;
+#pragma unroll
+          for (int pair = kPairs / kParts * i; pair < kPairs / kParts * (i + 1); ++pair) {
+            weights.tile.expand(pair, next.data + 4 * pair);
+            wait_for(own, next.data + 4 * pair, p.M >> 31);
+          }
           tile::mma_wait<0>(part);
           if (i == kParts - 1) Cluster::arrive_warp(shared.ring.empty[stage]);
-          tile::add_scaled(sums[i], part, factors);
+          tile::add_scaled(sums[i], part, own);
         }
+        weights.release();
+        slot.advance();
+      };
+      for (int panel = 0; panel < p.panels; panel += 2) {
+        add_panel(operands[0], operands[1]);
+        add_panel(operands[1], operands[0]);
       }
       store(p, shared.out[consumer], token_scale, at, sums, consumer);
     });
@@ -180,6 +243,7 @@ __global__ void __cluster_dims__(Matmul::Cluster::kBlocks, 1, 1)
 
   if (threadIdx.x == 0) {
     shared.ring.init(1, 4 * Matmul::kConsumers * Matmul::Cluster::kBlocks);  // warps of the cluster
+    shared.weight_ring.init(1, 4 * Matmul::kConsumers);
     tile::ptx::fence_mbarrier_init();
   }
   Matmul::Cluster::sync();

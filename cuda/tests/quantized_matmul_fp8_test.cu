@@ -1,5 +1,5 @@
-// Products of e4m3 with weights of four bits against a scalar loop over what their bits mean, rounded
-// as four_bit_fp8.cuh has it.
+// Products of e4m3 with weights of four bits against a scalar loop over what their bits mean,
+// rounded as four_bit_fp8.cuh has it.
 #include "cuda/matmul/quantized_matmul_fp8.h"
 
 #include "cuda/tests/test.h"
@@ -70,7 +70,7 @@ struct Weight {
     const bool wide = which == Scales::kWide;
     for (int i = 0; i < count; ++i) {
       if (format == FourBitFormat::kNvfp4) {
-        // e5m3 codes of e4m3's numbers: from 2^-9 to 448, and zero.
+        // e5m3 codes of e4m3's numbers: from 2^-9 to 448, and that of zero.
         const int code = wide ? 8 + random() % 143 : 9 * 8 + random() % 16;
         scales[i] = static_cast<uint8_t>(wide && random() % 16 == 0 ? 0 : code);
       } else if (format == FourBitFormat::kMxfp4) {
@@ -102,7 +102,7 @@ struct Weight {
     if (format == FourBitFormat::kInt4) return get(scales, at);
     const int code = scales[at];
     if (format == FourBitFormat::kMxfp4) return std::ldexp(1.0f, -code);
-    return code == 0 ? 0.0f : std::ldexp((8.0f + static_cast<float>(code % 8)) / 8, code / 8 - 10);
+    return std::ldexp((8.0f + static_cast<float>(code % 8)) / 8, code / 8 - 10);
   }
 
   // Without its scale.
@@ -131,7 +131,6 @@ struct Weight {
     if (blocks == 1) return x * own;
     float largest = 0.0f;
     for (int i = 0; i < blocks; ++i) largest = std::max(largest, scale(tile, row, i));
-    if (largest == 0.0f) return 0.0f;
     const int up = format == FourBitFormat::kInt4 ? 3 : 1;
     const int factor = std::ilogb(largest) - up;
     // Scales of integers are rounded to float16 and so are the products, before they are to e4m3.

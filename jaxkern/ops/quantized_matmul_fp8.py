@@ -12,9 +12,10 @@ from jaxkern import _ffi, _partitioning, _stack
 from jaxkern.ops.packed_weight import COLUMNS, ROWS, PackedWeight
 from jaxkern.ops.quantize import quantize
 from jaxkern.reference import four_bit
+from jaxkern.reference import quantize as reference
 
 _OP = "quantized_matmul"
-_SINGLE = np.dtype("float32")
+_SINGLE, _E4M3 = np.dtype("float32"), np.dtype(four_bit.E4M3)
 _FORMATS = ("nvfp4", "mxfp4", "int4")  # the numbers of the kernel's attribute
 
 
@@ -23,14 +24,12 @@ def product(x, w, *, dtype, kernel, fallback):
 
     Each row of x is quantised to float8_e4m3fn, and the weight rounded as reference.four_bit does.
     """
-    implementation = "xla" if not kernel else None if fallback else "cuda"
-    quantized = quantize(
-        jnp.atleast_2d(x), jnp.float8_e4m3fn, scaling="row", implementation=implementation
-    )
-    values, scale = quantized.values, quantized.scale[..., 0]
-    out = (
-        _by_tiles(values, scale, w, dtype, fallback) if kernel else _plain(values, scale, w, dtype)
-    )
+    rows = jnp.atleast_2d(x)
+    if kernel:
+        out = _by_tiles(rows, w, dtype, fallback)
+    else:
+        quantized = quantize(rows, _E4M3, implementation="xla")
+        out = _plain(quantized.values, quantized.scale[..., 0], w, dtype)
     return out if x.ndim > 1 else out[0]
 
 
@@ -63,6 +62,40 @@ def _plain(values, scale, w, dtype):
 # --- Kernel ---------------------------------------------------------------------------------------
 
 
+def _quantizer_axes(rank):
+    """Names of the axes of x, and of its values and scale."""
+    lead = tuple(f"b{i}" for i in range(rank - 1))
+    return ((*lead, "columns"),), ((*lead, "wide"), lead)
+
+
+@functools.cache
+def _quantizer(wide, fallback):
+    """Of rows, to float8_e4m3fn [..., wide] in the kernel's order and a scale for each."""
+
+    def by_kernel(x):
+        *lead, columns = x.shape
+        rows = math.prod(lead)
+        values, scale = _ffi.call(
+            "jaxkern.quantize_permuted",
+            [((rows, wide), _E4M3), ((rows,), _SINGLE)],
+            x.reshape(rows, columns),
+        )
+        return values.reshape(*lead, wide), scale.reshape(lead)
+
+    def by_reference(x):
+        values, scale = reference.quantize(x, _E4M3, scaling="row")
+        pad = [(0, 0)] * (x.ndim - 1) + [(0, wide - x.shape[-1])]
+        return in_kernel_order(jnp.pad(values, pad)), scale[..., 0]
+
+    return _stack.kernel_op(_OP, by_kernel, by_reference, _quantizer_axes, fallback=fallback)
+
+
+def in_kernel_order(x):
+    """Of each 16 columns 0, 1, 8, 9, 2, 3, 10, 11, ...: those of a lane side by side."""
+    split = x.reshape(*x.shape[:-1], x.shape[-1] // 16, 2, 4, 2)
+    return split.swapaxes(-3, -2).reshape(x.shape)
+
+
 class TilesConfig(NamedTuple):
     dtype: np.dtype  # of the result
     format: str
@@ -88,10 +121,10 @@ class TilesConfig(NamedTuple):
         return operands[: 3 + len(others)], ((*lead, "bn", "rows"),)
 
 
-def _by_tiles(values, scale, w, dtype, fallback):
+def _by_tiles(x, w, dtype, fallback):
     """The product by an op of whole tiles, whose rows and columns are axes of their own."""
-    wide = w.data.shape[-2] * COLUMNS
-    values = jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, wide - w.columns)])
+    quantizer = _quantizer(w.data.shape[-2] * COLUMNS, fallback)
+    values, scale = quantizer(*_partitioning.alike((x,), _quantizer_axes(x.ndim)[0]))
     operands = (
         _partitioning.split_axes(values, (values.ndim - 1,), COLUMNS),
         scale,
@@ -138,7 +171,7 @@ def by_kernel(config, values, scale, data, row_scale, *_):
     (out,) = _ffi.call(
         "jaxkern.quantized_matmul_fp8",
         [((batch, rows, high * ROWS), config.dtype)],
-        in_kernel_order(values).reshape(batch, rows, wide * COLUMNS),
+        values.reshape(batch, rows, wide * COLUMNS),
         scale.reshape(batch, rows),
         data.reshape(batch, high, wide, words),
         row_scale.reshape(batch, high * ROWS),
@@ -147,12 +180,6 @@ def by_kernel(config, values, scale, data, row_scale, *_):
         zero_points=np.bool_(config.zero_points),
     )
     return (out.reshape(*scale.shape, high, ROWS),)
-
-
-def in_kernel_order(values):
-    """Of each 16 columns 0, 1, 8, 9, 2, 3, 10, 11, ...: a lane's of the weight side by side."""
-    split = values.reshape(*values.shape[:-1], values.shape[-1] // 16, 2, 4, 2)
-    return split.swapaxes(-3, -2).reshape(values.shape)
 
 
 def by_reference(config, values, scale, data, row_scale, *tensor_scale):
@@ -168,7 +195,7 @@ def by_reference(config, values, scale, data, row_scale, *tensor_scale):
     out = jnp.einsum(
         "...mk,...nk->...mn",
         values.reshape(*lead, rows, size[1]).astype(jnp.float32),
-        rounded(weight),
+        in_kernel_order(rounded(weight)),
         precision=jax.lax.Precision.HIGHEST,
     )
     out *= scale.reshape(*lead, rows, 1)
