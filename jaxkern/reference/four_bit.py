@@ -58,10 +58,10 @@ def dequantize(x):
 def rounded_to_e4m3(x):
     """What products of e4m3 take for it: dequantize(x), rounded.
 
-    Each row has a factor for each panel of 128 columns: of integers with one scale there that scale,
-    else the power of two of the panel's largest scale, less 3 for integers, 1 for e2m1. What is left
-    of the others goes to float16 and, times the values, to e4m3. Beyond the last column MXFP4 has the
-    row's largest scale, the others none.
+    Each row has a factor for each panel of 128 columns: of integers with one scale there that
+    scale, else the power of two of the panel's largest scale, 2^3 less for integers, 2 for e2m1.
+    The scales as shares of it are rounded to float16 and, times the values, to e4m3. Beyond the
+    last column MXFP4 has the row's largest scale, the others none.
     """
     columns = x.values.shape[-1]
     block = columns // x.scale.shape[-1]
