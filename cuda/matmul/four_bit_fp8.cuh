@@ -1,4 +1,4 @@
-// Weights of four bits as the operand A of products of e4m3.
+// Weights of four bits as an operand of products of e4m3.
 //
 // Columns go in panels of 128. In each a row has a factor, a power of two or, of integers with one
 // scale there, that scale, and its weights are what e4m3 has nearest to their share of it. Sums of
@@ -12,7 +12,7 @@
 #pragma once
 
 #include "cuda/matmul/four_bit.cuh"
-#include "cuda/tile/reg.cuh"
+#include "cuda/tile/smem.cuh"
 
 namespace jaxkern {
 
@@ -147,22 +147,31 @@ struct FourBitFp8<FourBitFormat::kInt4> {
   }
 };
 
-// What a lane has of a tile: expand() makes its part of an operand of 128 columns, two steps of 16
-// at a time, whose values it reads then.
-template <FourBitFormat kFormat>
-struct FourBitFp8Tile {
-  const uint2* values;
+// Expands a tile, by a warp, to 16 rows of a shared tile, and their factors to memory.
+template <FourBitFormat kFormat, int kRows>
+__device__ __forceinline__ void expand_fp8(const FourBitWeight& w, const char* tile,
+                                           tile::SharedTile<tile::e4m3, kRows, 128>& y, int row,
+                                           float* factors) {
+  const int lane = threadIdx.x % tile::kWarpSize, g = lane / 4, c = lane % 4;
   FourBitFp8<kFormat> scales;
-
-  __device__ __forceinline__ void load(const FourBitWeight& w, const char* tile) {
-    values = reinterpret_cast<const uint2*>(tile) + 2 * (threadIdx.x % tile::kWarpSize);
-    scales.load(w, tile + kFourBitValueBytes);
+  scales.load(w, tile + kFourBitValueBytes);
+  if (c < 2) factors[row + g + 8 * c] = c == 0 ? scales.factors[0] : scales.factors[1];
+  const auto* values = reinterpret_cast<const uint4*>(tile) + lane;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const uint4 four = values[tile::kWarpSize * half];
+    const uint32_t words[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int step = 4 * half + i;
+      uint32_t rows[2];
+      scales.expand(words[i], step, rows);
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        *reinterpret_cast<uint32_t*>(y.chunk(row + g + 8 * k, 16 * step) + 4 * c) = rows[k];
+      }
+    }
   }
-  __device__ __forceinline__ void expand(int steps, uint32_t* a) const {
-    const uint2 two = values[steps / 2 * 2 * tile::kWarpSize + steps % 2];
-    scales.expand(two.x, 2 * steps, a);
-    scales.expand(two.y, 2 * steps + 1, a + 2);
-  }
-};
+}
 
 }  // namespace jaxkern

@@ -28,13 +28,12 @@ cudaError_t launch_four_bit_fp8_sm90(const QuantizedMatmulFp8Params& params, cud
   p.B = static_cast<int>(B);
   p.M = static_cast<int>(M);
   p.N = static_cast<int>(N);
-  const auto panels = static_cast<int>(K / kFourBitColumns);
-  p.panels = tile::ceil_div(panels, 2) * 2;
+  p.panels = static_cast<int>(K / kFourBitColumns);
   if (cudaError_t error = make_matrix_map(&p.x, CU_TENSOR_MAP_DATA_TYPE_UINT8, params.x, B * M, K,
                                           Matmul::kTokens / Cluster::kBlocks))
     return error;
-  if (cudaError_t error =
-          make_block_map(&p.w, params.w.data, B * strips, panels, p.tile_bytes, Matmul::kStrips, 1))
+  if (cudaError_t error = make_block_map(&p.w, params.w.data, B * strips, p.panels, p.tile_bytes,
+                                         Matmul::kStrips, 1))
     return error;
   if (cudaError_t error = make_tensor_map(&p.out, tensor_map_type<typename Matmul::Out>(),
                                           params.out, B, M, 1, N, Matmul::kPiece))

@@ -213,7 +213,7 @@ void test_kernel(std::string what, int blocks, bool zero_points) {
   test(1, kTokens + 7, 272, 1152);          // a little more
   test(2, kTokens - 29, 144, 4096);         // several rounds of the ring
   test(3, 2 * kTokens + 1, 80, 256);        // several matrices
-  test(1, 9 * kTokens - 5, 16 * 272, 128);  // several tiles a block
+  test(1, 5 * kTokens - 5, 16 * 272, 128);  // several tiles a block
 }
 
 template <FourBitFormat kFormat>
