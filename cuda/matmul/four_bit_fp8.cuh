@@ -1,4 +1,4 @@
-// Weights of four bits as an operand of products of e4m3.
+// Weights of four bits as the operand A of products of e4m3.
 //
 // Columns go in panels of 128. In each a row has a factor, a power of two or, of integers with one
 // scale there, that scale, and its weights are what e4m3 has nearest to their share of it. Sums of
@@ -12,7 +12,7 @@
 #pragma once
 
 #include "cuda/matmul/four_bit.cuh"
-#include "cuda/tile/smem.cuh"
+#include "cuda/tile/reg.cuh"
 
 namespace jaxkern {
 
@@ -91,11 +91,13 @@ struct FourBitFp8<FourBitFormat::kMxfp4> {
 template <>
 struct FourBitFp8<FourBitFormat::kInt4> {
   uint32_t scales[4], zeros[4];  // of 32 columns each
+  bool scaled;                   // more than one scale
   tile::RowVector factors;
 
   __device__ __forceinline__ void load(const FourBitWeight& w, const char* from) {
     const int blocks = w.blocks, g = threadIdx.x % 32 / 4;
     const uint32_t* words = reinterpret_cast<const uint32_t*>(from) + g * blocks;
+    scaled = blocks > 1;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int block = i * blocks >> 2;
@@ -103,16 +105,10 @@ struct FourBitFp8<FourBitFormat::kInt4> {
       const uint32_t zero = w.zero_points ? words[8 * blocks + block] : 0x43084308;  // 136
       zeros[i] = zero + 0x21002100;  // 1032 and more, in float16
     }
-    if (blocks > 1) {
-      share_out();
-      return;
-    }
-    const float2 only = tile::unpack<tile::bf16>(scales[0]);
-    factors[0] = only.x;
-    factors[1] = only.y;
-    constexpr uint32_t kOnes = 0x3c003c00;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) scales[i] = kOnes;
+    const float2 first = tile::unpack<tile::bf16>(scales[0]);
+    factors[0] = first.x;
+    factors[1] = first.y;
+    if (scaled) share_out();
   }
   // The largest scale of a row becomes one in [8, 16), and its integers at most 240.
   __device__ __forceinline__ void share_out() {
@@ -142,36 +138,26 @@ struct FourBitFp8<FourBitFormat::kInt4> {
       auto& pair = as_pair<tile::f16>(values[i]);
       pair = __hsub2(pair, both<tile::f16>(i % 2 == 0 ? rows.x : rows.y));
     }
-    scale_rows<tile::f16>(values, scales[step / 2]);
+    if (scaled) scale_rows<tile::f16>(values, scales[step / 2]);
     round_to_e4m3(values, a);
   }
 };
 
-// Expands a tile, by a warp, to 16 rows of a shared tile, and their factors to memory.
-template <FourBitFormat kFormat, int kRows>
-__device__ __forceinline__ void expand_fp8(const FourBitWeight& w, const char* tile,
-                                           tile::SharedTile<tile::e4m3, kRows, 128>& y, int row,
-                                           float* factors) {
-  const int lane = threadIdx.x % tile::kWarpSize, g = lane / 4, c = lane % 4;
+// What a warp has of a tile: its rows of an operand of 128 columns, and their factors.
+template <FourBitFormat kFormat>
+__device__ __forceinline__ tile::RowVector expand_fp8(const FourBitWeight& w, const char* tile,
+                                                      tile::RegisterTile<tile::e4m3, 64, 128>& y) {
+  const auto* from = reinterpret_cast<const uint4*>(tile) + threadIdx.x % tile::kWarpSize;
   FourBitFp8<kFormat> scales;
   scales.load(w, tile + kFourBitValueBytes);
-  if (c < 2) factors[row + g + 8 * c] = c == 0 ? scales.factors[0] : scales.factors[1];
-  const auto* values = reinterpret_cast<const uint4*>(tile) + lane;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const uint4 four = values[tile::kWarpSize * half];
+    const uint4 four = from[tile::kWarpSize * half];
     const uint32_t words[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int step = 4 * half + i;
-      uint32_t rows[2];
-      scales.expand(words[i], step, rows);
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        *reinterpret_cast<uint32_t*>(y.chunk(row + g + 8 * k, 16 * step) + 4 * c) = rows[k];
-      }
-    }
+    for (int i = 0; i < 4; ++i) scales.expand(words[i], 4 * half + i, y.data + 8 * half + 2 * i);
   }
+  return scales.factors;
 }
 
 }  // namespace jaxkern

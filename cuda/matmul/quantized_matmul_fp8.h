@@ -11,7 +11,7 @@
 namespace jaxkern {
 
 // Rows of tiles of clusters that are worked through together, so that L2 keeps what they share.
-inline constexpr int kFourBitFp8Group = 4;
+inline constexpr int kFourBitFp8Group = 8;
 
 template <class Matmul>
 cudaError_t launch_four_bit_fp8_sm90(const QuantizedMatmulFp8Params& params, cudaStream_t stream,

@@ -32,7 +32,7 @@ __global__ void ring_kernel(int* out, int items, bool slow_producer) {
   for (int item = 0; item < items; ++item, slot.advance()) {
     if (warp == 0) {
       if (slow_producer && item % 5 == 0) __nanosleep(2000);
-      if (!slot.is_empty(shared.ring)) slot.wait_empty(shared.ring);
+      slot.wait_empty(shared.ring);
       shared.values[slot.stage()][lane] = 1000 * item + lane;
       shared.ring.full[slot.stage()].arrive_warp();
     } else {

@@ -66,9 +66,6 @@ struct Slot {
   __device__ __forceinline__ void wait_empty(Ring<kStages>& ring) const {
     ring.empty[stage()].wait(parity() ^ 1);  // the first round finds every stage empty
   }
-  __device__ __forceinline__ bool is_empty(Ring<kStages>& ring) const {
-    return ring.empty[stage()].test(parity() ^ 1);
-  }
 };
 
 }  // namespace jaxkern::tile
