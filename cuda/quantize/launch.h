@@ -7,7 +7,6 @@
 namespace jaxkern {
 
 cudaError_t launch_quantize(const QuantizeParams& params, cudaStream_t stream);
-cudaError_t launch_quantize_permuted(const QuantizePermutedParams& params,
-                                        cudaStream_t stream);
+cudaError_t launch_quantize_permuted(const QuantizePermutedParams& params, cudaStream_t stream);
 
 }  // namespace jaxkern
