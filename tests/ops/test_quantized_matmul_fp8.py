@@ -70,13 +70,13 @@ def numpy_rounded(w):
     return out * (1 if w.tensor_scale is None else float64(w.tensor_scale))
 
 
-@formats
-@pytest.mark.parametrize("columns", [256, 160])
+@pytest.mark.parametrize(
+    "name, columns",
+    [(name, 256) for name in FORMATS] + [(name, 160) for name in ("nvfp4", "mxfp4", "int4 of 32")],
+)
 @pytest.mark.parametrize("spread", [0, 8])
 def test_rounded_weight(name, columns, spread):
     """spread: of magnitudes along a row, as an exponent of 2."""
-    if columns % 128 and name.startswith("int4") and name != "int4 of 32":
-        pytest.skip("groups fill the row")
     w = np.random.default_rng(0).standard_normal((N, columns), np.float32)
     w *= 2.0 ** -(spread * np.random.default_rng(1).random((N, columns // 32, 1))).repeat(
         32, 1
