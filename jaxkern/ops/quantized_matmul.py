@@ -169,8 +169,9 @@ _quantized_matmul.defvjp(_forward, _backward)
 @functools.partial(jax.jit, static_argnums=0)
 def _gradient(config, dy, w):
     """dy w, whose gradient is the product again."""
-    if config.kernel and (dy.dtype == config.input_dtype or config.input_dtype == jnp.bfloat16):
-        return _by_tiles(config, dy.astype(config.input_dtype), w, gradient=True)
+    to = config.input_dtype
+    if config.kernel and (to == jnp.bfloat16 or to == dy.dtype == jnp.float16):
+        return _by_tiles(config, dy.astype(to), w, gradient=True)
     return _product(config.input_dtype, dy, "n", w, "k")
 
 
@@ -180,7 +181,7 @@ def _gradient_forward(config, dy, w):
 
 def _gradient_backward(config, kept, ddx):
     dy, w = kept
-    return dy.put(_quantized_matmul(config._replace(quantizes=False), ddx, w)), None
+    return dy.put(_quantized_matmul(config._replace(activation_format=None), ddx, w)), None
 
 
 _gradient.defvjp(_gradient_forward, _gradient_backward)
