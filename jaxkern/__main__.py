@@ -29,7 +29,12 @@ _OPS = {
     "quantize_rms_norm": ("jaxkern.quantize_rms_norm",),
     "quantize_swiglu": ("jaxkern.quantize_swiglu",),
     "quantize_swiglu_grad": ("jaxkern.quantize_swiglu_grad",),
-    "quantized_matmul": ("jaxkern.quantized_matmul", "jaxkern.quantized_matmul_grad"),
+    "quantized_matmul": (
+        "jaxkern.quantize_permuted",
+        "jaxkern.quantized_matmul",
+        "jaxkern.quantized_matmul_fp8",
+        "jaxkern.quantized_matmul_grad",
+    ),
     "rms_norm": ("jaxkern.rms_norm_fwd", "jaxkern.rms_norm_bwd"),
     "scaled_matmul": ("jaxkern.scaled_matmul",),
 }

@@ -1,5 +1,6 @@
 """jax.export of the ops, for the CPU, for CUDA, and for both."""
 
+import functools
 import re
 
 import jax
@@ -103,17 +104,19 @@ def test_export_of_fp8(platforms):
             np.testing.assert_array_equal(g, w)
 
 
+@pytest.mark.parametrize("activation_format", [None, "fp8"])
 @pytest.mark.parametrize("name", FORMATS)
-def test_export_of_four_bits(name):
+def test_export_of_four_bits(name, activation_format):
     """For any number of rows of x, with its gradient; the weight's arrays are arguments."""
+    quantized_matmul = functools.partial(
+        jaxkern.quantized_matmul, activation_format=activation_format
+    )
     (w,) = random_normal(4, (80, 256), dtype="float32")
     w = jaxkern.quantize(w, name.split()[0], **FORMATS[name])
     leaves, tree = jax.tree.flatten(jaxkern.pack_weight(w))
 
     def run(x, *leaves):
-        y, pullback = jax.vjp(
-            lambda x: jaxkern.quantized_matmul(x, jax.tree.unflatten(tree, leaves)), x
-        )
+        y, pullback = jax.vjp(lambda x: quantized_matmul(x, jax.tree.unflatten(tree, leaves)), x)
         return y, pullback(y)[0]
 
     (rows,) = jax.export.symbolic_shape("rows")
@@ -121,10 +124,15 @@ def test_export_of_four_bits(name):
     exported = jax.export.export(
         jax.jit(run),
         platforms=["cpu", "cuda"],
-        disabled_checks=allowed("quantized_matmul", "quantized_matmul_grad"),
+        disabled_checks=allowed(
+            "quantize_permuted", "quantized_matmul", "quantized_matmul_fp8", "quantized_matmul_grad"
+        ),
     )(jax.ShapeDtypeStruct((rows, 256), jnp.bfloat16), *specs)
     targets = re.findall(r"custom_call @jaxkern\.(\w+)", exported.mlir_module())
-    assert sorted(targets) == ["quantized_matmul", "quantized_matmul_grad"]
+    forward = (
+        ["quantize_permuted", "quantized_matmul_fp8"] if activation_format else ["quantized_matmul"]
+    )
+    assert sorted(targets) == [*forward, "quantized_matmul_grad"]
     again = jax.export.deserialize(exported.serialize())
     for size in (1, 40):
         (x,) = random_normal(5, (size, 256), dtype="bfloat16")

@@ -93,18 +93,27 @@ def test_dtypes_of_gradients(dtype, wanted, kernel):
     assert jax.eval_shape(lambda x, dy: gradient(x, w, dy, wanted), x, dy).dtype == dtype
 
 
-def test_gradient_of_quantised_activations():
-    """Is that without: neither x nor dy is quantised for it."""
-    x, w, dy = normal(4, K), weight("nvfp4", N, K), normal(4, N)
+@pytest.mark.parametrize(
+    "format, dtype, count",
+    [("nvfp4", "bfloat16", 1), ("fp8", "bfloat16", 1), ("fp8", "float32", 0)],
+)
+def test_gradient_of_quantised_activations(format, dtype, count):
+    """Is that without: neither x nor dy is quantised for it, nor for the gradient's gradient."""
+    x, w, dy = normal(4, K, dtype=dtype), weight("nvfp4", N, K), normal(4, N, dtype=dtype)
 
-    def run(x, **options):
+    def run(x, dy, **options):
         return jax.vjp(lambda x: quantized_matmul(x, w, **options), x)[1](dy)[0]
 
-    def quantised(x):
-        return run(x, activation_format="nvfp4")
+    def quantised(x, dy):
+        return run(x, dy, activation_format=format)
 
-    assert custom_calls(quantised, x)["quantized_matmul_grad"] == 1
-    np.testing.assert_array_equal(np.float32(quantised(x)), np.float32(run(x)))
+    assert custom_calls(quantised, x, dy).get("quantized_matmul_grad", 0) == count
+    np.testing.assert_array_equal(np.float32(quantised(x, dy)), np.float32(run(x, dy)))
+    again, wanted = (
+        jax.grad(lambda dy, run=run: (run(x, dy).astype(jnp.float32) ** 2).sum())(dy)
+        for run in (quantised, run)
+    )
+    np.testing.assert_array_equal(np.float32(again), np.float32(wanted))
 
 
 def test_gradients_of_gradients():

@@ -274,6 +274,21 @@ def test_gradient_of_quantized_matmul(name, rows):
     assert relative_error(gradient(x, packed, dy), np.float64(dy) @ exact) < 5e-3
 
 
+@pytest.mark.parametrize("rows", [3, 70, 300])
+@pytest.mark.parametrize("name", [*FORMATS, "int4 of 128"])
+def test_quantized_matmul_fp8(name, rows):
+    """Rows that fill no tile, an odd number of panels, and groups that are exact."""
+    [x], [w] = normal(0, [(rows, 384)], jnp.bfloat16), normal(1, [(136, 384)], np.float32)
+    run = functools.partial(quantized_matmul, activation_format="fp8")
+    with jax.default_device(jax.devices("cpu")[0]):
+        x = jnp.asarray(x)
+        w = quantize(jnp.asarray(w), name.split()[0], **FORMATS.get(name, {}))
+        packed, wanted = pack_weight(w), run(x, w, implementation="xla")
+    x, packed = jax.device_put((x, packed), jax.devices("cuda")[0])
+    out = jax.jit(functools.partial(run, implementation="cuda"))(x, packed)
+    assert relative_error(out, wanted) < 5e-3
+
+
 @pytest.mark.parametrize("case", DECODE)
 def test_decode(case):
     name, weights, lengths, options = DECODE[case]

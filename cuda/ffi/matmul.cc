@@ -169,6 +169,41 @@ ffi::Error quantized_matmul_grad(cudaStream_t stream, ffi::AnyBuffer dy, ffi::An
   return launch_error("quantized_matmul_grad", launch_quantized_matmul_grad(params, stream));
 }
 
+ffi::Error quantized_matmul_fp8(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer x_scale,
+                                ffi::AnyBuffer data, ffi::AnyBuffer row_scale,
+                                ffi::Result<ffi::AnyBuffer> out, int32_t format, int32_t block,
+                                bool zero_points) {
+  Checks checks("quantized_matmul_fp8");
+  if (checks.rank("x", x, 3).rank("data", data, 4).failed()) return checks.error();
+  FourBitWeight w = four_bit_weight(checks, data, format, block, zero_points);
+  if (checks.failed()) return checks.error();
+  w.row_scale = static_cast<const float*>(row_scale.untyped_data());
+  const int64_t B = data.dimensions()[0], M = x.dimensions()[1];
+  const int64_t N = data.dimensions()[1] * kFourBitRows;
+  const int64_t K = data.dimensions()[2] * kFourBitColumns;
+  checks.shape("x", x, {B, M, K})
+      .dtype("x", x, {F8E4M3FN})
+      .shape("x_scale", x_scale, {B, M})
+      .dtype("x_scale", x_scale, {F32})
+      .shape("row_scale", row_scale, {B, N})
+      .dtype("row_scale", row_scale, {F32})
+      .shape("out", *out, {B, M, N})
+      .dtype("out", *out, {BF16, F16, F32});
+  if (checks.failed() || B * M * N == 0) return checks.error();
+  const QuantizedMatmulFp8Params params = {
+      .out_dtype = to_dtype(out->element_type()),
+      .B = B,
+      .M = M,
+      .N = N,
+      .K = K,
+      .x = x.untyped_data(),
+      .x_scale = x_scale.typed_data<float>(),
+      .w = w,
+      .out = out->untyped_data(),
+  };
+  return launch_error("quantized_matmul_fp8", launch_quantized_matmul_fp8(params, stream));
+}
+
 }  // namespace
 
 JAXKERN_DEFINE_HANDLER(ScaledMatmul, scaled_matmul,
@@ -203,6 +238,18 @@ JAXKERN_DEFINE_HANDLER(QuantizedMatmulGrad, quantized_matmul_grad,
                            .Arg<ffi::AnyBuffer>()  // sum_scale
                            .Arg<ffi::AnyBuffer>()  // row_factor
                            .Ret<ffi::AnyBuffer>()  // dx
+                           .Attr<int32_t>("format")
+                           .Attr<int32_t>("block")
+                           .Attr<bool>("zero_points"));
+
+JAXKERN_DEFINE_HANDLER(QuantizedMatmulFp8, quantized_matmul_fp8,
+                       ffi::Ffi::Bind()
+                           .Ctx<Stream>()
+                           .Arg<ffi::AnyBuffer>()  // x
+                           .Arg<ffi::AnyBuffer>()  // x_scale
+                           .Arg<ffi::AnyBuffer>()  // data
+                           .Arg<ffi::AnyBuffer>()  // row_scale
+                           .Ret<ffi::AnyBuffer>()  // out
                            .Attr<int32_t>("format")
                            .Attr<int32_t>("block")
                            .Attr<bool>("zero_points"));

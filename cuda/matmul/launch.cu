@@ -35,13 +35,10 @@ cudaError_t launch_scaled_matmul(const ScaledMatmulParams& params, cudaStream_t 
 
 namespace {
 
-// Calls launch<kFormat>() of what the format and the types are.
+// Calls launch<kFormat>().
 template <class Launch>
-cudaError_t select_format(const QuantizedMatmulParams& params, const Launch& launch) {
-  if (params.out_dtype != DType::kFloat32 && params.out_dtype != params.x_dtype) {
-    return cudaErrorInvalidValue;
-  }
-  switch (params.w.format) {
+cudaError_t select_format(FourBitFormat format, const Launch& launch) {
+  switch (format) {
     case FourBitFormat::kNvfp4:
       return launch.template operator()<FourBitFormat::kNvfp4>();
     case FourBitFormat::kMxfp4:
@@ -52,17 +49,30 @@ cudaError_t select_format(const QuantizedMatmulParams& params, const Launch& lau
   return cudaErrorInvalidValue;
 }
 
+bool supported(const QuantizedMatmulParams& p) {
+  return p.out_dtype == DType::kFloat32 || p.out_dtype == p.x_dtype;
+}
+
 }  // namespace
 
 cudaError_t launch_quantized_matmul(const QuantizedMatmulParams& params, cudaStream_t stream) {
-  return select_format(params, [&]<FourBitFormat kFormat>() {
+  if (!supported(params)) return cudaErrorInvalidValue;
+  return select_format(params.w.format, [&]<FourBitFormat kFormat>() {
     return launch_quantized_matmul_of<kFormat>(params, stream);
   });
 }
 
 cudaError_t launch_quantized_matmul_grad(const QuantizedMatmulParams& params, cudaStream_t stream) {
-  return select_format(params, [&]<FourBitFormat kFormat>() {
+  if (!supported(params)) return cudaErrorInvalidValue;
+  return select_format(params.w.format, [&]<FourBitFormat kFormat>() {
     return launch_quantized_matmul_grad_of<kFormat>(params, stream);
+  });
+}
+
+cudaError_t launch_quantized_matmul_fp8(const QuantizedMatmulFp8Params& params,
+                                        cudaStream_t stream) {
+  return select_format(params.w.format, [&]<FourBitFormat kFormat>() {
+    return launch_quantized_matmul_fp8_of<kFormat>(params, stream);
   });
 }
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxkern import _checks, _dispatch, _ffi, _partitioning, _stack
-from jaxkern.ops import four_bit_weight
+from jaxkern.ops import four_bit_weight, quantized_matmul_fp8
 from jaxkern.ops.packed_weight import (
     COLUMNS,
     ROWS,
@@ -49,20 +49,31 @@ def quantized_matmul(
     another one, dy is rounded to bfloat16 for an x of that; for an x of float16, whose range dy may
     leave, the gradient is plain jax.numpy.
 
-    With activation_format "nvfp4" x is quantised too, each matrix [rows, K] with a float32 scale of
-    its own, and counts as what that stands for; its gradient is as without. On GPUs of compute
-    capability 10 and 12 (Blackwell) `jax.nn.scaled_matmul` multiplies, which takes both as they
-    are; this has run on none of them. Elsewhere it costs more than without.
+    With an activation_format x is quantised too, and counts as what that stands for; its gradient
+    is as without.
+
+    "fp8" is float8_e4m3fn with a float32 scale for each row of x, as `jaxkern.quantize` makes it,
+    for a w of any format. FP8 tensor cores multiply, which pays for some hundred rows and more; for
+    fewer it may cost more than without. Weights are rounded to float8_e4m3fn, times a factor that
+    each row has for each 128 columns: that of "int4" in groups of 128 is the scale, and nothing is
+    rounded; others are powers of two, with which "mxfp4" is exact down to 2^-9 of the largest scale
+    there, "nvfp4" but for some of its 1.5, 3 and 6, and smaller groups are not. docs/matmul.md has
+    the errors. That is so for any number of rows.
+
+    "nvfp4" has a float32 scale for each matrix [rows, K]. On GPUs of compute capability 10 and 12
+    (Blackwell) `jax.nn.scaled_matmul` multiplies, which takes both as they are; this has run on
+    none of them. Elsewhere it costs more than without.
 
     Args:
       x: [..., K], bfloat16, float16 or float32.
       w: [N, K], of the format "nvfp4", "mxfp4" or "int4"; or what `jaxkern.pack_weight` makes of
         it, which is the same weight.
-      activation_format: None or, for a w of "nvfp4", "nvfp4".
+      activation_format: None, "fp8" or, for a w of "nvfp4", "nvfp4".
       preferred_element_type: of the result: bfloat16, float16 or float32. None is x's.
-      implementation: "cuda" (kernels: a packed w, and x in bfloat16 or float16), "xla" (plain
-        jax.numpy), or a sequence of them to take the first that supports the call. None is ("cuda",
-        "xla"). Gradients are made by the same, but for those that no kernel takes (see above).
+      implementation: "cuda" (kernels: a packed w, and x in bfloat16 or float16; with "fp8" in any
+        dtype), "xla" (plain jax.numpy), or a sequence of them to take the first that supports the
+        call. None is ("cuda", "xla"). Gradients are made by the same, but for those that no kernel
+        takes (see above).
 
     Returns:
       [..., N].
@@ -83,29 +94,29 @@ def quantized_matmul(
         raise ValueError(f"x has shape {x.shape}, wanted (..., {w.shape[-1]}) for w's {w.shape}")
     wanted = x.dtype if preferred_element_type is None else preferred_element_type
     dtype = _checks.dtype("preferred_element_type", wanted, _DTYPES)
-    quantizes = _quantizes(activation_format, w)
-    choice = _dispatch.choose(_OP, implementation, _unsupported(x, w))
-    config = Config(dtype, x.dtype, choice.kernel, choice.fallback, quantizes)
+    _check_activation_format(activation_format, w)
+    choice = _dispatch.choose(_OP, implementation, _unsupported(x, w, activation_format))
+    config = Config(dtype, x.dtype, choice.kernel, choice.fallback, activation_format)
     return _quantized_matmul(config, x, w)
 
 
-def _quantizes(activation_format, w):
-    """Whether x is to be quantised."""
-    if activation_format not in (None, "nvfp4"):
-        raise ValueError(f"activation_format is {activation_format!r}, wanted None or 'nvfp4'")
+def _check_activation_format(name, w):
+    if name not in (None, "fp8", "nvfp4"):
+        raise ValueError(f"activation_format is {name!r}, wanted None, 'fp8' or 'nvfp4'")
     found = w.format if isinstance(w, PackedWeight) else format_of(w)
-    if activation_format is not None and found != activation_format:
+    if name == "nvfp4" and found != name:
         raise ValueError(
-            f"activation_format is {activation_format!r}, wanted None for a w of {found!r}"
+            f"activation_format is {name!r}, wanted None or 'fp8' for a w of {found!r}"
         )
-    return activation_format is not None
 
 
-def _unsupported(x, w):
+def _unsupported(x, w, activation_format):
     """Why the kernel cannot take these arguments, or None."""
     if not isinstance(w, PackedWeight):
         return "w is a QuantizedArray, wanted what pack_weight makes of it"
-    return "x has dtype float32, wanted bfloat16 or float16" if x.dtype == _SINGLE else None
+    if x.dtype == _SINGLE and activation_format != "fp8":
+        return "x has dtype float32, wanted bfloat16 or float16"
+    return None
 
 
 class Config(NamedTuple):
@@ -113,14 +124,18 @@ class Config(NamedTuple):
     input_dtype: np.dtype
     kernel: bool
     fallback: bool  # to the reference, where the lowering is not for CUDA
-    quantizes: bool  # x, to NVFP4
+    activation_format: str | None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 @functools.partial(jax.jit, static_argnums=0)
 def _quantized_matmul(config, x, w):
-    if config.quantizes:
-        return _of_quantized(config, x, w)
+    if config.activation_format == "fp8":
+        return quantized_matmul_fp8.product(
+            x, w, dtype=config.dtype, kernel=config.kernel, fallback=config.fallback
+        )
+    if config.activation_format == "nvfp4":
+        return _of_nvfp4(config, x, w)
     if config.kernel:
         return _by_tiles(config, x, w)
     return _product(config.dtype, x, "k", w, "n")
@@ -154,8 +169,9 @@ _quantized_matmul.defvjp(_forward, _backward)
 @functools.partial(jax.jit, static_argnums=0)
 def _gradient(config, dy, w):
     """dy w, whose gradient is the product again."""
-    if config.kernel and (dy.dtype == config.input_dtype or config.input_dtype == jnp.bfloat16):
-        return _by_tiles(config, dy.astype(config.input_dtype), w, gradient=True)
+    to = config.input_dtype
+    if config.kernel and (to == jnp.bfloat16 or to == dy.dtype == jnp.float16):
+        return _by_tiles(config, dy.astype(to), w, gradient=True)
     return _product(config.input_dtype, dy, "n", w, "k")
 
 
@@ -165,19 +181,19 @@ def _gradient_forward(config, dy, w):
 
 def _gradient_backward(config, kept, ddx):
     dy, w = kept
-    return dy.put(_quantized_matmul(config._replace(quantizes=False), ddx, w)), None
+    return dy.put(_quantized_matmul(config._replace(activation_format=None), ddx, w)), None
 
 
 _gradient.defvjp(_gradient_forward, _gradient_backward)
 
 
-def _of_quantized(config, x, w):
+def _of_nvfp4(config, x, w):
     """The product with x in NVFP4, whose float32 scale counts at the end: without it x is exact in
     its own dtype."""
 
     def elsewhere(quantized, w):
         plain = dataclasses.replace(quantized, tensor_scale=None).dequantize(x.dtype)
-        single = config._replace(dtype=_SINGLE, quantizes=False)
+        single = config._replace(dtype=_SINGLE, activation_format=None)
         return _quantized_matmul(single, plain, w) * quantized.tensor_scale
 
     quantized = quantize(jnp.atleast_2d(x), "nvfp4")

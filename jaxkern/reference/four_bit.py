@@ -23,6 +23,9 @@ _MANTISSA_BITS = 23  # of float32
 _INFINITY = 0xFF << _MANTISSA_BITS
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
+_PANEL = 128  # columns that share a factor where weights become e4m3
+_LEAST_EXPONENT = -111
+
 # Parts of the largest magnitude that a search tries to represent, as steps of a block's scale: of
 # codes of e4m3, and of factors.
 _E4M3_STEPS = (-2, -1, 1, 2, 3, 4, 5)
@@ -50,6 +53,46 @@ def dequantize(x):
         out -= x.zero_point.astype(jnp.float32)[..., None]
     out *= x.scale.astype(jnp.float32)[..., None]
     out = out.reshape(x.values.shape)
+    return out if x.tensor_scale is None else out * x.tensor_scale
+
+
+def rounded_to_e4m3(x):
+    """What products of e4m3 take for it: dequantize(x), rounded.
+
+    Each row has a factor for each panel of 128 columns: of integers with one scale there that
+    scale, else the power of two of the panel's largest scale, 2^3 less for integers, 2 for e2m1.
+    The scales as shares of it are rounded to float16 and, times the values, to e4m3. Beyond the
+    last column MXFP4 has the row's largest scale, the others none.
+    """
+    columns = x.values.shape[-1]
+    block = columns // x.scale.shape[-1]
+    if block == _PANEL:
+        return dequantize(x)
+    scale = x.scale.astype(jnp.float32)
+    per_panel = _PANEL // block
+    panels = -(-columns // _PANEL)
+    beyond = panels * per_panel - scale.shape[-1]
+    filler = jnp.abs(scale).max(-1, keepdims=True) if x.scale.dtype == E8M0 else 0 * scale[..., :1]
+    scale = jnp.concatenate([scale, jnp.repeat(filler, beyond, -1)], -1)
+    scale = scale.reshape(*scale.shape[:-1], panels, per_panel)
+    bits = jax.lax.bitcast_convert_type(jnp.abs(scale).max(-1, keepdims=True), jnp.int32)
+    exponent = jnp.maximum((bits >> _MANTISSA_BITS) - 127, _LEAST_EXPONENT)
+    exponent -= 3 if x.values.dtype == jnp.int4 else 1
+    share = _float16(scale * _power_of_two(-exponent))
+
+    def of_values(of_panels):
+        """Of those blocks that there are."""
+        flat = of_panels.reshape(*of_panels.shape[:-2], -1)
+        return flat[..., : x.scale.shape[-1], None]
+
+    out = _blocks(x.values, block)
+    if x.zero_point is not None:
+        out -= x.zero_point.astype(jnp.float32)[..., None]
+    out = _e4m3(_float16(out * of_values(share)))
+    factor = jnp.broadcast_to(_power_of_two(exponent), scale.shape)
+    # A NaN takes all of its row with it.
+    factor = jnp.where(jnp.isnan(scale), jnp.nan, factor)
+    out = (out * of_values(factor)).reshape(x.values.shape)
     return out if x.tensor_scale is None else out * x.tensor_scale
 
 
@@ -263,3 +306,18 @@ def _nearest_integer(x, scale, noise=None):
 def _bfloat16(x):
     # NOTE: XLA may leave out a way to bfloat16 and back, but not this.
     return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
+def _float16(x):
+    """To the nearest float16; what is below 2^-14 becomes zero."""
+    return jax.lax.reduce_precision(x, exponent_bits=5, mantissa_bits=10)
+
+
+def _e4m3(x):
+    """To the nearest e4m3, for |x| <= 240."""
+    normal = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=3)
+    return jnp.where(jnp.abs(x) < 2.0**-6, jnp.round(x * 512) / 512, normal)
+
+
+def _power_of_two(exponent):
+    return jax.lax.bitcast_convert_type((exponent + 127) << _MANTISSA_BITS, jnp.float32)

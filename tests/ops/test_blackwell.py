@@ -92,10 +92,10 @@ def test_blackwell_takes_both_as_they_are(monkeypatch, packed):
     monkeypatch.setattr(module.jax.nn, "scaled_matmul", scaled_matmul)
     x, w = normal(2, 3, K, dtype="bfloat16"), quantize(normal(N, K, seed=2), "nvfp4")
     weight = pack_weight(w) if packed else w
-    config = module.Config(np.dtype("float32"), x.dtype, False, True, True)
+    config = module.Config(np.dtype("float32"), x.dtype, False, True, "nvfp4")
 
     def run(x, weight):
-        return module._of_quantized(config, x, weight)
+        return module._of_nvfp4(config, x, weight)
 
     wanted = exact(x, w).reshape(2, 3, N)
     np.testing.assert_allclose(jax.jit(run)(x, weight), wanted, rtol=1e-5, atol=1e-4)
@@ -107,8 +107,8 @@ def test_blackwell_takes_both_as_they_are(monkeypatch, packed):
 
 def test_errors():
     x, w = normal(5, K), quantize(normal(N, K), "mxfp4")
-    with pytest.raises(ValueError, match="activation_format is 'int8', wanted None or 'nvfp4'"):
+    with pytest.raises(ValueError, match="activation_format is 'int8', wanted None, 'fp8' or "):
         quantized_matmul(x, w, activation_format="int8")
     for weight in (w, pack_weight(w)):
-        with pytest.raises(ValueError, match="'nvfp4', wanted None for a w of 'mxfp4'"):
+        with pytest.raises(ValueError, match="'nvfp4', wanted None or 'fp8' for a w of"):
             quantized_matmul(x, weight, activation_format="nvfp4")

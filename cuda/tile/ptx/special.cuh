@@ -45,6 +45,17 @@ __device__ __forceinline__ uint32_t select_or(uint32_t x, uint32_t mask, uint32_
   return y;
 }
 
+// Two pairs of float16 as four of e4m3, to the nearest even, saturated; NaN stays. From cvt's
+// 16-bit results in C++ the compiler would clear upper halves that are zero.
+__device__ __forceinline__ uint32_t e4m3_of_f16(uint32_t low, uint32_t high) {
+  uint32_t y;
+  asm("{\n.reg .b16 x, z;\ncvt.rn.satfinite.e4m3x2.f16x2 x, %1;\n"
+      "cvt.rn.satfinite.e4m3x2.f16x2 z, %2;\nmov.b32 %0, {x, z};\n}"
+      : "=r"(y)
+      : "r"(low), "r"(high));
+  return y;
+}
+
 // The compiler works this out here, not where it is used; nor does it keep what follows from it.
 __device__ __forceinline__ void work_out_here(int& x) { asm volatile("" : "+r"(x)); }
 __device__ __forceinline__ void work_out_here(uint4& x) {

@@ -1,0 +1,110 @@
+"""The kernels of quantized_matmul with activation_format "fp8" beside float64 products of the same
+bits."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxkern import pack_weight, quantize, quantized_matmul
+from jaxkern.ops.quantized_matmul_fp8 import rounded
+from jaxkern.testing import FOUR_BIT_TIMES_FP8_LIMITS, assert_close_to_reference, relative_error
+
+pytestmark = pytest.mark.gpu
+
+FORMATS = {
+    "nvfp4": {},
+    "mxfp4": {},
+    "int4": {},
+    "int4 of 64": {"group_size": 64, "zero_point": True},
+    "int4 of 32": {"group_size": 32},
+}
+formats = pytest.mark.parametrize("name", FORMATS)
+run = functools.partial(quantized_matmul, activation_format="fp8", implementation="cuda")
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def weight(name, *shape, seed=0):
+    return quantize(jnp.asarray(normal(seed, *shape)), name.split()[0], **FORMATS[name])
+
+
+def assert_product(got, x, w):
+    """Of x in e4m3 and the weight as rounded: sums of 128 products have about 14 bits."""
+    axes = "...mk,...nk->...mn"
+    x8, w8 = np.float64(quantize(x).dequantize()), np.float64(rounded(w))
+    exact = np.einsum(axes, x8, w8)
+    same = jnp.asarray(exact, x.dtype)
+    atol = 2**-12 * float(np.einsum(axes, np.abs(x8), np.abs(w8)).max())
+    assert_close_to_reference(got, exact, same, atol=atol)
+
+
+@formats
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("rows", [1, 16, 50, 130, 600])
+@pytest.mark.parametrize("size", [(24, 128), (200, 1152), (1040, 4096), (4096, 512)])
+def test_product(name, dtype, rows, size):
+    x, w = jnp.asarray(normal(1, rows, size[1]), dtype), weight(name, *size)
+    assert_product(jax.jit(run)(x, pack_weight(w)), x, w)
+
+
+@pytest.mark.parametrize("name, columns", [("nvfp4", 112), ("mxfp4", 1056), ("int4 of 32", 416)])
+def test_columns_that_fill_no_tile(name, columns):
+    x, w = jnp.asarray(normal(1, 70, columns), "bfloat16"), weight(name, 40, columns)
+    assert_product(run(x, pack_weight(w)), x, w)
+
+
+@formats
+def test_error(name):
+    """Beside float64 products of x and of what the weight stands for."""
+    x, w = jnp.asarray(normal(1, 512, 4096), "bfloat16"), weight(name, 1024, 4096)
+    packed = pack_weight(w)
+    exact = np.float64(x) @ np.float64(w.dequantize()).T
+    limit = FOUR_BIT_TIMES_FP8_LIMITS[packed.format, packed.block]
+    assert relative_error(run(x, packed), exact) < limit
+
+
+@formats
+@pytest.mark.parametrize("rows", [4, 300])
+def test_what_is_not_finite_or_zero(name, rows):
+    w = normal(2, 70, 256)
+    w[3, 5], w[66, 200] = np.nan, np.inf
+    w[4], w[7, 128:] = 0, 0
+    quantized = quantize(jnp.asarray(w), name.split()[0], **FORMATS[name])
+    x = jnp.asarray(normal(1, rows, 256), "bfloat16").at[2, 9].set(jnp.inf).at[1].set(0)
+    got = np.float32(run(x, pack_weight(quantized)))
+    bad = np.zeros_like(got, bool)
+    bad[:, [3, 66]], bad[2] = True, True
+    np.testing.assert_array_equal(np.isnan(got), bad)
+    assert (got[[0, 3], 4] == 0).all() and (np.delete(got[1], [3, 66]) == 0).all()
+
+
+@formats
+def test_transforms(name):
+    x, w = jnp.asarray(normal(1, 3, 5, 256), "bfloat16"), weight(name, 3, 48, 256)
+    packed = pack_weight(w)
+    assert_product(jax.vmap(run)(x, packed), x, w)
+    first = jax.tree.map(lambda a: a[0], w)
+    assert_product(run(x, pack_weight(first)), x, first)
+    many = jnp.asarray(normal(2, 9, 5, 256), "bfloat16")
+    assert_product(jax.vmap(run, (0, None))(many, pack_weight(first)), many, first)
+    assert_product(jax.vmap(run, (None, 0))(x[0], packed), jnp.stack([x[0]] * 3), w)
+
+
+@formats
+def test_a_row_does_not_depend_on_others(name):
+    """Nor on how many there are: that is a question of tiles."""
+    x, w = jnp.asarray(normal(1, 600, 512), "bfloat16"), pack_weight(weight(name, 4096, 512))
+    whole = np.float32(run(x, w))
+    for rows in (1, 40, 200):
+        np.testing.assert_array_equal(np.float32(run(x[:rows], w)), whole[:rows])
+
+
+@formats
+def test_the_same_twice(name):
+    x, w = jnp.asarray(normal(1, 100, 4096), "bfloat16"), pack_weight(weight(name, 512, 4096))
+    np.testing.assert_array_equal(np.float32(jax.jit(run)(x, w)), np.float32(jax.jit(run)(x, w)))
