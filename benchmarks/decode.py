@@ -102,7 +102,7 @@ def packed_weights(name: str, weights: str, keep_rows: bool) -> decode.PackedWei
 def plain_weights(name: str, weights: str) -> Mapping:
     """The same weights as nested dicts, for jax_decode."""
     plain = nnx.to_pure_dict(nnx.state(random_model(name), nnx.Param))
-    return jax_decode.quantized(MODELS[name], plain) if weights == "fp8" else plain
+    return plain if weights == "bf16" else jax_decode.quantized(MODELS[name], plain, weights)
 
 
 class Inputs:

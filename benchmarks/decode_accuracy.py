@@ -27,7 +27,9 @@ from decode_cases import MODELS
 from jaxkern import benchmarking, decode
 from jaxkern.models import from_pretrained
 
-PROVIDERS = {"jaxkern": "bf16", "jaxkern fp8": "fp8"}
+PROVIDERS = {"jaxkern": "bf16"} | {
+    f"jaxkern {weights}": weights for weights in ("fp8", "nvfp4", "mxfp4", "int4")
+}
 
 
 @jax.jit

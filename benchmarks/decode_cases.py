@@ -6,9 +6,11 @@ import dataclasses
 import re
 from typing import ClassVar
 
+from jaxkern.decode.pack import WEIGHTS
 from jaxkern.models import Config, RopeScaling
 
 STEPS = 32  # in one compiled function
+_WEIGHTS = "|".join(WEIGHTS)
 
 
 def _llama(factor: float, **sizes) -> Config:
@@ -81,7 +83,7 @@ class Step(Shape):
     context: int
 
     direction: ClassVar[str] = "decode"
-    pattern: ClassVar[re.Pattern] = re.compile(r"decode (\S+) (bf16|fp8) b([1-9]\d*) ctx(\d+)")
+    pattern: ClassVar[re.Pattern] = re.compile(rf"decode (\S+) ({_WEIGHTS}) b([1-9]\d*) ctx(\d+)")
 
     def __post_init__(self):
         super().__post_init__()
@@ -113,7 +115,7 @@ class Generation(Shape):
 
     direction: ClassVar[str] = "generate"
     pattern: ClassVar[re.Pattern] = re.compile(
-        r"generate (\S+) (bf16|fp8) b([1-9]\d*) p([2-9]|[1-9]\d+) n([1-9]\d*)"
+        rf"generate (\S+) ({_WEIGHTS}) b([1-9]\d*) p([2-9]|[1-9]\d+) n([1-9]\d*)"
     )
 
     @property
@@ -140,8 +142,11 @@ def parse(case: str) -> tuple[str, Shape]:
 
 
 def weight_bytes(config: Config, weights: str) -> int:
-    """Bytes of the weights that a step reads: of the matrices, FP8 ones with a scale for each row,
-    the head among them, and of norms and biases, which are bfloat16.
+    """Bytes of the weights that a step reads: of the matrices, those that are not bfloat16 with a
+    scale for each row, the head among them, and of norms and biases, which are bfloat16.
+
+    Of four bits 16 columns of a row have a byte of scales, or 32 two; not counted are the 8 bytes
+    that may follow a block of an odd number of rows.
     """
     layers, width = config.layers, config.width
     qkv = (config.heads + 2 * config.kv_heads) * config.head_dim
@@ -154,8 +159,9 @@ def weight_bytes(config: Config, weights: str) -> int:
     )
     vectors = (2 * layers + 1) * width
     vectors += layers * (qkv * config.qkv_bias + 2 * config.head_dim * config.qk_norm)
-    value, scale = {"bf16": (2, 0), "fp8": (1, 4)}[weights]
-    return sum(rows * (columns * value + scale) for rows, columns in matrices) + 2 * vectors
+    sixteen, scale = {"bf16": (32, 0), "fp8": (16, 4)}.get(weights, (9, 4))  # columns, of a row
+    row_bytes = ((rows, columns * sixteen // 16 + scale) for rows, columns in matrices)
+    return sum(rows * size for rows, size in row_bytes) + 2 * vectors
 
 
 _LARGEST_CACHE = 131_072  # tokens: 17 GB for Llama-3.1-8B, and there are two
@@ -163,13 +169,13 @@ _SIZES = [(b, ctx) for b in (1, 4, 8, 16) for ctx in (256, 2048, 8192, 32768)]
 SHAPES = tuple(
     shape
     for model in ("llama-3.2-1b", "qwen2.5-1.5b", "llama-3.1-8b", "qwen3-0.6b")
-    for weights in ("bf16", "fp8")
+    for weights in ("bf16", "fp8", "nvfp4")
     for shape in (
         *(Step(model, weights, b, ctx) for b, ctx in _SIZES if b * ctx <= _LARGEST_CACHE),
         *(Generation(model, weights, 1, 128, new) for new in (64, 1)),
     )
 )
 QUICK = (
-    *(Step("llama-3.2-1b", weights, 1, 256) for weights in ("bf16", "fp8")),
+    *(Step("llama-3.2-1b", weights, 1, 256) for weights in ("bf16", "fp8", "nvfp4")),
     *(Generation("llama-3.2-1b", "bf16", 1, 128, new) for new in (64, 1)),
 )

@@ -4,11 +4,12 @@
 //   python tools/nvcc.py benchmarks/decode_kernel.cu /tmp/decode_kernel $F
 //   /tmp/decode_kernel llama-3.2-1b 1 192 greedy
 //
-// JAXKERN_WEIGHT: bf16 or e4m3. Arguments: a model with heads of JAXKERN_HEAD_DIM, sequences,
-// tokens of each after the last of 32 steps in a launch, and how tokens are drawn: greedy,
-// temperature, top_k, top_p or both. Prints microseconds a step, the median of half a second, and
-// TB/s of weights. With -DJAXKERN_PROBES in $F also the microseconds a step that a block has of the
-// parts of each phase (cuda/decode/probe.cuh), which themselves take about 1%.
+// JAXKERN_WEIGHT: bf16, e4m3, e2m1 (NVFP4, or with -DJAXKERN_FORMAT=kMxfp4 that) or s4. Arguments:
+// a model with heads of JAXKERN_HEAD_DIM, sequences, tokens of each after the last of 32 steps in a
+// launch, and how tokens are drawn: greedy, temperature, top_k, top_p or both. Prints microseconds
+// a step, the median of half a second, and TB/s of weights. With -DJAXKERN_PROBES in $F also the
+// microseconds a step that a block has of the parts of each phase (cuda/decode/probe.cuh), which
+// themselves take about 1%.
 #include <cstring>
 
 #include "benchmarks/harness.cuh"
@@ -19,9 +20,17 @@ namespace jaxkern {
 namespace {
 
 using decode::DecodeParams, decode::Phase;
-using tile::bf16;
-using Weight = tile::JAXKERN_WEIGHT;
-constexpr bool kFp8 = std::is_same_v<Weight, tile::e4m3>;
+using decode::e2m1, decode::s4, decode::WeightFormat;
+using tile::bf16, tile::e4m3;
+using Weight = JAXKERN_WEIGHT;
+#ifdef JAXKERN_FORMAT
+constexpr WeightFormat kFormat = WeightFormat::JAXKERN_FORMAT;
+#else
+constexpr WeightFormat kFormat = std::is_same_v<Weight, bf16>   ? WeightFormat::kBf16
+                                 : std::is_same_v<Weight, e4m3> ? WeightFormat::kFp8
+                                 : std::is_same_v<Weight, e2m1> ? WeightFormat::kNvfp4
+                                                                : WeightFormat::kInt4;
+#endif
 constexpr int kSteps = 32;
 
 struct Shape {
@@ -44,6 +53,16 @@ T* filled(const std::vector<T>& host) {
   return data;
 }
 
+// Halves of words that are numbers up to 1 of bfloat16, and small ones of other types of scales.
+__global__ void words_kernel(uint32_t* words, int64_t size) {
+  const int64_t step = int64_t{blockDim.x} * gridDim.x;
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < size; i += step) {
+    uint32_t h = static_cast<uint32_t>(i) * 0x9e3779b9u;
+    h = (h ^ (h >> 16)) * 0x85ebca6bu;
+    words[i] = (h ^ (h >> 13)) & 0x3f7f3f7f;
+  }
+}
+
 struct Model {
   DecodeParams p = {};
   int* first_lengths;
@@ -52,15 +71,15 @@ struct Model {
   Model(const Shape& s, int batch, int tokens, const std::string& drawing) {
     p.layers = s.layers, p.width = s.width, p.vocabulary = s.vocabulary, p.heads = s.heads;
     p.kv_heads = s.kv_heads, p.head_dim = s.head_dim, p.hidden = s.hidden, p.batch = batch;
-    p.capacity = (tokens + 31) / 32 * 32, p.norm_epsilon = 1e-5f, p.fp8 = kFp8;
+    p.capacity = (tokens + 31) / 32 * 32, p.norm_epsilon = 1e-5f, p.format = kFormat;
     bench::check(multiprocessor_count(&p.multiprocessors), "device");
     const int64_t heads = s.heads * s.head_dim, qkv = heads + 2 * s.kv_heads * s.head_dim;
     const int64_t width = s.width;
-    add(decode::kQkv, s.layers * qkv, width);
-    add(decode::kOut, s.layers * width, heads);
-    add(decode::kGateUp, int64_t{2} * s.layers * s.hidden, width);
-    add(decode::kDown, s.layers * width, s.hidden);
-    add(decode::kHead, s.vocabulary, width);
+    const decode::StepParams plan = decode::plan_step(p);
+    for (const Phase phase : {decode::kQkv, decode::kOut, decode::kGateUp, decode::kDown}) {
+      add(phase, plan.rows[phase], s.layers);
+    }
+    add(decode::kHead, plan.rows[decode::kHead], 1);
     p.embedding = bench::normal_matrix<bf16>(s.vocabulary * width, 0.02f);
     p.norms = filled(std::vector<bf16>((2 * s.layers + 1) * width, __float2bfloat16_rn(1.0f)));
     if (s.bias) p.qkv_bias = bench::normal_matrix<bf16>(s.layers * qkv);
@@ -88,11 +107,24 @@ struct Model {
     how.top_p = drawing == "top_p" || drawing == "both";
   }
 
-  // Normal numbers; of FP8, such that the largest ones saturate.
-  void add(Phase phase, int64_t rows, int64_t columns) {
-    p.weights[phase] = bench::normal_matrix<Weight>(rows * columns, kFp8 ? 100.0f : 0.02f);
-    if (kFp8) p.scales[phase] = filled(std::vector<float>(rows, 2e-4f));
-    weight_bytes += rows * columns * static_cast<int64_t>(sizeof(Weight));
+  // Normal numbers; of FP8, such that the largest ones saturate. Of four bits any, with scales that
+  // are numbers.
+  void add(Phase phase, const decode::Rows& rows, int layers) {
+    const int64_t bytes = rows.place(layers, 0), count = int64_t{rows.count()} * rows.unit_rows;
+    if constexpr (kFormat == WeightFormat::kBf16 || kFormat == WeightFormat::kFp8) {
+      constexpr float kDeviation = kFormat == WeightFormat::kFp8 ? 100.0f : 0.02f;
+      const auto size = static_cast<int64_t>(bytes / sizeof(Weight));
+      p.weights[phase] = bench::normal_matrix<Weight>(size, kDeviation);
+    } else {
+      auto* words = bench::allocate<uint32_t>(bytes / 4);
+      words_kernel<<<1024, 256>>>(words, bytes / 4);
+      bench::check(cudaGetLastError(), "words_kernel");
+      p.weights[phase] = words;
+    }
+    if (kFormat != WeightFormat::kBf16) {
+      p.scales[phase] = filled(std::vector<float>(layers * count, 2e-4f));
+    }
+    weight_bytes += bytes;
   }
 
   // Microseconds a step.

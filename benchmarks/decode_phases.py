@@ -29,7 +29,13 @@ CASES = (
     "decode llama-3.2-1b bf16 b8 ctx256",
     "decode qwen2.5-1.5b bf16 b1 ctx192",
 )
-WEIGHTS = {"bf16": "bf16", "fp8": "e4m3"}
+WEIGHTS = {
+    "bf16": ["-DJAXKERN_WEIGHT=bf16"],
+    "fp8": ["-DJAXKERN_WEIGHT=e4m3"],
+    "nvfp4": ["-DJAXKERN_WEIGHT=e2m1"],
+    "mxfp4": ["-DJAXKERN_WEIGHT=e2m1", "-DJAXKERN_FORMAT=kMxfp4"],
+    "int4": ["-DJAXKERN_WEIGHT=s4"],
+}
 TABLE = re.compile(r"(with attention|without it) +(.+)")
 ROW = re.compile(r"  ([a-z_]+) +([\d. ]+)")
 
@@ -47,8 +53,7 @@ def program(folder: str, weights: str, head_dim: int) -> pathlib.Path:
     path = pathlib.Path(folder, f"decode_phases_{weights}_{head_dim}")
     if path.exists():
         return path
-    defines = [f"-DJAXKERN_WEIGHT={WEIGHTS[weights]}", f"-DJAXKERN_HEAD_DIM={head_dim}"]
-    defines.append("-DJAXKERN_PROBES")
+    defines = [*WEIGHTS[weights], f"-DJAXKERN_HEAD_DIM={head_dim}", "-DJAXKERN_PROBES"]
     run(sys.executable, "tools/nvcc.py", "benchmarks/decode_kernel.cu", path, *defines)
     return path
 

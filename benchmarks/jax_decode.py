@@ -3,7 +3,7 @@
 Layers are unrolled, which is faster than to scan them. A layer's cache is its keys and values,
 bfloat16 [B, S, K, H] each, donated and written by dynamic_update_slice. Attention is two einsums
 over all of it. Weights are the parameters of a jaxkern.models.Transformer as nested dicts; a kernel
-may be FP8 with a scale beside it.
+may be FP8 with a scale beside it, or of four bits with scales of blocks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkern.decode.pack import quantize_rows
+import jaxkern
+from jaxkern.decode.pack import FOUR_BIT, quantize_rows
 from jaxkern.models import Config
 from jaxkern.reference import norm, rotary
 
@@ -69,8 +70,16 @@ def forward(
 
 
 def product(x: jax.Array, linear: Mapping, dtype: Any = jnp.bfloat16) -> jax.Array:
-    """x [..., K] times a kernel [K, N], which may have a scale and a bias [N]."""
-    y = jnp.dot(x, linear["kernel"].astype(x.dtype), preferred_element_type=dtype)
+    """x [..., K] times a kernel [K, N], which may have a scale and a bias [N].
+
+    Or the rows of the kernel are in blocks, with block_scale [K / block, N].
+    """
+    kernel = linear["kernel"].astype(x.dtype)
+    if "block_scale" in linear:
+        scale = linear["block_scale"]
+        blocks = kernel.reshape(len(scale), -1, kernel.shape[-1]) * scale[:, None]
+        kernel = blocks.reshape(kernel.shape)
+    y = jnp.dot(x, kernel, preferred_element_type=dtype)
     if "scale" in linear:
         y *= linear["scale"].astype(dtype)
     return y + linear["bias"] if "bias" in linear else y
@@ -113,8 +122,8 @@ def generate(config: Config, weights: Mapping, prompt: jax.Array, new: int) -> l
     return [first, greedy_steps(config, weights, cache, first, t, new - 1)[0]]
 
 
-def quantized(config: Config, weights: Mapping) -> dict:
-    """The weights with FP8 kernels, and a head where embeddings are tied."""
+def quantized(config: Config, weights: Mapping, format: str) -> dict:
+    """The weights with kernels of this format, and a head where embeddings are tied."""
     if config.tied_embeddings:
         weights = {**weights, "head": {"kernel": weights["embed"]["embedding"].T}}
 
@@ -123,14 +132,20 @@ def quantized(config: Config, weights: Mapping) -> dict:
             return node
         node = {name: visit(child) for name, child in node.items()}
         if "kernel" in node:
-            node["kernel"], node["scale"] = _quantize(node["kernel"])
+            node |= _quantize(node["kernel"], format)
         return node
 
     return visit(weights)
 
 
-@jax.jit
-def _quantize(kernel):
-    """FP8 values [K, N] and scale [N]."""
-    values, scale = quantize_rows(kernel.T)
-    return values.T, scale
+@functools.partial(jax.jit, static_argnums=1)
+def _quantize(kernel, format):
+    """What takes the place of a kernel [K, N]."""
+    if format == "fp8":
+        values, scale = quantize_rows(kernel.T)
+        return {"kernel": values.T, "scale": scale}
+    w = jaxkern.quantize(kernel.T.astype(jnp.bfloat16), format, **FOUR_BIT[format])
+    rows = {"kernel": w.values.T, "block_scale": w.scale.T.astype(jnp.bfloat16)}
+    if w.tensor_scale is not None:
+        rows["scale"] = jnp.broadcast_to(w.tensor_scale[:, 0], len(w.values))
+    return rows

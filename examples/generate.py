@@ -160,7 +160,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     source.add_argument("--run", type=Path, help="folder of a run of train_transformer.py")
     add = parser.add_argument
     add("--prompt", default="import os\n\n\ndef ", help="text to continue (default: of a program)")
-    add("--weights", choices=("bf16", "fp8"), default="bf16", help="(default: bf16)")
+    weights = ("bf16", "fp8", "nvfp4", "mxfp4", "int4")
+    add("--weights", choices=weights, default="bf16", help="(default: bf16)")
     add("--max-new-tokens", type=int, default=64, help="tokens to generate (default: 64)")
     add("--temperature", type=float, default=0.7, help="0: the likeliest (default: 0.7)")
     add("--top-k", type=int, help="draw from the k likeliest tokens (default: from all)")

@@ -1,5 +1,6 @@
 """Small models of the Llama family, and their forward pass written once more."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -35,6 +36,12 @@ CONFIGS = {
         norm_epsilon=0.1,
         **_SMALL | {"layers": 3, "kv_heads": 4},
     ),
+}
+
+
+# Sizes that weights of four bits can have.
+FOUR_BIT_CONFIGS = {
+    name: dataclasses.replace(CONFIGS[name], width=128, hidden=384) for name in ("llama", "qwen3")
 }
 
 

@@ -1,8 +1,6 @@
 // The warps that multiply: the phases, and what they hand on.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/decode/receiver.cuh"
 #include "cuda/tile/smem.cuh"
 
@@ -53,7 +51,7 @@ struct Consumer : Receiver<Weight, kHeadDim, kBatch, kStages> {
       const auto* norms = static_cast<const bf16*>(p.model.norms);
       constant.own = norms[int64_t{2 * layer + (kPhase == kOut ? 1 : 2)} * p.model.width + row];
     }
-    if constexpr (std::is_same_v<Weight, tile::e4m3>) {
+    if constexpr (Weights::kRowScales) {
       constexpr int kParts = kPhase == kGateUp ? 2 : 1;
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
@@ -153,8 +151,9 @@ struct Consumer : Receiver<Weight, kHeadDim, kBatch, kStages> {
     const Rows& rows = p.rows[kPhase];
     const int block = blockIdx.x;
     const Constant constant = this->constant<kPhase>(layer, block, place(kPhase).unit);
+    const auto weights = held.operands(p.scale_code);
     this->template gather<kPhase>(layer);
-    held.multiply(x, rows, block, shared.sums);
+    weights.multiply(x, rows, block, shared.sums);
     sync_consumers();
     shared.probe.take(kPhase, kMultiply);
     send_results<kPhase>(layer, block, constant);
@@ -192,8 +191,8 @@ struct Consumer : Receiver<Weight, kHeadDim, kBatch, kStages> {
   // `more`: adds to the sums of columns before these.
   template <Phase kPhase>
   __device__ __forceinline__ void multiply(int block, int columns, bool more) {
-    decode::multiply<Weight>(tile::settled(shared.stream), slot, x, p.rows[kPhase], block,
-                             columns / Weights::kColumns, shared.sums, more);
+    decode::multiply<Weight>(tile::settled(shared.stream), slot, x, p.scale_code, p.rows[kPhase],
+                             block, columns / Weights::kColumns, shared.sums, more);
   }
   // In as many parts as vectors have room for. All are there when the first ones are, so those of
   // the next part are on their way while a part is multiplied.

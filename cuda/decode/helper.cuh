@@ -15,9 +15,9 @@ __device__ __forceinline__ float rstd_of(const DecodeParams& p, float squares) {
 //
 // All blocks send squares of the hidden state. So when those are there all have read what was sent
 // before the phase that gave it, and the one before.
-template <int kHeadDim, int kBatch, int kStages>
+template <int kHeadDim, int kBatch, int kStages, int kScaleBytes>
 class Helper {
-  using Storage = StepStorage<kHeadDim, kBatch, kStages>;
+  using Storage = StepStorage<kHeadDim, kBatch, kStages, kScaleBytes>;
   using Sent = decode::Sent<kHeadDim, kBatch>;
 
  public:

@@ -9,7 +9,18 @@ cudaError_t launch_decode_step(const DecodeParams& params, cudaStream_t stream) 
     return params.head_dim == 64 ? launch_decode_step_of<Weight, 64>(params, stream)
                                  : launch_decode_step_of<Weight, 128>(params, stream);
   };
-  return params.fp8 ? launch(tile::e4m3{}) : launch(tile::bf16{});
+  switch (params.format) {
+    case WeightFormat::kBf16:
+      return launch(tile::bf16{});
+    case WeightFormat::kFp8:
+      return launch(tile::e4m3{});
+    case WeightFormat::kNvfp4:
+    case WeightFormat::kMxfp4:
+      return launch(e2m1{});
+    case WeightFormat::kInt4:
+      return launch(s4{});
+  }
+  return cudaErrorInvalidValue;
 }
 
 int64_t decode_workspace_bytes(const DecodeParams& params) {

@@ -15,6 +15,15 @@ inline constexpr int kMaxMultiprocessors = 256;
 inline constexpr int kBins = 256;               // of sampling's histograms
 inline constexpr int kMaxVocabulary = 1 << 20;  // that they have bits for
 
+// What weights are: the numbers are those of the attribute of calls. The last three have four bits,
+// and scales of 16 columns of a row or of 32.
+enum class WeightFormat : int32_t { kBf16, kFp8, kNvfp4, kMxfp4, kInt4 };
+
+// Types of weights that instances are for, besides bf16 and e4m3: of kNvfp4 and kMxfp4, and
+// integers.
+struct e2m1 {};
+struct s4 {};
+
 // What became of a sequence: the first thing that did. Its logits are NaN from then on.
 enum Status { kOk, kTokenOutOfRange, kCacheFull };
 
@@ -57,9 +66,9 @@ struct DecodeParams {
   int batch, capacity;  // B, T
   int multiprocessors;  // that the weights are packed for
   float norm_epsilon;
-  bool fp8;                      // weights are e4m3, else bfloat16
+  WeightFormat format;
   const void* weights[kPhases];  // packed, all layers; attention has none
-  const float* scales[kPhases];  // of their rows, all layers, where they are FP8
+  const float* scales[kPhases];  // of their rows, all layers; null of bfloat16
   const void* embedding;         // [V, D] bfloat16
   const void* norms;             // [2 L + 1, D] bfloat16: attention's, the MLP's, ..., the last
   const void* qkv_bias;          // [L, (N + 2 K) H] bfloat16 or null

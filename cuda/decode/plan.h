@@ -19,6 +19,22 @@ struct Places {
 #endif
 };
 
+// How the 16 bits of scales that a row of e2m1 has for 32 columns become numbers: those of two
+// blocks of 16, or one of bfloat16.
+struct ScaleCode {
+  // float32: (bits * factors[block] & mask) | bits.
+  uint32_t factors[2], mask, bits;
+  // A pair of bfloat16 from 16 bits and the same again: turned to the left, & pair_mask |
+  // pair_bits.
+  uint32_t turns[2], pair_mask, pair_bits;
+};
+constexpr ScaleCode scale_code(WeightFormat format) {
+  if (format == WeightFormat::kNvfp4) {  // bytes, of which five bits are an exponent
+    return {{1 << 20, 1 << 12}, 0x0ff00000, 0x60000000, {4, 28}, 0x0ff00ff0, 0x60006000};
+  }
+  return {{1 << 16, 1 << 16}, 0xffff0000, 0, {0, 0}, 0xffffffff, 0};
+}
+
 // What the kernel takes, from plan_step().
 struct StepParams {
   DecodeParams model;
@@ -32,6 +48,7 @@ struct StepParams {
   int squares_stride;                       // blocks', a multiple of 4
   bool hold_qkv, hold_out;                  // in registers, before what they multiply is there
   int part;                                 // columns of vectors that shared memory has room for
+  ScaleCode scale_code;
 };
 
 }  // namespace jaxkern::decode

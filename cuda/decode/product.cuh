@@ -9,131 +9,25 @@
 
 #include <algorithm>
 
-#include "cuda/decode/exchange.cuh"
+#include "cuda/decode/slices.cuh"
 #include "cuda/decode/stream.cuh"
-#include "cuda/decode/warps.cuh"
-#include "cuda/tile/ptx/matrix.cuh"
-#include "cuda/tile/ptx/special.cuh"
-#include "cuda/tile/types.cuh"
 
 namespace jaxkern::decode {
 
-// Weights as they lie in a lane's 16 bytes of a slice, and as operands for 32 columns each.
-template <class T>
-struct Weights;
-
-template <>
-struct Weights<tile::bf16> {
-  static constexpr int kColumns = 32, kParts = 1;  // of a slice
-  static constexpr float kVectorScale = 1.0f, kSumScale = 1.0f;
-
-  __device__ __forceinline__ static uint4 unpack(const uint4& raw, int) { return raw; }
-};
-
-// The bits of an e4m3 number are those of a bfloat16 one, 2^-120 of its value, with zeros between
-// sign and exponent. Vectors are larger by part of that, and sums by the rest. A word has four, of
-// which two have their bits where bfloat16 has them; docs/decode.md has the places of the others.
-// NOTE: the GPU would turn two into f16 with an instruction, but what vectors have may be too large
-// for f16.
-template <>
-struct Weights<tile::e4m3> {
-  static constexpr int kColumns = 64, kParts = 2;
-  static constexpr float kVectorScale = 0x1p64f, kSumScale = 0x1p56f;
-
-  __device__ __forceinline__ static uint4 unpack(const uint4& raw, int part) {
-    const uint32_t x = part == 0 ? raw.x : raw.z, y = part == 0 ? raw.y : raw.w;
-    return {first(x), second(x), first(y), second(y)};
-  }
-
- private:
-  __device__ __forceinline__ static uint32_t first(uint32_t raw) { return raw & 0x87f087f0; }
-  __device__ __forceinline__ static uint32_t second(uint32_t raw) {
-    return (__funnelshift_r(raw, raw, 4) & 0x87808780) | (raw << 4 & 0x00700070);
-  }
-};
-
-// Where value k of sequence n is among vectors of bfloat16, [slices][batch][32], in memory that is
-// shared as in what blocks send each other.
-__device__ __forceinline__ int vector_place(int batch, int n, int k) {
-  return batch == 1 ? k : (k / kSlice * batch + n) * kSlice + k % kSlice;
-}
-
-// Vectors of up to kBatch sequences.
-template <int kBatch>
-struct Vectors {
-  Word* words;
-  int batch;
-
-  // Values 8 index to 8 index + 7 of a sequence.
-  __device__ __forceinline__ Word& word(int n, int index) const {
-    return words[vector_place(kBatch == 1 ? 1 : batch, n, index * Word::kValues) / Word::kValues];
-  }
-  // What the lane needs of a slice: column g of B, sequence g of a tile's, if there is one.
-  __device__ __forceinline__ uint4 operand(int slice, int tile) const {
-    constexpr int kSliceWords = kSlice / Word::kValues;
-    const int lane = threadIdx.x % tile::kWarpSize;
-    const int n = kBatch == 1 ? 0 : min(tile * kSequences + lane / 4 % kBatch, batch - 1);
-    const int row = kBatch == 1 ? slice : slice * batch + n;
-    return reinterpret_cast<const uint4*>(words)[row * kSliceWords + lane % 4];
-  }
-};
-
-// sum[s] += kTiles tiles of the s-th of kSlices slices of the warp, which are kStep apart from
-// `first` on, whose weights lie at from[s] for the lane. When registers have those it calls
-// taken().
-template <class Weight, int kStep, int kTiles, int kSlices, int kAll, int kBatch, class Taken>
-__device__ __forceinline__ void multiply_slices(const Vectors<kBatch>& x, int first,
-                                                const char* const (&from)[kSlices],
-                                                Accumulators<kBatch, kTiles> (&sum)[kAll],
-                                                const Taken& taken) {
-  constexpr int kParts = Weights<Weight>::kParts, kColumnTiles = kSequenceTiles<kBatch>;
-  uint4 b[kSlices][kParts][kColumnTiles], low[kSlices][kTiles], high[kSlices][kTiles];
-#pragma unroll
-  for (int s = 0; s < kSlices; ++s) {
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-      for (int n = 0; n < kColumnTiles; ++n) {
-        b[s][part][n] = x.operand((first + s * kStep) * kParts + part, n);
-      }
-    }
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-      low[s][t] = *reinterpret_cast<const uint4*>(from[s] + 16 * t * kSliceBytes);
-      high[s][t] = *reinterpret_cast<const uint4*>(from[s] + (16 * t + 8) * kSliceBytes);
-    }
-  }
-  taken();
-  uint4 l[kSlices][kTiles], h[kSlices][kTiles];
-  const auto each = [&](const auto& use) {
-#pragma unroll
-    for (int s = 0; s < kSlices; ++s) {
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t) use(s, t);
-    }
-  };
-#pragma unroll
-  for (int part = 0; part < kParts; ++part) {
-    each([&](int s, int t) {
-      l[s][t] = Weights<Weight>::unpack(low[s][t], part);
-      h[s][t] = Weights<Weight>::unpack(high[s][t], part);
-      const uint4 &a = l[s][t], &c = h[s][t];
-#pragma unroll
-      for (int n = 0; n < kColumnTiles; ++n) {
-        const uint4& v = b[s][part][n];
-        tile::ptx::mma_m16n8k16<tile::ElementType<tile::bf16>>(sum[s][t][n], a.x, c.x, a.y, c.y,
-                                                               v.x, v.y);
-      }
-    });
-    each([&](int s, int t) {
-      const uint4 &a = l[s][t], &c = h[s][t];
-#pragma unroll
-      for (int n = 0; n < kColumnTiles; ++n) {
-        const uint4& v = b[s][part][n];
-        tile::ptx::mma_m16n8k16<tile::ElementType<tile::bf16>>(sum[s][t][n], a.z, c.z, a.w, c.w,
-                                                               v.z, v.w);
-      }
-    });
+// By whichever of the functions of slices.cuh.
+template <int kStep, class Weight, int kTiles, int kSlices, int kAll, int kBatch, class Taken>
+__device__ __forceinline__ void multiply_some(const Vectors<kBatch>& x,
+                                              const Reading<Weight, kBatch>& reading, int first,
+                                              const char* const (&from)[kSlices],
+                                              Accumulators<kBatch, kTiles> (&sum)[kAll],
+                                              const Taken& taken) {
+  using R = Reading<Weight, kBatch>;
+  if constexpr (R::kBlocks) {
+    multiply_blocks<Weight, kStep, kTiles>(x, reading, first, from, sum, taken);
+  } else if constexpr (R::kScales) {
+    multiply_scaled<Weight, kStep, kTiles>(x, reading, first, from, sum, taken);
+  } else {
+    multiply_slices<Weight, kStep, kTiles>(x, first, from, sum, taken);
   }
 }
 
@@ -152,7 +46,8 @@ __device__ __forceinline__ int share_of_arrivals(int count, int i) {
 // all from kUnderWay before it on: there have to be 4 + kUnderWay stages.
 template <class Weight, class Division, int kTiles, int kBatch, class Stream, class Slot>
 __device__ __forceinline__ void multiply_own(Stream& stream, Slot& slot, const Vectors<kBatch>& x,
-                                             int slice_bytes, const Chunks& chunks, int slices,
+                                             const Reading<Weight, kBatch>& reading,
+                                             const Chunks& chunks, int slices,
                                              Accumulators<kBatch, kTiles> (&sum)[1]) {
   const int lane = threadIdx.x % tile::kWarpSize;
   const int offset = Division::first_row() * kSliceBytes + 16 * lane;
@@ -161,8 +56,8 @@ __device__ __forceinline__ void multiply_own(Stream& stream, Slot& slot, const V
     const int chunk = __umulhi(slice, chunks.magic), at = slice - chunk * chunks.slices;
     const Slot own = {slot.count + chunk};
     own.wait_full(stream.ring);
-    const char* const from[] = {stream.chunks[own.stage()] + at * slice_bytes + offset};
-    multiply_slices<Weight, Division::kEach, kTiles>(x, slice, from, sum, [&] {
+    const char* const from[] = {stream.chunks[own.stage()] + at * chunks.slice_bytes + offset};
+    multiply_some<Division::kEach>(x, reading, slice, from, sum, [&] {
       __syncwarp();
       const int count = min(chunks.slices, slices - chunk * chunks.slices);
       if (lane == 0) {
@@ -178,21 +73,22 @@ __device__ __forceinline__ void multiply_own(Stream& stream, Slot& slot, const V
 template <class Weight, class Division, int kTiles, int kSlices, int kBatch, class Stream,
           class Slot>
 __device__ __forceinline__ void multiply_all(Stream& stream, Slot& slot, const Vectors<kBatch>& x,
-                                             int slice_bytes, int at_once, int slices,
+                                             const Reading<Weight, kBatch>& reading,
+                                             const Chunks& chunks, int slices,
                                              Accumulators<kBatch, kTiles> (&sum)[kSlices]) {
   constexpr int kEach = Division::kEach;
   const int offset =
       Division::first_row() * kSliceBytes + 16 * static_cast<int>(threadIdx.x % tile::kWarpSize);
   bool ready = slot.is_full(stream.ring);
-  for (int first = 0; first < slices; first += at_once, slot.advance()) {
+  for (int first = 0; first < slices; first += chunks.slices, slot.advance()) {
     if (!ready) slot.wait_full(stream.ring);
     const char* chunk = stream.chunks[slot.stage()] + offset;
-    const int count = min(at_once, slices - first);
+    const int count = min(chunks.slices, slices - first);
     const auto multiply = [&]<int kCount>(int i) {
       const char* from[kCount];
 #pragma unroll
-      for (int s = 0; s < kCount; ++s) from[s] = chunk + (i + s * kEach) * slice_bytes;
-      multiply_slices<Weight, kEach, kTiles, kCount>(x, first + i, from, sum, [] {});
+      for (int s = 0; s < kCount; ++s) from[s] = chunk + (i + s * kEach) * chunks.slice_bytes;
+      multiply_some<kEach>(x, reading, first + i, from, sum, [] {});
     };
     int i = (Division::index() - first) & (kEach - 1);
     for (; i + (kSlices - 1) * kEach < count; i += kSlices * kEach) {
@@ -206,31 +102,69 @@ __device__ __forceinline__ void multiply_all(Stream& stream, Slot& slot, const V
 
 template <class Weight, int kTiles, int kBatch, int kMaxRows, class Stream, class Slot>
 __device__ __forceinline__ void multiply_tiles(Stream& stream, Slot& slot, const Vectors<kBatch>& x,
-                                               int rows, const Chunks& chunks, int slices,
+                                               const ScaleCode& code, int rows,
+                                               const Chunks& chunks, int slices,
                                                Sums<kBatch, kMaxRows>& sums, bool more) {
   using Division = decode::Division<kBatch, kTiles>;
   // Instructions that wait for none of each other. A block of few rows has few: after a dependency
   // it lies in the ring already, and its products are what others wait for.
   constexpr int kSlices = kTiles <= 2 ? 2 : 1;
   Accumulators<kBatch, Division::kOwn> sum[kSlices] = {};
-  const int slice_bytes = rows * kSliceBytes;
+  const Reading<Weight, kBatch> reading(code, rows, Division::first_row());
   // More than 64 rows: a chunk has two to four slices.
   if constexpr (kTiles > 4 && Stream::kStages >= 4 + kUnderWay) {
-    multiply_own<Weight, Division>(stream, slot, x, slice_bytes, chunks, slices, sum);
+    multiply_own<Weight, Division>(stream, slot, x, reading, chunks, slices, sum);
   } else {
-    multiply_all<Weight, Division>(stream, slot, x, slice_bytes, chunks.slices, slices, sum);
+    multiply_all<Weight, Division>(stream, slot, x, reading, chunks, slices, sum);
   }
+  if constexpr (Reading<Weight, kBatch>::kBlocks) add_blocks(sum);
   put<kTiles>(sum, sums, more);
 }
+
+// What registers multiply of a block of up to kOctets times 8 rows: a warp's slices of bfloat16.
+template <int kOctets, int kSlices>
+struct HeldOperands {
+  static constexpr int kTiles = (kOctets + 1) / 2;
+  uint4 data[kSlices][kOctets];
+
+  template <int kBatch, int kMaxRows>
+  __device__ __forceinline__ void multiply(const Vectors<kBatch>& x, const Rows& rows, int block,
+                                           Sums<kBatch, kMaxRows>& sums) const {
+    const int warp = threadIdx.x / tile::kWarpSize;
+    const int slices = rows.units(block) > 0 ? rows.K / kSlice : 0;
+    Accumulators<kBatch, kTiles> sum[2] = {};
+#pragma unroll
+    for (int i = 0; i < kSlices; ++i) {
+#pragma unroll
+      for (int n = 0; n < kSequenceTiles<kBatch>; ++n) {
+        const uint4 b = x.operand(min(warp * kSlices + i, max(slices - 1, 0)), n);
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+          const uint4 low = data[i][2 * t];
+          const uint4 high = 2 * t + 1 < kOctets ? data[i][2 * t + 1] : uint4{};
+          tile::ptx::mma_m16n8k16<tile::ElementType<tile::bf16>>(sum[0][t][n], low.x, high.x, low.y,
+                                                                 high.y, b.x, b.y);
+          tile::ptx::mma_m16n8k16<tile::ElementType<tile::bf16>>(sum[1][t][n], low.z, high.z, low.w,
+                                                                 high.w, b.z, b.w);
+        }
+      }
+    }
+    put<kTiles>(sum, sums, false);
+  }
+};
 
 // Weights of a block of up to kOctets times 8 rows, taken from the ring before the vectors are
 // there: registers hold them while others come in their place.
 template <class Weight, int kOctets, int kSlices>  // slices of bfloat16 of a warp
 struct HeldWeights {
-  static constexpr int kTiles = (kOctets + 1) / 2;
-  static constexpr int kParts = Weights<Weight>::kParts, kTaken = kSlices / kParts;
+  using W = Weights<Weight>;
+  static constexpr int kParts = W::kParts, kTaken = kSlices / kParts, kScaleBytes = W::kScaleBytes;
+  static constexpr int kSliceBytesMost = slice_bytes(8 * kOctets, kScaleBytes);
+  // Whether they are held as they came: those of four bits, which leave attention its registers.
+  static constexpr bool kPacked = kScaleBytes > 0;
   static_assert(kSlices % kParts == 0);
-  uint4 weights[kSlices][kOctets];
+  uint4 weights[kPacked ? kTaken : kSlices][kOctets];
+  typename W::Scales scales[kTaken][kOctets];
 
   // `part`: columns of vectors that shared memory has room for.
   static bool fit(const Rows& rows, int part) {
@@ -242,13 +176,12 @@ struct HeldWeights {
   // others at once. That is so before they are there: the ring has room for all of them.
   template <class Stream, class Slot>
   __device__ __forceinline__ void take(Stream& stream, Slot& slot, const Rows& rows, int block) {
-    constexpr int kChunkSlices = Stream::kChunkBytes / (8 * kOctets * kSliceBytes);  // or more
+    constexpr int kChunkSlices = Stream::kChunkBytes / kSliceBytesMost;  // or more
     static_assert(kChunkSlices >= kTaken && kTaken * kWarps <= kChunkSlices * Stream::kStages);
     const int lane = threadIdx.x % tile::kWarpSize;
     const int units = rows.units(block);
-    const int slices = units > 0 ? rows.K / Weights<Weight>::kColumns : 0;
-    const int bytes = units * kSliceBytes;
-    const auto [at_once, chunks, magic] = rows.chunks_of(block);
+    const int slices = units > 0 ? rows.K / W::kColumns : 0;
+    const auto [at_once, chunks, magic, bytes] = rows.chunks_of(block);
     const int begin = warp() * kTaken, count = min(kTaken, slices - begin);
     const int chunk = __umulhi(begin, magic);  // the warp's first
     const int beyond = (chunk + 1) * at_once;  // the slice that the next one begins at
@@ -257,21 +190,32 @@ struct HeldWeights {
     if (count > 0) one.wait_full(stream.ring);
     if (both) next.wait_full(stream.ring);
     // Slice i of the warp.
-    const char* in_one =
-        stream.chunks[one.stage()] + (begin - beyond + at_once) * bytes + 16 * lane;
-    const char* in_next = stream.chunks[next.stage()] + (begin - beyond) * bytes + 16 * lane;
+    const char* in_one = stream.chunks[one.stage()] + (begin - beyond + at_once) * bytes;
+    const char* in_next = stream.chunks[next.stage()] + (begin - beyond) * bytes;
 #pragma unroll
     for (int i = 0; i < kTaken; ++i) {
       const char* from = (begin + i < beyond ? in_one : in_next) + i * bytes;
+      const char* from_scales = from + units * kSliceBytes + lane / 4 * kScaleBytes;
 #pragma unroll
       for (int o = 0; o < kOctets; ++o) {
         uint4 raw = {};  // or the compiler keeps what there was in the last layer
-        if (i < count) raw = *reinterpret_cast<const uint4*>(from + 8 * o * kSliceBytes);
+        if (i < count) {
+          raw = *reinterpret_cast<const uint4*>(from + 8 * o * kSliceBytes + 16 * lane);
+        }
+        if constexpr (kPacked) {
+          weights[i][o] = raw;
+          scales[i][o] = {};
+          if (i < count) {
+            scales[i][o] = *reinterpret_cast<const uint2*>(from_scales + 8 * o * kScaleBytes);
+          }
+        } else {
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-          weights[i * kParts + part][o] = Weights<Weight>::unpack(raw, part);
-          // Or they are unpacked when the vectors are there, which others wait for.
-          if (kParts > 1) tile::ptx::work_out_here(weights[i * kParts + part][o]);
+          for (int part = 0; part < kParts; ++part) {
+            uint4& operand = weights[i * kParts + part][o];
+            operand = W::unpack(raw, part);
+            // Or they are unpacked when the vectors are there, which others wait for.
+            if (kParts > 1) tile::ptx::work_out_here(operand);
+          }
         }
       }
     }
@@ -282,28 +226,25 @@ struct HeldWeights {
     slot.count += chunks;
   }
 
-  template <int kBatch, int kMaxRows>
-  __device__ __forceinline__ void multiply(const Vectors<kBatch>& x, const Rows& rows, int block,
-                                           Sums<kBatch, kMaxRows>& sums) const {
-    const int slices = rows.units(block) > 0 ? rows.K / kSlice : 0;
-    Accumulators<kBatch, kTiles> sum[2] = {};
+  // As they are multiplied; to be called before the vectors are there, which others wait for.
+  __device__ __forceinline__ HeldOperands<kOctets, kSlices> operands(const ScaleCode& code) const {
+    HeldOperands<kOctets, kSlices> operands;
 #pragma unroll
     for (int i = 0; i < kSlices; ++i) {
 #pragma unroll
-      for (int n = 0; n < kSequenceTiles<kBatch>; ++n) {
-        const uint4 b = x.operand(min(warp() * kSlices + i, max(slices - 1, 0)), n);
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
-          const uint4 low = weights[i][2 * t];
-          const uint4 high = 2 * t + 1 < kOctets ? weights[i][2 * t + 1] : uint4{};
-          tile::ptx::mma_m16n8k16<tile::ElementType<tile::bf16>>(sum[0][t][n], low.x, high.x, low.y,
-                                                                 high.y, b.x, b.y);
-          tile::ptx::mma_m16n8k16<tile::ElementType<tile::bf16>>(sum[1][t][n], low.z, high.z, low.w,
-                                                                 high.w, b.z, b.w);
+      for (int o = 0; o < kOctets; ++o) {
+        uint4& operand = operands.data[i][o];
+        if constexpr (kPacked) {
+          const int part = i % kParts;
+          operand = W::unpack(weights[i / kParts][o], part, W::bits_of(scales[i / kParts][o], part),
+                              code);
+          tile::ptx::work_out_here(operand);
+        } else {
+          operand = weights[i][o];
         }
       }
     }
-    put<kTiles>(sum, sums, false);
+    return operands;
   }
 
  private:
@@ -313,16 +254,16 @@ struct HeldWeights {
 // Into sums, once the consumers have synchronised; `more`: to what is there.
 template <class Weight, int kBatch, int kMaxRows, class Stream, class Slot>
 __device__ __forceinline__ void multiply(Stream& stream, Slot& slot, const Vectors<kBatch>& x,
-                                         const Rows& rows, int block, int slices,
-                                         Sums<kBatch, kMaxRows>& sums, bool more) {
+                                         const ScaleCode& code, const Rows& rows, int block,
+                                         int slices, Sums<kBatch, kMaxRows>& sums, bool more) {
   const int count = rows.units(block) * rows.unit_rows;
   const auto tiles = [&]<int kTiles>() {
-    multiply_tiles<Weight, kTiles>(stream, slot, x, count, rows.chunks_of(block), slices, sums,
-                                   more);
+    multiply_tiles<Weight, kTiles>(stream, slot, x, code, count, rows.chunks_of(block), slices,
+                                   sums, more);
   };
   if (count == 0) return;
   // Other numbers of tiles take the next one's code, and multiply what lies behind their rows.
-  constexpr bool kLarge = Stream::kChunkBytes > 128 * 2 * kSliceBytes;
+  constexpr bool kLarge = Stream::kMaxRows > 128;
   if (count <= 16) {
     tiles.template operator()<1>();
   } else if (count <= 32) {

@@ -7,9 +7,9 @@ namespace jaxkern::decode {
 
 template <class Weight, int kHeadDim, int kBatch, int kStages>
 struct Receiver {
-  using Storage = StepStorage<kHeadDim, kBatch, kStages>;
   using bf16 = tile::bf16;
   using Weights = decode::Weights<Weight>;
+  using Storage = StepStorage<kHeadDim, kBatch, kStages, Weights::kScaleBytes>;
   using Team = decode::Team<kBatch>;
 
   const StepParams& p;
@@ -117,7 +117,7 @@ struct Receiver {
   // Until shared.rstd is that of the hidden state that a phase has received.
   template <Phase kPhase>
   __device__ __forceinline__ void wait_for_rstd(int layer) const {
-    using Helper = decode::Helper<kHeadDim, kBatch, kStages>;
+    using Helper = decode::Helper<kHeadDim, kBatch, kStages, Weights::kScaleBytes>;
     if (kPhase == kGateUp) shared.rstd_ready.wait(Helper::kAfterOut);
     if (kPhase == kHead || (kPhase == kQkv && layer > 0)) {
       shared.rstd_ready.wait(Helper::kAfterDown);

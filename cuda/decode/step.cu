@@ -30,12 +30,14 @@ cudaError_t launch(const DecodeParams& params, cudaStream_t stream) {
 // Sequences, and as many stages as there is room for beside their vectors.
 template <class Weight, int kHeadDim>
 cudaError_t launch_decode_step_of(const DecodeParams& params, cudaStream_t stream) {
-  constexpr bool kSmall = kHeadDim == 64;
-  return launch<Weight, kHeadDim, 1, kSmall ? 12 : 11, 4, kSmall ? 11 : 10, 8, kSmall ? 9 : 8, 16,
-                kSmall ? 7 : 6>(params, stream);
+  // Less where heads or weights make chunks larger.
+  constexpr int kLess = (kHeadDim > 64) + (Weights<Weight>::kScaleBytes > 0);
+  return launch<Weight, kHeadDim, 1, 12 - kLess, 4, 11 - kLess, 8, 9 - kLess, 16, 7 - kLess>(
+      params, stream);
 }
 
-template cudaError_t launch_decode_step_of<tile::JAXKERN_WEIGHT, JAXKERN_HEAD_DIM>(
-    const DecodeParams&, cudaStream_t);
+using tile::bf16, tile::e4m3;
+template cudaError_t launch_decode_step_of<JAXKERN_WEIGHT, JAXKERN_HEAD_DIM>(const DecodeParams&,
+                                                                             cudaStream_t);
 
 }  // namespace jaxkern::decode

@@ -12,9 +12,10 @@ namespace jaxkern::decode {
 inline StepParams plan_step(const DecodeParams& model, int64_t* workspace_bytes = nullptr) {
   StepParams p = {};
   p.model = model;
+  p.scale_code = scale_code(model.format);
   const int heads = model.heads * model.head_dim;
   const auto rows = [&](int units, int K, int unit_rows = 1) {
-    return make_rows(units, K, model.fp8 ? 2 * kSlice : kSlice, unit_rows, model.multiprocessors,
+    return make_rows(units, K, slice_format(model.format), unit_rows, model.multiprocessors,
                      model.head_dim);
   };
   p.rows[kQkv] = rows(heads + 2 * model.kv_heads * model.head_dim, model.width);

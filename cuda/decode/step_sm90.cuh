@@ -22,7 +22,7 @@
 
 namespace jaxkern::decode {
 
-// Weight: bf16, or e4m3.
+// Weight: bf16, e4m3, e2m1 or s4.
 template <class Weight_, int kHeadDim_, int kBatch_, int kStages_>
 struct DecodeStep {
   using Weight = Weight_;
@@ -32,9 +32,10 @@ struct DecodeStep {
   static_assert(kProducerRegisters + 2 * kConsumerRegisters <=
                 3 * tile::launch_registers(kThreads));
   using Attention = decode::Attention<kHeadDim>;
-  using Storage = StepStorage<kHeadDim, kBatch, kStages>;
-  using Helper = decode::Helper<kHeadDim, kBatch, kStages>;
   static constexpr int kColumns = Weights<Weight>::kColumns;  // of a slice
+  static constexpr int kScaleBytes = Weights<Weight>::kScaleBytes;
+  using Storage = StepStorage<kHeadDim, kBatch, kStages, kScaleBytes>;
+  using Helper = decode::Helper<kHeadDim, kBatch, kStages, kScaleBytes>;
 
   // Columns of vectors that are in shared memory at once: of one sequence all, but for hidden units
   // in parts where they have to be.
@@ -69,12 +70,12 @@ struct DecodeStep {
       const Rows& rows = p.rows[phase];
       const auto* matrix = static_cast<const char*>(p.model.weights[phase]);
       for (int block = blockIdx.x; block < rows.blocks; block += gridDim.x) {
-        const int64_t row = (int64_t{layer} * rows.count() + rows.first(block)) * rows.unit_rows;
-        const int count = rows.units(block) * rows.unit_rows;
+        if (rows.units(block) == 0) continue;
+        const Chunks chunks = rows.chunks_of(block);
+        const char* from = matrix + rows.place(layer, block);
         for (int first = 0; first < rows.K; first += p.part) {
-          const int64_t columns = row * rows.K + int64_t{count} * first;  // before these
-          producer.load(matrix + columns * (kSliceBytes / kColumns), count,
-                        min(p.part, rows.K - first) / kColumns, rows.chunks_of(block).slices);
+          producer.load(from + int64_t{first / kColumns} * chunks.slice_bytes,
+                        min(p.part, rows.K - first) / kColumns, chunks);
         }
       }
     };

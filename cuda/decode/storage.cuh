@@ -8,9 +8,9 @@
 namespace jaxkern::decode {
 
 // The shared memory of a block.
-template <int kHeadDim, int kBatch, int kStages>
+template <int kHeadDim, int kBatch, int kStages, int kScaleBytes>
 struct StepStorage {
-  Stream<kStages, chunk_bytes(kHeadDim)> stream;
+  decode::Stream<kStages, kHeadDim, kScaleBytes> stream;
   decode::Sums<kBatch, max_rows(kHeadDim)> sums;
   // Hidden state of the rows that the block has of out and of down.
   float residual[kBatch][max_rows(kHeadDim)];
@@ -81,6 +81,7 @@ inline constexpr int kPartColumns = 2048;
 template <class Weight>
 using HeldQkv = HeldWeights<Weight, 3, 8>;
 template <class Weight, int kHeadDim>
-using HeldOut = HeldWeights<Weight, 2, kHeadDim == 64 ? 8 : 6>;
+using HeldOut =
+    HeldWeights<Weight, 2, (kHeadDim == 64 || Weights<Weight>::kScaleBytes != 0) ? 8 : 6>;
 
 }  // namespace jaxkern::decode

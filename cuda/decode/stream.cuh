@@ -14,11 +14,13 @@ namespace jaxkern::decode {
 
 inline constexpr int kUnderWay = 3;  // chunks
 
-template <int kStages_, int kChunkBytes_>
+template <int kStages_, int kHeadDim, int kScaleBytes>
 struct Stream {
-  static constexpr int kStages = kStages_, kChunkBytes = kChunkBytes_;
+  static constexpr int kStages = kStages_, kMaxRows = max_rows(kHeadDim);
+  static constexpr int kChunkBytes = chunk_bytes(kHeadDim, kScaleBytes);
   alignas(128) char chunks[kStages][kChunkBytes];
-  char beyond[64 * kSliceBytes];  // read, and not used, where a chunk's last tiles are not full
+  // Read, and not used, where a chunk's last tiles are not full.
+  char beyond[slice_bytes(64, kScaleBytes)];
   tile::Ring<kStages> ring;
 };
 
@@ -51,13 +53,12 @@ class Producer {
     }
   }
 
-  // Slices of a block of rows, one after the other, of which a chunk holds so many.
-  __device__ __forceinline__ void load(const char* from, int rows, int slices, int at_once) {
-    if (rows == 0) return;
-    for (int k = 0; k < slices; k += at_once) {
-      const int bytes = min(at_once, slices - k) * rows * kSliceBytes;
+  // Slices of a block of rows, one after the other.
+  __device__ __forceinline__ void load(const char* from, int slices, const Chunks& chunks) {
+    for (int k = 0; k < slices; k += chunks.slices) {
+      const int bytes = min(chunks.slices, slices - k) * chunks.slice_bytes;
       begin(bytes);
-      copy(0, from + int64_t{k} * rows * kSliceBytes, bytes);
+      copy(0, from + int64_t{k} * chunks.slice_bytes, bytes);
       end();
     }
   }

@@ -83,6 +83,26 @@ struct Sums {
 template <int kBatch, int kTiles>
 using Accumulators = float[kTiles][kSequenceTiles<kBatch>][4];
 
+// Those of one sequence, of which the lanes of four, and two columns, have sums of blocks of
+// weights.
+template <int kParts, int kTiles>
+__device__ __forceinline__ void add_blocks(Accumulators<1, kTiles> (&sum)[kParts]) {
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+#pragma unroll
+      for (int part = 1; part < kParts; ++part) sum[0][t][0][i] += sum[part][t][0][i];
+#pragma unroll
+      for (int part = 1; part < kParts; ++part) sum[part][t][0][i] = 0.0f;
+#pragma unroll
+      for (int lanes = 1; lanes < 4; lanes *= 2) {
+        sum[0][t][0][i] += __shfl_xor_sync(0xffffffffu, sum[0][t][0][i], lanes);
+      }
+    }
+  }
+}
+
 // A warp's sums, which it may have in several parts; `more`: to what it has put there before.
 template <int kTiles, int kParts, int kOwn, int kBatch, int kMaxRows>
 __device__ __forceinline__ void put(const Accumulators<kBatch, kOwn> (&sum)[kParts],

@@ -1,4 +1,5 @@
 #include <bit>
+#include <tuple>
 
 #include "cuda/decode/launch.h"
 #include "cuda/decode/rows.h"
@@ -24,12 +25,16 @@ ffi::Error decode_step(
     ffi::Result<ffi::AnyBuffer> logits, ffi::Result<ffi::AnyBuffer> new_lengths,
     ffi::Result<ffi::AnyBuffer> new_status, ffi::Result<ffi::AnyBuffer> new_keys,
     ffi::Result<ffi::AnyBuffer> new_values, ffi::Result<ffi::AnyBuffer> new_workspace,
-    ffi::Result<ffi::AnyBuffer> new_done, ffi::Result<ffi::AnyBuffer> new_debug, float epsilon,
-    int32_t multiprocessors, int32_t top_k, bool top_p) {
+    ffi::Result<ffi::AnyBuffer> new_done, ffi::Result<ffi::AnyBuffer> new_debug,
+    int32_t format_code, float epsilon, int32_t multiprocessors, int32_t top_k, bool top_p) {
   Checks checks("decode_step");
   checks.rank("keys", keys, 7).rank("embedding", embedding, 2).rank("out", out, 2);
   checks.rank("down", down, 2).rank("workspace", workspace, 1);
   checks.rank("drawn", *drawn, 2).rank("stop_tokens", stop_tokens, 1);
+  checks.that(format_code >= 0 && format_code <= 4, "format", std::to_string(format_code),
+              "0 to 4");
+  if (format_code > 0)
+    checks.rank("qkv_scale", qkv_scale, 2).rank("gate_up_scale", gate_up_scale, 2);
   for (const auto& [name, buffer] : {std::pair("keys", &keys), std::pair("embedding", &embedding),
                                      std::pair("out", &out), std::pair("down", &down)}) {
     checks.that(buffer->element_count() > 0, name, "is empty", "values");
@@ -41,10 +46,27 @@ ffi::Error decode_step(
   const auto dims = keys.dimensions();  // [L, B, K, T / 8, H / 32, 8, 32]
   const int64_t L = dims[0], B = dims[1], K = dims[2], T = 8 * dims[3], H = 32 * dims[4];
   const int64_t V = embedding.dimensions()[0], D = embedding.dimensions()[1];
-  const bool fp8 = qkv.element_type() == U32;
-  const int64_t word = fp8 ? 4 : 1;  // values of an element
-  const int64_t N = word * out.dimensions()[1] / (D * H), F = word * down.dimensions()[1] / D;
-  const int64_t all = (N + 2 * K) * H;
+  const auto format = decode::WeightFormat(format_code);
+  const bool scaled = format != decode::WeightFormat::kBf16;
+  const auto [columns, scale_bytes] = decode::slice_format(format);
+  const int64_t all =
+      scaled ? qkv_scale.dimensions()[1] : out.dimensions()[1] / D + 2 * K * H;  // (N + 2 K) H
+  const int64_t N = all / H - 2 * K;
+  const int64_t F = scaled ? gate_up_scale.dimensions()[1] / 2 : down.dimensions()[1] / D;
+  checks.that(N > 0 && K > 0, "qkv", "has " + std::to_string(N) + " heads of query", "some");
+  checks.that(D % columns == 0 && F > 0 && F % columns == 0, "down",
+              "is " + std::to_string(D) + " by " + std::to_string(F),
+              "multiples of " + std::to_string(columns));
+  checks.that(N * H % columns == 0, "out", "has " + std::to_string(N * H) + " columns",
+              "a multiple of " + std::to_string(columns));
+  if (checks.failed()) return checks.error();
+  // Elements of the matrix of a layer.
+  const auto elements = [&](int64_t units, int64_t inputs, int unit_rows = 1) {
+    const decode::Rows rows = decode::make_rows(static_cast<int>(units), static_cast<int>(inputs),
+                                                decode::slice_format(format), unit_rows,
+                                                multiprocessors, static_cast<int>(H));
+    return rows.place(1, 0) / (scaled ? 4 : 2);
+  };
   const int64_t steps = drawn->dimensions()[1];
   const bool draws = steps > 0, noisy = seeds.element_count() > 0;
   const bool debugs = debug.element_count() > 0;
@@ -57,11 +79,11 @@ ffi::Error decode_step(
       .shape("done", done, {B})
       .shape("drawn", *drawn, {B, steps})
       .shape("norms", norms, {2 * L + 1, D})
-      .shape("qkv", qkv, {L, all * D / word})
-      .shape("out", out, {L, D * N * H / word})
-      .shape("gate_up", gate_up, {L, 2 * F * D / word})
-      .shape("down", down, {L, D * F / word})
-      .shape("head", head, {V * D / word})
+      .shape("qkv", qkv, {L, elements(all, D)})
+      .shape("out", out, {L, elements(D, N * H)})
+      .shape("gate_up", gate_up, {L, elements(F, D, 2)})
+      .shape("down", down, {L, elements(D, F)})
+      .shape("head", head, {elements(V, D)})
       .shape("frequencies", frequencies, {H / 2})
       .shape("logits", *logits, {B, V})
       .dtype("logits", *logits, {F32})
@@ -94,24 +116,26 @@ ffi::Error decode_step(
       .dtype("values", values, {BF16})
       .dtype("embedding", embedding, {BF16})
       .dtype("norms", norms, {BF16})
-      .dtype("qkv", qkv, {BF16, U32})
+      .dtype("qkv", qkv, {scaled ? U32 : BF16})
       .dtype("out", out, {qkv.element_type()})
       .dtype("gate_up", gate_up, {qkv.element_type()})
       .dtype("down", down, {qkv.element_type()})
       .dtype("head", head, {qkv.element_type()})
       .dtype("qkv_bias", qkv_bias, {BF16})
       .dtype("qk_norms", qk_norms, {BF16});
-  if (fp8) {
+  const std::tuple<const char*, ffi::AnyBuffer*, decode::Phase> scales[] = {
+      {"qkv_scale", &qkv_scale, decode::kQkv},
+      {"out_scale", &out_scale, decode::kOut},
+      {"gate_up_scale", &gate_up_scale, decode::kGateUp},
+      {"down_scale", &down_scale, decode::kDown},
+      {"head_scale", &head_scale, decode::kHead}};
+  if (scaled) {
     checks.shape("qkv_scale", qkv_scale, {L, all})
         .shape("out_scale", out_scale, {L, D})
         .shape("gate_up_scale", gate_up_scale, {L, 2 * F})
         .shape("down_scale", down_scale, {L, D})
-        .shape("head_scale", head_scale, {V})
-        .dtype("qkv_scale", qkv_scale, {F32})
-        .dtype("out_scale", out_scale, {F32})
-        .dtype("gate_up_scale", gate_up_scale, {F32})
-        .dtype("down_scale", down_scale, {F32})
-        .dtype("head_scale", head_scale, {F32});
+        .shape("head_scale", head_scale, {V});
+    for (const auto& [name, buffer, phase] : scales) checks.dtype(name, *buffer, {F32});
   }
   checks.that(H == 64 || H == 128, "keys", "have heads of " + std::to_string(H), "64 or 128")
       .that(B <= decode::kMaxBatch, "tokens", "has " + std::to_string(B),
@@ -120,12 +144,6 @@ ffi::Error decode_step(
               "has " + std::to_string(N) + " heads",
               "a multiple of keys' " + std::to_string(K) + ", of up to " +
                   std::to_string(decode::kMaxGroup));
-  const int columns = fp8 ? 2 * decode::kSlice : decode::kSlice;  // of a slice
-  checks.that(D % columns == 0 && F % columns == 0, "down",
-              "is " + std::to_string(D) + " by " + std::to_string(F),
-              "multiples of " + std::to_string(columns));
-  checks.that(N * H % columns == 0, "out", "has " + std::to_string(N * H) + " columns",
-              "a multiple of " + std::to_string(columns));
   const int64_t rows = int64_t{decode::max_rows(static_cast<int>(H))} * multiprocessors;
   checks.that(D <= rows, "down", "has " + std::to_string(D) + " rows",
               "at most " + std::to_string(rows));
@@ -153,18 +171,14 @@ ffi::Error decode_step(
   params.capacity = static_cast<int>(T);
   params.multiprocessors = multiprocessors;
   params.norm_epsilon = epsilon;
-  params.fp8 = fp8;
+  params.format = format;
   params.weights[decode::kQkv] = qkv.untyped_data();
   params.weights[decode::kOut] = out.untyped_data();
   params.weights[decode::kGateUp] = gate_up.untyped_data();
   params.weights[decode::kDown] = down.untyped_data();
   params.weights[decode::kHead] = head.untyped_data();
-  if (fp8) {
-    params.scales[decode::kQkv] = qkv_scale.typed_data<float>();
-    params.scales[decode::kOut] = out_scale.typed_data<float>();
-    params.scales[decode::kGateUp] = gate_up_scale.typed_data<float>();
-    params.scales[decode::kDown] = down_scale.typed_data<float>();
-    params.scales[decode::kHead] = head_scale.typed_data<float>();
+  for (const auto& [name, buffer, phase] : scales) {
+    params.scales[phase] = scaled ? buffer->typed_data<float>() : nullptr;
   }
   params.embedding = embedding.untyped_data();
   params.norms = norms.untyped_data();
@@ -239,6 +253,7 @@ JAXKERN_DEFINE_HANDLER(DecodeStep, decode_step,
                            .Ret<ffi::AnyBuffer>()  // workspace
                            .Ret<ffi::AnyBuffer>()  // done
                            .Ret<ffi::AnyBuffer>()  // debug
+                           .Attr<int32_t>("format")
                            .Attr<float>("epsilon")
                            .Attr<int32_t>("multiprocessors")
                            .Attr<int32_t>("top_k")

@@ -1,15 +1,12 @@
-// What decode_test.cu compares with: a scalar loop over the same rounded values.
+// What decode_cases.h compares with: a scalar loop over the same rounded values.
 #pragma once
 
 #include <functional>
 #include <numeric>
 
-#include "cuda/tests/test.h"
+#include "cuda/tests/decode_pack.h"
 
 namespace jaxkern {
-
-using tile::bf16;
-using Floats = std::vector<float>;
 
 struct Shape {
   int layers, width, vocabulary, heads, kv_heads, head_dim, hidden, capacity;
@@ -26,17 +23,6 @@ inline Floats normal(size_t size, float deviation, int seed) {
   return values;
 }
 
-// What rows of FP8 are multiplied by.
-inline Floats scales_of(const Floats& matrix, size_t K) {
-  Floats scales;
-  for (size_t start = 0; start < matrix.size(); start += K) {
-    float most = 0.0f;
-    for (size_t k = 0; k < K; ++k) most = std::max(most, std::abs(matrix[start + k]));
-    scales.push_back(most / 448.0f);
-  }
-  return scales;
-}
-
 // Weights of one layer, rows by columns; gate's rows and then up's.
 struct Layer {
   Floats attention_norm, qkv, bias, q_norm, k_norm, out, mlp_norm, gate_up, down;
@@ -44,22 +30,16 @@ struct Layer {
 
 struct Model {
   Shape s;
+  WeightFormat format;  // matrices have what that can say
   std::vector<Layer> layers;
   Floats embedding, norm, head, frequencies;
 
-  // fp8: matrices have what FP8 and scales of rows can say.
-  Model(const Shape& shape, bool fp8) : s(shape) {
+  Model(const Shape& shape, WeightFormat format) : s(shape), format(format) {
     int seed = 1;
     const int heads = s.heads * s.head_dim, all = heads + 2 * s.kv_heads * s.head_dim;
     const auto matrix = [&](int rows, int cols) {
-      Floats w = normal(size_t(rows) * cols, 1.0f / std::sqrt(float(cols)), seed++);
-      if (!fp8) return w;
-      const Floats scales = scales_of(w, cols);
-      for (size_t i = 0; i < w.size(); ++i) {
-        const float scale = scales[i / cols];
-        w[i] = test::round_to<tile::e4m3>(w[i] / scale) * scale;
-      }
-      return w;
+      const Floats w = normal(size_t(rows) * cols, 1.0f / std::sqrt(float(cols)), seed++);
+      return rounded_to(format, w, cols);
     };
     const auto weights = [&](int size) {
       Floats w = normal(size, 0.2f, seed++);

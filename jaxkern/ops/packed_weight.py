@@ -205,7 +205,7 @@ def _value_words(codes, format):
     order = [n + axis for axis in (0, 3, 4, 2, 7, 5, 6, 1, 8)]
     x = x.transpose(*range(n), *order)
     x = x.reshape(*x.shape[: n + 6], 4, 2)
-    halves = sum(_spread(x[..., i, :], i, format) for i in range(4))
+    halves = sum(spread(x[..., i, :], i, format) for i in range(4))
     words = halves[..., 0] | halves[..., 1] << 16
     return words.reshape(*words.shape[: n + 2], _VALUE_WORDS)
 
@@ -216,22 +216,22 @@ def _codes(words, format):
     n = len(lead)
     x = words.reshape(*lead, high, wide, 2, 8, 4, 4)  # tile, s / 4, g, c, s % 4
     halves = jnp.stack([x & 0xFFFF, x >> 16], -1)
-    x = jnp.stack([_gathered(halves, i, format) for i in range(4)], -2)
+    x = jnp.stack([gathered(halves, i, format) for i in range(4)], -2)
     x = x.reshape(*x.shape[: n + 6], 2, 2, 2)  # i / 2, i % 2, odd
     back = [n + axis for axis in (0, 7, 3, 1, 2, 5, 6, 4, 8)]
     x = x.transpose(*range(n), *back)
     return x.reshape(*lead, high * ROWS, wide * COLUMNS).astype(jnp.int32)
 
 
-def _spread(code, i, format):
-    """The bits of value i in its half."""
+def spread(code, i, format):
+    """The bits of value i of four in its half of a word, uint32."""
     if format == "int4":
         return code << 4 * i
     return sum((code >> 3 - j & 1) << place for j, place in enumerate(_E2M1_BITS[i]))
 
 
-def _gathered(half, i, format):
-    """The inverse of _spread."""
+def gathered(half, i, format):
+    """The inverse of spread."""
     if format == "int4":
         return half >> 4 * i & 15
     return sum((half >> place & 1) << 3 - j for j, place in enumerate(_E2M1_BITS[i]))

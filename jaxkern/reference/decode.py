@@ -14,7 +14,9 @@ from jaxkern.reference import rotary
 
 
 class Rows(NamedTuple):
-    """A matrix: bfloat16 values [..., N, K], and what row n is multiplied by, [..., N], or None."""
+    """A matrix: values [..., N, K], bfloat16 or float32, and what row n is multiplied by, [..., N],
+    or None.
+    """
 
     values: Any
     scale: Any = None

@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -31,7 +32,7 @@ class TestCases:
 
     def test_every_case_can_be_given_back(self):
         cases = [shape.case(shape.direction) for shape in decode_cases.SHAPES]
-        assert len(set(cases)) == len(cases) == 4 * 2 * (14 + 2)
+        assert len(set(cases)) == len(cases) == 4 * 3 * (14 + 2)
         assert not any("tiny" in case for case in cases)
         for shape, case in zip(decode_cases.SHAPES, cases, strict=True):
             assert decode_cases.parse(case) == (shape.direction, shape)
@@ -93,10 +94,15 @@ class TestBytes:
 
     @pytest.mark.parametrize(
         ("name", "weights"),
-        [*((name, "bf16") for name in decode_model.CONFIGS), ("qwen2", "fp8"), ("qwen3", "fp8")],
+        [
+            *((name, "bf16") for name in decode_model.CONFIGS),
+            *(("qwen2", "fp8"), ("qwen3", "fp8")),
+            *(("four bits", weights) for weights in ("nvfp4", "mxfp4", "int4")),
+        ],
     )
     def test_are_those_of_the_packed_weights(self, name, weights):
-        config = decode_model.CONFIGS[name]
+        even = dataclasses.replace(decode_model.FOUR_BIT_CONFIGS["llama"], vocabulary=80)
+        config = {**decode_model.CONFIGS, "four bits": even}[name]
         model = decode_model.model_of(config, decode_model.random_arrays(config))
         packed = decode.decode.pack_weights(model, weights, keep_rows=False)
         read = packed.norms, packed.qkv_bias, packed.qk_norms, packed.head
@@ -150,7 +156,7 @@ class TestPlainJax:
     def test_fp8_weights_are_those_of_jaxkern(self, name):
         config = decode_model.CONFIGS[name]
         arrays = decode_model.random_arrays(config)
-        weights = jax_decode.quantized(config, plain_weights(config, arrays))
+        weights = jax_decode.quantized(config, plain_weights(config, arrays), "fp8")
         kernels = [weights["head"], weights["blocks"][1]["down"]]
         wanted = [arrays["head"], arrays["down"][1]]
         packed = decode.decode.pack_weights(decode_model.model_of(config, arrays), "fp8")
@@ -161,6 +167,21 @@ class TestPlainJax:
             np.testing.assert_array_equal(kernel["scale"], exact.scale)
             product = exact.values.astype(jnp.float32) * exact.scale[:, None]
             assert 0 < common.relative_error(product, values) < 0.05
+
+    @pytest.mark.parametrize("format", ["nvfp4", "mxfp4", "int4"])
+    def test_four_bit_weights_are_those_of_jaxkern(self, format):
+        config = decode_model.FOUR_BIT_CONFIGS["qwen3"]
+        arrays = decode_model.random_arrays(config)
+        weights = jax_decode.quantized(config, plain_weights(config, arrays), format)
+        model = decode_model.model_of(config, arrays)
+        packed = decode.decode.pack_weights(model, format)
+        rows = [packed.head.unpack(), jax.tree.map(lambda x: x[1], packed.down.unpack())]
+        for linear, exact in zip(
+            [weights["head"], weights["blocks"][1]["down"]], rows, strict=True
+        ):
+            got = jax_decode.product(jnp.eye(len(linear["kernel"])), linear, jnp.float32).T
+            wanted = exact.values.astype(jnp.float32) * exact.scale[:, None]
+            np.testing.assert_allclose(got, wanted, rtol=1e-6)
 
 
 def run(tmp_path, *arguments):
@@ -251,6 +272,7 @@ def test_list_and_quick(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[:-1] == [
         "decode llama-3.2-1b bf16 b1 ctx256",
         "decode llama-3.2-1b fp8 b1 ctx256",
+        "decode llama-3.2-1b nvfp4 b1 ctx256",
         "generate llama-3.2-1b bf16 b1 p128 n64",
         "generate llama-3.2-1b bf16 b1 p128 n1",
     ]

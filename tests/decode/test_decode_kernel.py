@@ -83,6 +83,13 @@ def test_far_positions(lengths):
     check_steps("far", "bf16", lengths)
 
 
+@pytest.mark.parametrize("name", ["wide", "1.5b"])
+@pytest.mark.parametrize("weights", ["nvfp4", "mxfp4", "int4"])
+@pytest.mark.parametrize("lengths", [(0,), (255,), (3, 400), SEVEN, (*SEVEN, *SEVEN, 2, 3)])
+def test_four_bit_logits(name, weights, lengths):
+    check_steps(name, weights, lengths)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "wide", "1.5b"])
 @pytest.mark.parametrize("lengths", [(255,), (3, 400), SEVEN, (*SEVEN, *SEVEN, 2, 3)])
 def test_fp8_logits(name, lengths):
@@ -103,8 +110,13 @@ def check_steps(name, weights, lengths):
                 assert relative_error(x[n, :length], y[n, :length]) < LIMIT
 
 
-@pytest.mark.parametrize("weights", ["bf16", "fp8"])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "1.5b"])
+@pytest.mark.parametrize(
+    ("weights", "name"),
+    [
+        *((weights, name) for weights in ("bf16", "fp8") for name in ("llama", "qwen3", "1.5b")),
+        *((weights, name) for weights in ("nvfp4", "mxfp4", "int4") for name in ("wide", "1.5b")),
+    ],
+)
 @pytest.mark.parametrize("lengths", [(300,), (3, 400), (*SEVEN, 1, 64, 2)])
 def test_phases(name, weights, lengths):
     """What each phase of each layer hands on is what the oracle's does."""

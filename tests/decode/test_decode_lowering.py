@@ -11,10 +11,12 @@ from decode_model import CONFIGS, model_of, random_arrays
 from lowering import attributes, cuda_text, custom_call_lines, custom_calls, types
 
 from jaxkern.decode import KVCache, decode_step, decode_steps, generate, pack_weights
+from jaxkern.decode.layout import number_of_blocks
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
 LLAMA = dataclasses.replace(CONFIGS["llama"], head_dim=64)
+FOUR_BIT = dataclasses.replace(LLAMA, width=128, hidden=384)
 
 
 @functools.cache
@@ -57,6 +59,7 @@ def test_call():
         "0xbf16",
     ]
     assert attributes(line)["multiprocessors"] == "3 : i32"
+    assert attributes(line)["format"] == "0 : i32"
     aliases = re.findall(r"output_tuple_indices = \[(\d)\], operand_index = (\d)", line)
     assert aliases == [(str(i + 1), str(i)) for i in range(1, 7)]
 
@@ -79,6 +82,48 @@ def test_fp8():
         f"{layers}x{d}xf32",
         f"{c.vocabulary}xf32",
     ]
+
+
+@pytest.mark.parametrize(("weights", "code"), [("nvfp4", 2), ("mxfp4", 3), ("int4", 4)])
+def test_four_bit(weights, code):
+    """In words, with the scales of blocks among them; a slice of a block is of whole 16 bytes."""
+    c, named = FOUR_BIT, functools.partial(decode_step, implementation="cuda")
+    line = custom_call_lines(named, *arguments(c, 2, weights=weights))["decode_step"]
+    operands, _ = types(line)
+    assert attributes(line)["format"] == f"{code} : i32"
+    n, d, layers = (c.heads + 2 * c.kv_heads) * 64, 128, c.layers
+
+    def words(rows, columns, unit=1):
+        count = number_of_blocks(rows, 3, 64, unit)
+        sizes = [rows // unit // count + (i < rows // unit % count) for i in range(count)]
+        return sum(18 * unit * x + 2 * (unit * x % 2) for x in sizes) * columns // 128
+
+    assert operands[9:19] == [
+        f"{layers}x{words(n, d)}xui32",
+        f"{layers}x{words(d, c.heads * 64)}xui32",
+        f"{layers}x{words(2 * c.hidden, d, 2)}xui32",
+        f"{layers}x{words(d, c.hidden)}xui32",
+        f"{words(c.vocabulary, d)}xui32",
+        f"{layers}x{n}xf32",
+        f"{layers}x{d}xf32",
+        f"{layers}x{2 * c.hidden}xf32",
+        f"{layers}x{d}xf32",
+        f"{c.vocabulary}xf32",
+    ]
+
+
+@pytest.mark.parametrize("weights", ["nvfp4", "mxfp4", "int4"])
+def test_four_bit_by_name_alone(weights):
+    """With these weights the kernel has run on no GPU yet: None is the reference."""
+    given = arguments(FOUR_BIT, 2, weights=weights)
+    steps = functools.partial(decode_steps, num_steps=3)
+    prompt = given[0], jnp.zeros((2, 5), jnp.int32)
+    tokens = functools.partial(generate, max_new_tokens=3)
+    for run, values in ((decode_step, given), (steps, given), (tokens, prompt)):
+        assert "decode_step" not in custom_calls(run, *values)
+        for names in ("cuda", ("cuda", "xla")):
+            named = functools.partial(run, implementation=names)
+            assert custom_calls(named, *values)["decode_step"] == 1
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decode_model import CONFIGS, forward, model_of, random_arrays
+from decode_model import CONFIGS, FOUR_BIT_CONFIGS, forward, model_of, random_arrays
 
 from jaxkern.decode import KVCache, Status, decode_step, generate, pack_weights, prefill
 
@@ -191,12 +191,15 @@ def test_the_whole_context():
     assert not got.status.any()
 
 
-def test_fp8():
-    config = CONFIGS["llama"]
-    weights = pack_weights(model_of(config, random_arrays(config)), "fp8")
-    got = generate(weights, prompt(), max_new_tokens=NEW)
+@pytest.mark.parametrize("weights", ["fp8", "nvfp4", "mxfp4", "int4"])
+def test_quantised_weights(weights):
+    config = FOUR_BIT_CONFIGS["llama"]
+    model = model_of(config, random_arrays(config))
+    got, wanted = (
+        generate(pack_weights(model, x), prompt(), max_new_tokens=NEW) for x in (weights, "bf16")
+    )
     assert not got.status.any()
-    assert (got.tokens[:, 0] == generated().tokens[:, 0]).any()
+    assert (got.tokens[:, 0] == wanted.tokens[:, 0]).any()
 
 
 @pytest.mark.parametrize(

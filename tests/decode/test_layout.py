@@ -18,6 +18,11 @@ FP8_BITS = (
 )
 
 
+# Of four values in half a word of four bits each: from a value's highest bit on.
+E2M1_BITS = ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (13, 11, 10, 14))
+INT4_BITS = ((3, 2, 1, 0), (7, 6, 5, 4), (11, 10, 9, 8), (15, 14, 13, 12))
+
+
 def rows_of_blocks(rows, blocks):
     """The numbers of each block's rows."""
     first = 0
@@ -103,3 +108,69 @@ def test_fp8_words():
     back = layout.fp8_of_words(words)
     assert back.dtype == jnp.float8_e4m3fn
     np.testing.assert_array_equal(jax.lax.bitcast_convert_type(back, jnp.uint8), bits)
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4", "int4"])
+def test_four_bit_words(format):
+    bits = random_matrix(3, 2, 256, dtype=np.uint8) % 16
+    wanted = np.zeros((3, 2, 32), np.uint32)
+    places = INT4_BITS if format == "int4" else E2M1_BITS
+    for slice, part, c, i, odd in itertools.product(*map(range, (2, 4, 4, 4, 2))):
+        code = bits[..., 128 * slice + 32 * part + 8 * c + 2 * i + odd].astype(np.uint32)
+        for bit, place in enumerate(places[i]):
+            wanted[..., 16 * slice + 4 * c + part] |= (code >> 3 - bit & 1) << place + 16 * odd
+    words = layout.four_bit_words(jnp.asarray(bits), format)
+    np.testing.assert_array_equal(words, wanted)
+    np.testing.assert_array_equal(layout.codes_of_words(words, format), bits)
+
+
+def test_scales_of_nvfp4():
+    """All that e4m3 has."""
+    codes = np.arange(127, dtype=np.uint8)
+    scales = np.array(jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(jnp.float32))
+    words = layout.scale_words(jnp.asarray(np.append(scales, 0)), "nvfp4")
+    stored = np.asarray(words)[:, None] >> np.array([0, 8, 16, 24], np.uint32) & 255
+    exponent, mantissa = stored.ravel() >> 3, stored.ravel() & 7
+    wanted = np.where(stored.ravel() > 0, (1 + mantissa / 8) * 2.0 ** (exponent - 10.0), 0)
+    np.testing.assert_array_equal(wanted, np.append(scales, 0))
+    np.testing.assert_array_equal(layout.scales_of_words(words, "nvfp4"), np.append(scales, 0))
+
+
+def test_scales_of_mxfp4():
+    """Powers of two from 1 on downwards, in the exponent of a bfloat16."""
+    scales = np.float32(2.0) ** -np.arange(126, dtype=np.float32)
+    words = layout.scale_words(jnp.asarray(scales), "mxfp4")
+    stored = (np.asarray(words)[:, None] >> np.array([0, 16], np.uint32) & 0xFFFF).ravel()
+    np.testing.assert_array_equal(stored, 202 - np.arange(126) << 7)
+    np.testing.assert_array_equal(layout.scales_of_words(words, "mxfp4"), scales)
+    zeros = layout.scale_words(jnp.zeros(2), "mxfp4")
+    assert not zeros.any() and not layout.scales_of_words(zeros, "mxfp4").any()
+
+
+def test_scales_of_int4():
+    scales = jnp.asarray([1.5, -3e38, 1e-38, 0], jnp.bfloat16)
+    words = layout.scale_words(scales, "int4")
+    bits = jax.lax.bitcast_convert_type(scales, jnp.uint16)
+    np.testing.assert_array_equal(np.asarray(words).view(np.uint16), bits)
+    np.testing.assert_array_equal(layout.scales_of_words(words, "int4"), scales)
+
+
+@pytest.mark.parametrize("rows_of_unit", [1, 2])
+@pytest.mark.parametrize(("units", "blocks"), [(1, 1), (12, 4), (13, 4), (3, 8), (40, 3)])
+def test_rows_with_scales(units, blocks, rows_of_unit):
+    """Those of a block's slice follow its values, up to whole words of 16 bytes."""
+    rows = rows_of_unit * units
+    w, scales = (random_matrix(2, rows, k, dtype=np.uint32) for k in (48, 6))
+    flat = layout.pack_rows(jnp.asarray(w), blocks, rows_of_unit, jnp.asarray(scales))
+    for layer, got in enumerate(flat):
+        wanted = []
+        for block in rows_of_blocks(units, blocks):
+            own = [unit + part * units for part in range(rows_of_unit) for unit in block]
+            for slice in range(3 if own else 0):
+                wanted += [*w[layer, own, 16 * slice : 16 * slice + 16].ravel()]
+                wanted += [*scales[layer, own, 2 * slice : 2 * slice + 2].ravel()]
+                wanted += [0] * (-len(wanted) % 4)
+        np.testing.assert_array_equal(got, np.array(wanted, np.uint32))
+    back = layout.unpack_scaled_rows(flat, rows, 48, blocks, rows_of_unit)
+    for got, wanted in zip(back, (w, scales), strict=True):
+        np.testing.assert_array_equal(got, wanted)

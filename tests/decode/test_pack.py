@@ -1,4 +1,4 @@
-"""pack_weights: what is in PackedWeights, and FP8 rows."""
+"""pack_weights: what is in PackedWeights, FP8 rows and those of four bits."""
 
 import dataclasses
 
@@ -7,8 +7,16 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from decode_model import CONFIGS, by_kv_head, frequencies, model_of, random_arrays
+from decode_model import (
+    CONFIGS,
+    FOUR_BIT_CONFIGS,
+    by_kv_head,
+    frequencies,
+    model_of,
+    random_arrays,
+)
 
+from jaxkern import quantize
 from jaxkern.decode import layout, pack, pack_weights
 from jaxkern.testing import random_normal
 
@@ -93,6 +101,67 @@ def test_fp8():
             np.testing.assert_array_equal(kept, arrays[key])
 
 
+four_bit = pytest.mark.parametrize(
+    ("weights", "options"), [("nvfp4", {}), ("mxfp4", {}), ("int4", {"group_size": 32})]
+)
+
+
+@four_bit
+@pytest.mark.parametrize("name", list(FOUR_BIT_CONFIGS))
+@pytest.mark.parametrize("multiprocessors", [1, 7, 132])
+def test_four_bit(name, multiprocessors, weights, options):
+    """Rows stand for exactly what `quantize` makes of the model's."""
+    config = FOUR_BIT_CONFIGS[name]
+    arrays = random_arrays(config)
+    got = pack_weights(model_of(config, arrays), weights, multiprocessors)
+    arrays = {**arrays, "qkv": jnp.asarray(by_kv_head(config, arrays["qkv"]))}
+    for key in MATRICES:
+        matrix = getattr(got, key)
+        assert matrix.values.dtype == jnp.uint32
+        assert matrix.scale.shape == arrays[key].shape[:-1]
+        assert matrix.scale.dtype == jnp.float32
+        rows, columns = arrays[key].shape[-2:]
+        unit = matrix.rows_of_unit
+        sizes = [rows // unit // matrix.blocks] * matrix.blocks
+        for i in range(rows // unit % matrix.blocks):
+            sizes[i] += 1
+        slices = sum(16 * unit * size + -(-2 * unit * size // 4) * 4 for size in sizes)
+        assert matrix.values.shape == (*arrays[key].shape[:-2], slices * columns // 128)
+        values, scale = matrix.unpack()
+        assert values.dtype == (jnp.float32 if weights == "int4" else jnp.bfloat16)
+        wanted = quantize(arrays[key], weights, **options).dequantize()
+        np.testing.assert_array_equal(values.astype(jnp.float32) * scale[..., None], wanted)
+        if key != "head":
+            kept = jnp.stack([layer[key].values for layer in got.kept])
+            np.testing.assert_array_equal(kept, arrays[key])
+
+
+@four_bit
+def test_four_bit_rows_of_many_magnitudes(weights, options):
+    """Blocks far apart keep their scales, zeros stay zeros, and a NaN is one of its row alone."""
+    config = FOUR_BIT_CONFIGS["llama"]
+    arrays = random_arrays(config)
+    down = np.array(arrays["down"], np.float32)
+    down[0, 3] *= np.repeat(np.float32(2.0) ** np.linspace(-100, 0, 12), 32)
+    down[0, 5], down[0, 7, 32:64] = 0, 0
+    down[1, 2, 40] = np.nan
+    arrays["down"] = jnp.asarray(down, jnp.bfloat16)
+    values, scale = pack_weights(model_of(config, arrays), weights).down.unpack()
+    got = np.array(values.astype(jnp.float32) * scale[..., None])
+    wanted = np.array(quantize(arrays["down"], weights, **options).dequantize())
+    assert np.isnan(got[1, 2]).all() and np.isnan(wanted[1, 2]).any()
+    got[1, 2] = wanted[1, 2] = 0
+    np.testing.assert_array_equal(got, wanted)
+    assert (
+        np.isfinite(wanted).all()
+        and not wanted[0, 5].any()
+        and wanted[0, 3, :32].any()
+        != (
+            weights == "nvfp4"  # whose scales are of a matrix
+        )
+    )
+
+
 def test_quantize_rows():
     rows = np.array(random_normal(1, (3, 9, 64), dtype="float32")[0])
     rows *= np.float32(10.0) ** np.arange(-4, 5)[:, None]
@@ -126,8 +195,9 @@ def test_errors():
     config = CONFIGS["llama"]
     arrays = random_arrays(config)
     model = model_of(config, arrays)
-    with pytest.raises(ValueError, match="weights is 'int4', wanted one of 'bf16', 'fp8'"):
-        pack_weights(model, "int4")
+    names = "'bf16', 'fp8', 'nvfp4', 'mxfp4', 'int4'"
+    with pytest.raises(ValueError, match=f"weights is 'int8', wanted one of {names}"):
+        pack_weights(model, "int8")
     with pytest.raises(ValueError, match="multiprocessors is 0, wanted a positive integer"):
         pack_weights(model, multiprocessors=0)
     with pytest.raises(ValueError, match="keep_rows is 1, wanted True or False"):
@@ -144,6 +214,16 @@ def test_errors():
         model.config = dataclasses.replace(config, **change)
         with pytest.raises(ValueError, match=f"{name} is {size}, wanted a multiple of 64 for 'fp8"):
             pack_weights(model, "fp8")
+    for weights in ("nvfp4", "mxfp4", "int4"):
+        for name, change in (
+            ("width is 64", {}),
+            ("hidden is 192", {"width": 128, "hidden": 192}),
+            (r"heads \* head_dim is 64", {"width": 128, "heads": 2}),
+        ):
+            model.config = dataclasses.replace(config, **change)
+            message = f"{name}, wanted a multiple of 128 for {weights!r}"
+            with pytest.raises(ValueError, match=message):
+                pack_weights(model, weights)
     model.config = dataclasses.replace(config, layers=3)
     with pytest.raises(ValueError, match="model has 2 blocks, wanted the config's 3"):
         pack_weights(model)

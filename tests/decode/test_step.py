@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decode_model import CONFIGS, by_kv_head, forward, model_of, random_arrays
+from decode_model import (
+    CONFIGS,
+    FOUR_BIT_CONFIGS,
+    by_kv_head,
+    forward,
+    model_of,
+    random_arrays,
+)
 
 from jaxkern.decode import KVCache, Status, decode_step, pack_weights, prefill
 from jaxkern.reference import decode as reference
@@ -17,6 +24,7 @@ configs = pytest.mark.parametrize("name", list(CONFIGS))
 BATCH, T = 3, 40
 BF16_LIMIT = 0.012  # of the relative error of logits; that of a plain forward pass is 0.0115
 FP8_LIMIT = 0.11
+FOUR_BIT_LIMIT = 0.5
 
 run_forward = jax.jit(forward, static_argnums=(0, 3))
 
@@ -24,7 +32,7 @@ run_forward = jax.jit(forward, static_argnums=(0, 3))
 @functools.cache
 def problem(name):
     """A config, the arrays of a model, tokens [B, T] and their logits: float32, and bfloat16's."""
-    config = CONFIGS[name]
+    config = {**CONFIGS, **{f"{x} of 128": y for x, y in FOUR_BIT_CONFIGS.items()}}[name]
     arrays = random_arrays(config)
     tokens = np.random.default_rng(1).integers(config.vocabulary, size=(BATCH, T), dtype=np.int32)
     logits = [run_forward(config, arrays, tokens, dtype) for dtype in ("float32", "bfloat16")]
@@ -101,14 +109,24 @@ def test_prefill_writes_what_steps_do():
             assert relative_error(ours, wanted) < (1e-3 if i == 0 else BF16_LIMIT)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_fp8_weights(name):
+@pytest.mark.parametrize(
+    ("name", "format", "limit"),
+    [
+        *((name, "fp8", FP8_LIMIT) for name in ("llama", "qwen3")),
+        *(
+            (f"{name} of 128", format, FOUR_BIT_LIMIT)
+            for name in FOUR_BIT_CONFIGS
+            for format in ("nvfp4", "mxfp4", "int4")
+        ),
+    ],
+)
+def test_quantised_weights(name, format, limit):
     """Close to the model's, and exactly those of a model that has the dequantised weights."""
     config, arrays, tokens, wanted, _ = problem(name)
-    weights = packed(name, "fp8")
+    weights = packed(name, format)
     cache = KVCache.create(config, BATCH, T)
     logits, _ = one_by_one(weights, cache, tokens)
-    assert BF16_LIMIT < relative_error(logits, wanted) < FP8_LIMIT
+    assert BF16_LIMIT < relative_error(logits, wanted) < limit
     dequantised = dict(arrays)
     for key in ("qkv", "out", "gate_up", "down", "head"):
         rows = getattr(weights, key).unpack()
@@ -118,13 +136,14 @@ def test_fp8_weights(name):
     assert relative_error(logits, exact) < BF16_LIMIT
 
 
-def test_fp8_prefill():
+@pytest.mark.parametrize("format", ["fp8", "nvfp4", "mxfp4", "int4"])
+def test_quantised_prefill(format):
     """With the rows kept it is the model's, without them the decode step's."""
-    config, _, tokens, *_ = problem("llama")
+    config, _, tokens, *_ = problem(name := "llama of 128")
     cache = KVCache.create(config, BATCH, T)
-    kept, stepped = (packed("llama", "fp8", keep_rows=keep) for keep in (True, False))
+    kept, stepped = (packed(name, format, keep_rows=keep) for keep in (True, False))
     _, wanted = one_by_one(stepped, cache, tokens)
-    quantised, model = (prefill(x, cache, tokens).read(0)[0] for x in (stepped, packed("llama")))
+    quantised, model = (prefill(x, cache, tokens).read(0)[0] for x in (stepped, packed(name)))
     np.testing.assert_array_equal(prefill(kept, cache, tokens).read(0)[0], model)
     assert relative_error(quantised, wanted.read(0)[0]) < 1e-3 < relative_error(quantised, model)
 
