@@ -53,8 +53,8 @@ def quantized_matmul(
     is as without.
 
     "fp8" is float8_e4m3fn with a float32 scale for each row of x, as `jaxkern.quantize` makes it,
-    for a w of any format. FP8 tensor cores multiply, which pays for some hundred rows and more; for
-    fewer it may cost more than without. Weights are rounded to float8_e4m3fn, times a factor that
+    for a w of any format. FP8 tensor cores multiply; as weights have to be expanded for them, that
+    is not faster than without, so far. Weights are rounded to float8_e4m3fn, times a factor that
     each row has for each 128 columns: that of "int4" in groups of 128 is the scale, and nothing is
     rounded; others are powers of two, with which "mxfp4" is exact down to 2^-9 of the largest scale
     there, "nvfp4" but for some of its 1.5, 3 and 6, and smaller groups are not. docs/matmul.md has
