@@ -255,7 +255,7 @@ def test_runs_in_order(example, trained, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--weights=int4"], "invalid choice: 'int4'"),
+        (["--weights=int8"], "invalid choice: 'int8'"),
         (["--implementation=triton"], "invalid choice: 'triton'"),
         (["--implementation=cuda"], "--implementation cuda needs a GPU; JAX has cpu only"),
         (["--model=a", "--run=b"], "not allowed with argument"),
