@@ -212,7 +212,7 @@ cudaError_t launch_some_rows_plan_sm90(const QuantizedMatmulParams& params, cuda
 // --- Many rows -----------------------------------------------------------------------------------
 
 // Rows of tiles of clusters that are worked through together, so that L2 keeps what they share.
-inline constexpr int kFourBitGroup = 1;
+inline constexpr int kFourBitGroup = 4;
 
 // Matmul's product or gradient.
 template <class Matmul>

@@ -51,28 +51,25 @@ cudaError_t launch_four_bit_fp8_sm90(const QuantizedMatmulFp8Params& params, cud
 // How long the kernel takes, in tiles of 256 tokens on the busiest multiprocessor.
 template <class Matmul>
 double four_bit_fp8_tiles(const QuantizedMatmulFp8Params& p, int multiprocessors) {
-  constexpr double kTime = Matmul::kTokens == 256 ? 1.0 : Matmul::kTokens == 128 ? 0.6 : 0.4;
+  constexpr double kTime = Matmul::kTokens == 256 ? 1.0 : 0.6;
   constexpr int kBlocks = Matmul::Cluster::kBlocks;
   const int64_t high = tile::ceil_div<int64_t>(p.N, Matmul::kRows * kBlocks);
   const int64_t tiles = p.B * high * tile::ceil_div<int64_t>(p.M, Matmul::kTokens);
   return kTime * static_cast<double>(tile::ceil_div(tiles, multiprocessors / kBlocks));
 }
 
-// By the fastest of all kernels.
+// By the faster of two kernels.
 template <FourBitFormat kFormat, class Out>
 cudaError_t launch_four_bit_fp8_of_sm90(const QuantizedMatmulFp8Params& params,
                                         cudaStream_t stream) {
   int multiprocessors;
   if (cudaError_t error = multiprocessor_count(&multiprocessors)) return error;
-  using Narrow = QuantizedMatmulFp8<kFormat, Out, 64>;
   using Middle = QuantizedMatmulFp8<kFormat, Out, 128>;
   using Wide = QuantizedMatmulFp8<kFormat, Out, 256>;
-  const double narrow = four_bit_fp8_tiles<Narrow>(params, multiprocessors);
-  const double middle = four_bit_fp8_tiles<Middle>(params, multiprocessors);
-  const double wide = four_bit_fp8_tiles<Wide>(params, multiprocessors);
-  if (wide <= std::min(middle, narrow)) return launch_four_bit_fp8_sm90<Wide>(params, stream);
-  return middle <= narrow ? launch_four_bit_fp8_sm90<Middle>(params, stream)
-                          : launch_four_bit_fp8_sm90<Narrow>(params, stream);
+  return four_bit_fp8_tiles<Wide>(params, multiprocessors) <=
+                 four_bit_fp8_tiles<Middle>(params, multiprocessors)
+             ? launch_four_bit_fp8_sm90<Wide>(params, stream)
+             : launch_four_bit_fp8_sm90<Middle>(params, stream);
 }
 
 }  // namespace jaxkern

@@ -29,7 +29,7 @@ struct QuantizedMatmulFp8 {
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
                 (1 + kConsumers) * tile::launch_registers(kThreads));
   static constexpr int kStages = 4;
-  static constexpr int kPart = kTokens < 128 ? kTokens : 128;  // tokens of a product
+  static constexpr int kPart = 128;  // tokens of a product
   static constexpr int kParts = kTokens / kPart;
   static constexpr int kPiece = 64 / sizeof(Out);  // tokens that go to memory at once
   static constexpr int kWeightBytes =

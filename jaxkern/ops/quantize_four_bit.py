@@ -12,7 +12,7 @@ from jaxkern import _checks, _dispatch, _ffi, _partitioning, _stack
 from jaxkern.ops.quantized_array import QuantizedArray
 from jaxkern.reference import four_bit as reference
 
-FORMATS = ("nvfp4", "mxfp4", "int4")
+FORMATS = ("nvfp4", "mxfp4", "int4")  # the numbers of kernels' attributes
 
 _OP = "quantize"
 _BLOCKS = {"nvfp4": 16, "mxfp4": 32}

@@ -21,12 +21,12 @@ from jaxkern.ops.packed_weight import (
     relative_row_scale,
 )
 from jaxkern.ops.quantize import quantize
+from jaxkern.ops.quantize_four_bit import FORMATS
 from jaxkern.ops.quantized_array import QuantizedArray
 
 _OP = "quantized_matmul"
 _DTYPES = ("bfloat16", "float16", "float32")
 _SINGLE = np.dtype("float32")
-_FORMATS = ("nvfp4", "mxfp4", "int4")  # the numbers of the kernel's attribute
 
 
 def quantized_matmul(
@@ -329,7 +329,7 @@ def by_kernel(config, x, data, row_scale, *tensor_scale):
         x.reshape(batch, rows, count * block),
         data.reshape(batch, high, wide, words),
         *scales,
-        format=np.int32(_FORMATS.index(config.format)),
+        format=np.int32(FORMATS.index(config.format)),
         block=np.int32(config.block),
         zero_points=np.bool_(config.zero_points),
     )

@@ -11,12 +11,12 @@ import numpy as np
 from jaxkern import _ffi, _partitioning, _stack
 from jaxkern.ops.packed_weight import COLUMNS, ROWS, PackedWeight
 from jaxkern.ops.quantize import quantize
+from jaxkern.ops.quantize_four_bit import FORMATS
 from jaxkern.reference import four_bit
 from jaxkern.reference import quantize as reference
 
 _OP = "quantized_matmul"
 _SINGLE, _E4M3 = np.dtype("float32"), np.dtype(four_bit.E4M3)
-_FORMATS = ("nvfp4", "mxfp4", "int4")  # the numbers of the kernel's attribute
 
 
 def product(x, w, *, dtype, kernel, fallback):
@@ -175,7 +175,7 @@ def by_kernel(config, values, scale, data, row_scale, *_):
         scale.reshape(batch, rows),
         data.reshape(batch, high, wide, words),
         row_scale.reshape(batch, high * ROWS),
-        format=np.int32(_FORMATS.index(config.format)),
+        format=np.int32(FORMATS.index(config.format)),
         block=np.int32(config.block),
         zero_points=np.bool_(config.zero_points),
     )
