@@ -32,16 +32,20 @@ class Helper {
       shared.turn.wait(step % 2);
       if (shared.ended) return;
       if (step == 0) layer = shared.layers;
+      // NOTE: loops, because code that is not needed leaves the caches to the consumers'.
       for (const uint32_t end = layer + p.model.layers; layer != end; ++layer) {
-        shared.hidden_sent.wait(kAfterOut);
-        helper.normalize({p, layer}, kOut);
-        helper.clear_results({p, layer - 1}, kDown);
-        helper.clear_results({p, layer}, kQkv);
-        helper.clear_attention({p, layer});
-        shared.hidden_sent.wait(kAfterDown);
-        helper.normalize({p, layer}, kDown);
-        helper.clear_results({p, layer}, kOut);
-        helper.clear_results({p, layer}, kGateUp);
+#pragma unroll 1
+        for (uint32_t half = kAfterOut; half <= kAfterDown; ++half) {
+          const bool after_out = half == kAfterOut;
+          shared.hidden_sent.wait(half);
+          helper.normalize({p, layer}, after_out ? kOut : kDown);
+#pragma unroll 1
+          for (int i = 0; i < 2; ++i) {
+            const Phase phase = after_out ? (i == 0 ? kDown : kQkv) : (i == 0 ? kOut : kGateUp);
+            helper.clear_results({p, phase == kDown ? layer - 1 : layer}, phase);
+          }
+          if (after_out) helper.clear_attention({p, layer});
+        }
       }
     }
   }

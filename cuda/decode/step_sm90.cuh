@@ -96,16 +96,25 @@ struct DecodeStep {
     const bool ahead =
         p.rows[kQkv].K <= p.part && chunks(kQkv) + (p.hold_out ? chunks(kOut) : 0) <= kStages;
     const int steps = max(p.model.sampling.steps, 1);
+    // Attention's turn comes after that of out, or before it.
+    const auto phase_of = [&](int turn) {
+      const bool other = p.hold_out && (turn == kAttention || turn == kOut);
+      return static_cast<Phase>(other ? kAttention + kOut - turn : turn);
+    };
     for (int step = 0; step < steps; ++step) {
       if (!ahead && !begins(step)) return;
+#pragma unroll 1
       for (int layer = 0; layer < p.model.layers; ++layer) {
-        load(kQkv, layer);
-        if (p.hold_out) load(kOut, layer);
-        if (ahead && layer == 0 && !begins(step)) return;
-        attend(layer);
-        if (!p.hold_out) load(kOut, layer);
-        load(kGateUp, layer);
-        load(kDown, layer);
+#pragma unroll 1
+        for (int turn = kQkv; turn < kHead; ++turn) {
+          const Phase phase = phase_of(turn);
+          if (phase != kAttention) {
+            load(phase, layer);
+          } else {
+            if (ahead && layer == 0 && !begins(step)) return;
+            attend(layer);
+          }
+        }
       }
       load(kHead, 0);
     }

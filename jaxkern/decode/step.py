@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxkern import _checks, _dispatch, _ffi
 from jaxkern.decode.cache import KVCache, Status, pack_keys, pack_values, status_of
 from jaxkern.decode.layout import ROW, largest_block
-from jaxkern.decode.pack import FOUR_BIT, WEIGHTS, PackedWeights
+from jaxkern.decode.pack import WEIGHTS, PackedWeights
 from jaxkern.decode.sampling import Sampling, stop_tokens_of
 from jaxkern.ops.attention import dot_product_attention
 from jaxkern.reference import decode as reference
@@ -25,9 +25,6 @@ _OP = "decode_step"
 _MAX_BATCH, _MAX_GROUP, _MAX_UNITS = 16, 8, 8
 # And fewer tokens than this, where it draws with noise.
 _MAX_VOCABULARY = 1 << 20
-
-# Weights with which the kernel has run on no GPU yet: there it is taken by name alone.
-_UNPROVEN = tuple(FOUR_BIT)
 
 
 def decode_step(
@@ -53,8 +50,7 @@ def decode_step(
       debug: whether to return also what the phases of all layers hand on.
       implementation: "cuda", the kernel: for up to 16 sequences, and heads of 64 or 128 elements,
         of which up to 8 share one of key and value; "xla", plain jax.numpy; a sequence of names, of
-        which the first runs that can; or None, which is ("cuda", "xla"), but "xla" for weights of
-        four bits, with which the kernel has run on no GPU yet.
+        which the first runs that can; or None, which is ("cuda", "xla").
 
     Returns:
       Logits, float32 [B, V], and the cache. With debug also a dict of bfloat16 arrays: "qkv"
@@ -70,7 +66,6 @@ def decode_step(
     tokens = _checks.int32("tokens", tokens, (cache.batch,))
     debug = _checks.flag("debug", debug)
     _check_cache(packed, cache)
-    implementation = _or_default(implementation, packed)
     choice = _dispatch.choose(_OP, implementation, _unsupported(packed, cache))
     return _decode_step(packed, cache, tokens, choice, debug)
 
@@ -181,11 +176,6 @@ def _check_cache(packed, cache):
         raise ValueError(f"cache is of the model {cache.config}, packed of {packed.config}")
 
 
-def _or_default(implementation, packed):
-    """The implementation, which is not chosen by None for weights that are _UNPROVEN."""
-    return "xla" if implementation is None and packed.weights in _UNPROVEN else implementation
-
-
 def _unsupported(packed, cache):
     """Why the kernel cannot do this, or None."""
     config = packed.config
@@ -212,7 +202,6 @@ def steps_choice(
     implementation: str | Sequence[str] | None,
 ) -> _dispatch.Choice:
     """What `draw_steps` shall do. Raises what `decode_steps` does."""
-    implementation = _or_default(implementation, packed)
     reason = _unsupported(packed, cache)
     vocabulary = packed.config.vocabulary
     if reason is None and not how.greedy and vocabulary >= _MAX_VOCABULARY:
