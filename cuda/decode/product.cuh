@@ -1,10 +1,10 @@
 // The product of a block of rows with the vectors of all sequences.
 //
-// Rows are the 16 of mma.m16n8k16, sequences its 8 columns. All warps work on the same rows: slices
-// of 32 columns go round among them, and their sums are added up at the end of the block. Lane c of
-// four takes columns 8 c to 8 c + 7 of a slice, of both operands, for the k of two instructions:
-// which of the columns is which k does not matter to a sum. Up to 16 sequences are two
-// instructions' columns; then each half of the warps has half of the rows of a large block.
+// Rows are the 16 of mma.m16n8k16, sequences its 8 columns; up to 16 are two instructions' columns.
+// All warps work on the same rows, or of a large block each half of them on half of the rows:
+// slices of 32 columns go round among them, and their sums are added up at the end of the block.
+// Lane c of four takes columns 8 c to 8 c + 7 of a slice, of both operands, for the k of two
+// instructions: which of the columns is which k does not matter to a sum.
 #pragma once
 
 #include <algorithm>
@@ -105,7 +105,7 @@ __device__ __forceinline__ void multiply_tiles(Stream& stream, Slot& slot, const
                                                const ScaleCode& code, int rows,
                                                const Chunks& chunks, int slices,
                                                Sums<kBatch, kMaxRows>& sums, bool more) {
-  using Division = decode::Division<kBatch, kTiles>;
+  using Division = decode::Division<kTiles>;
   // Instructions that wait for none of each other. A block of few rows has few: after a dependency
   // it lies in the ring already, and its products are what others wait for.
   constexpr int kSlices = kTiles <= 2 ? 2 : 1;

@@ -32,7 +32,7 @@ template <class Weight, int kHeadDim>
 cudaError_t launch_decode_step_of(const DecodeParams& params, cudaStream_t stream) {
   // Less where heads or weights make chunks larger.
   constexpr int kLess = (kHeadDim > 64) + (Weights<Weight>::kScaleBytes > 0);
-  return launch<Weight, kHeadDim, 1, 12 - kLess, 4, 11 - kLess, 8, 9 - kLess, 16, 7 - kLess>(
+  return launch<Weight, kHeadDim, 1, 12 - kLess, 4, 11 - kLess, 8, 10 - kLess, 16, 7 - kLess>(
       params, stream);
 }
 

@@ -32,11 +32,11 @@ struct Team {
   __device__ __forceinline__ static bool leads() { return lane() < tile::kWarpSize; }
 };
 
-// How warps divide a block of kTiles tiles of rows: into slices, and more than 64 rows of many
-// sequences into two halves, as there is no room for all sums of all warps.
-template <int kBatch, int kTiles>
+// How warps divide a block of kTiles tiles of rows: into slices, and more than 64 rows into two
+// halves, so that there are fewer sums of all warps.
+template <int kTiles>
 struct Division {
-  static constexpr int kHalves = (kBatch > kSequences && kTiles > 4) ? 2 : 1;
+  static constexpr int kHalves = kTiles > 4 ? 2 : 1;
   static constexpr int kEach = kWarps / kHalves;                // warps that have slices in turn
   static constexpr int kOwn = tile::ceil_div(kTiles, kHalves);  // tiles of a warp
   // Which of those with the same rows this warp is, and the first of the rows.
@@ -53,21 +53,21 @@ struct Division {
 template <int kBatch, int kMaxRows>
 struct Sums {
   static constexpr int kRows = tile::ceil_div(kMaxRows, 16) * 16, kHalfRows = 64;
-  static constexpr bool kHalves = kBatch > kSequences;
   // What a warp stores at once, eight rows of four pairs of sequences, is in 32 banks.
-  static constexpr int kStride = kRows + (kBatch == 1 ? 0 : 4), kHalfStride = kStride / 2;
+  static constexpr int kMore = kBatch == 1 ? 0 : 4;
+  static constexpr int kStride = kRows + kMore, kHalfStride = kRows / 2 + kMore;
   static_assert(kHalfStride >= kHalfRows);
-  float data[(kHalves ? kWarps / 2 : kWarps) * kBatch * kStride];
+  float data[kWarps * kBatch * kHalfStride];
 
   // `large`: whether the block has more than kHalfRows.
   __device__ __forceinline__ static int place(int part, int n, int row, bool large) {
-    return (part * kBatch + n) * (kHalves && !large ? kHalfStride : kStride) + row;
+    return (part * kBatch + n) * (large ? kStride : kHalfStride) + row;
   }
   __device__ __forceinline__ float total(int n, int row, bool large) const {
     float sum[kWarps];
 #pragma unroll
     for (int i = 0; i < kWarps; ++i) {
-      const bool exists = !kHalves || !large || i < kWarps / 2;
+      const bool exists = !large || i < kWarps / 2;
       sum[i] = exists ? data[place(i, n, row, large)] : 0.0f;
     }
 #pragma unroll
@@ -107,7 +107,7 @@ __device__ __forceinline__ void add_blocks(Accumulators<1, kTiles> (&sum)[kParts
 template <int kTiles, int kParts, int kOwn, int kBatch, int kMaxRows>
 __device__ __forceinline__ void put(const Accumulators<kBatch, kOwn> (&sum)[kParts],
                                     Sums<kBatch, kMaxRows>& sums, bool more) {
-  using Division = decode::Division<kBatch, kTiles>;
+  using Division = decode::Division<kTiles>;
   static_assert(kOwn == Division::kOwn);
   const int lane = threadIdx.x % tile::kWarpSize;
   const auto each = [&](const auto& use) {  // use(place, sum)

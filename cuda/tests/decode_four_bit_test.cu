@@ -19,7 +19,7 @@ int main() {
     test_model<DecodeStep<e2m1, 64, 1, 11>>(what("small"), format, small, {5}, 4);
     test_model<DecodeStep<e2m1, 128, 1, 10>>(what("qwen"), format, qwen, {300}, 2);
     test_model<DecodeStep<e2m1, 128, 1, 10>>(what("136 rows"), format, largest, {9}, 2);
-    test_model<DecodeStep<e2m1, 64, 8, 8>>(what("five sequences"), format, wide, {1, 2, 3, 4, 5},
+    test_model<DecodeStep<e2m1, 64, 8, 9>>(what("five sequences"), format, wide, {1, 2, 3, 4, 5},
                                            2);
     test_model<DecodeStep<e2m1, 128, 16, 5>>(what("twelve sequences"), format, largest,
                                              {9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 1, 2}, 2);
@@ -28,6 +28,6 @@ int main() {
   test_model<DecodeStep<s4, 64, 1, 11>>("int4, wide", kInt4, wide, {30}, 2);
   test_model<DecodeStep<s4, 64, 1, 11>>("int4, small", kInt4, small, {5}, 4);
   test_model<DecodeStep<s4, 128, 1, 10>>("int4, 136 rows", kInt4, largest, {9}, 2);
-  test_model<DecodeStep<s4, 64, 8, 8>>("int4, five sequences", kInt4, wide, {1, 2, 3, 4, 5}, 2);
+  test_model<DecodeStep<s4, 64, 8, 9>>("int4, five sequences", kInt4, wide, {1, 2, 3, 4, 5}, 2);
   return test::finish();
 }
