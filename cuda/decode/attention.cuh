@@ -36,6 +36,7 @@ struct Splits {
 // their share of keys and values does (H200).
 struct Unit {
   int sequence, kv_head, split, splits;
+  int group;          // heads that share the kv head
   int first, tokens;  // none where a shorter sequence has not got the split
   int own;            // the new token, from the first on; negative if this has not got it
 
@@ -46,6 +47,7 @@ struct Unit {
     split = index % all.count;
     kv_head = index / all.count % p.kv_heads;
     sequence = index / all.count / p.kv_heads;
+    group = p.heads / p.kv_heads;
     const int length = length_of(sequence), total = total_of(p, length);
     splits = all.of(total);
     first = split * all.tokens;
@@ -56,9 +58,9 @@ struct Unit {
   __device__ __forceinline__ static int total_of(const DecodeParams& p, int length) {
     return min(length + 1, p.capacity);
   }
-  // Of the query, the key and the value that belong to a kv head.
-  __device__ __forceinline__ static int values(const DecodeParams& p) {
-    return (p.heads / p.kv_heads + 2) * p.head_dim;
+  // The first of its heads, among those of all sequences.
+  __device__ __forceinline__ int first_head(const DecodeParams& p) const {
+    return sequence * p.heads + kv_head * group;
   }
 };
 
@@ -128,7 +130,7 @@ struct Attention {
   __device__ __forceinline__ static void prepare(const DecodeParams& p, int layer, const Unit& unit,
                                                  const float2* rotation, Storage& shared) {
     const int warp = threadIdx.x / tile::kWarpSize, lane = threadIdx.x % tile::kWarpSize;
-    const int group = p.heads / p.kv_heads;
+    const int group = unit.group;
     constexpr int kHalf = kHeadDim / 2, kPairs = kHalf / tile::kWarpSize;
     for (int head = warp; head <= group; head += kWarps) {
       const bf16* raw = shared.raw[head];
@@ -163,7 +165,7 @@ struct Attention {
       if (head == group && unit.own >= 0) {
         __syncwarp();
         const int64_t offset = cache_offset(p, layer, unit);
-        put(p, shared, unit.first + unit.own, static_cast<bf16*>(p.keys) + offset,
+        put(shared, unit, unit.first + unit.own, static_cast<bf16*>(p.keys) + offset,
             static_cast<bf16*>(p.values) + offset);
       }
     }
@@ -180,9 +182,9 @@ struct Attention {
   }
 
   // The new token's key and value, by a warp.
-  __device__ __forceinline__ static void put(const DecodeParams& p, const Storage& shared,
-                                             int token, bf16* keys, bf16* values) {
-    const bf16* value = shared.raw[p.heads / p.kv_heads + 1];
+  __device__ __forceinline__ static void put(const Storage& shared, const Unit& unit, int token,
+                                             bf16* keys, bf16* values) {
+    const bf16* value = shared.raw[unit.group + 1];
 #pragma unroll
     for (int i = 0; i < kHeadDim / tile::kWarpSize; ++i) {
       const int d = i * tile::kWarpSize + threadIdx.x % tile::kWarpSize;
@@ -223,7 +225,7 @@ struct Attention {
       wait_for(own);
       char* keys = stream.chunks[own.stage()] + part % kChunkParts * kWarpTokens * kHeadDim * 2;
       if (unit.own >= begin && unit.own < begin + kWarpTokens) {
-        put(p, shared, unit.own - begin, reinterpret_cast<bf16*>(keys),
+        put(shared, unit, unit.own - begin, reinterpret_cast<bf16*>(keys),
             reinterpret_cast<bf16*>(keys + kHalfChunk));
         tile::ptx::fence_async_shared();  // before the next copy to this place
         __syncwarp();
@@ -332,11 +334,10 @@ struct Attention {
   // log). A thread has a head, and some of its values. Results are `scale` times as large as the
   // values.
   template <class Send, class SendLog>
-  __device__ __forceinline__ static void merge_warps(const DecodeParams& p, const Storage& shared,
-                                                     float scale, const Send& send,
-                                                     const SendLog& send_log) {
+  __device__ __forceinline__ static void merge_warps(int group, const Storage& shared, float scale,
+                                                     const Send& send, const SendLog& send_log) {
     const int g = threadIdx.x % kMaxGroup;
-    if (g >= p.heads / p.kv_heads) return;
+    if (g >= group) return;
     float weight[kWarps], most = -INFINITY, total = 0.0f;
 #pragma unroll
     for (int k = 0; k < kWarps; ++k) {
@@ -363,14 +364,14 @@ struct Attention {
   // split's so much further on, and the logs. A thread has eight values of a head: send(index,
   // word), the first of which is value 8 index of the group.
   template <class Send>
-  __device__ __forceinline__ static void merge_splits(const DecodeParams& p, const bf16* partials,
+  __device__ __forceinline__ static void merge_splits(int group, const bf16* partials,
                                                       int64_t stride, const float* logs,
                                                       int64_t log_stride, int count,
                                                       const Send& send) {
     constexpr int kHeadWords = kHeadDim / Word::kValues;
     static_assert(kMaxGroup * kHeadWords <= kConsumers);
     const int index = threadIdx.x, g = index / kHeadWords;
-    const bool mine = g < p.heads / p.kv_heads;
+    const bool mine = g < group;
     const auto* log = reinterpret_cast<const uint32_t*>(logs + g);
     Word got[kMaxSplits];
     float weight[kMaxSplits], most = -INFINITY, total = 0.0f;

@@ -240,21 +240,23 @@ struct Consumer : Receiver<Weight, kHeadDim, kBatch, kStages> {
       shared.probe.take(kAttention, kMultiply);
       const bool split = unit.splits > 1;
       const Sent<kHeadDim, kBatch> sent = this->sent(layer);
-      bf16* partial = sent.partial(unit, unit.split);
+      bf16* to = split ? sent.partial(unit, unit.split) : sent.head(unit);
       Attention::merge_warps(
-          p.model, storage, Weights::kVectorScale,
+          unit.group, storage, Weights::kVectorScale,
           [&](int g, int d, bf16 value) {
             const int index = g * kHeadDim + d;
-            send(split ? partial + index : sent.head(unit, index), value);
+            send(to + (split ? index : sent.head_place(index)), value);
           },
           [&](int g, float value) {
             if (split) send(sent.log(unit, unit.split) + g, value);
           });
       if (split && unit.split == 0) {
         const int64_t heads = int64_t{p.model.batch} * p.model.heads;
-        Attention::merge_splits(p.model, sent.partial(unit, 0), heads * kHeadDim, sent.log(unit, 0),
-                                heads, unit.splits, [&](int index, const Word& word) {
-                                  send(sent.head(unit, index * Word::kValues), word);
+        to = sent.head(unit);
+        Attention::merge_splits(unit.group, sent.partial(unit, 0), heads * kHeadDim,
+                                sent.log(unit, 0), heads, unit.splits,
+                                [&](int index, const Word& word) {
+                                  send(to + sent.head_place(index * Word::kValues), word);
                                 });
       }
       if (unit.split == 0 && threadIdx.x == 0) arrive(header().counters[kAttention]);
@@ -265,7 +267,7 @@ struct Consumer : Receiver<Weight, kHeadDim, kBatch, kStages> {
   // Query, key and value of a unit. These few blocks look for the values themselves.
   __device__ __forceinline__ void receive_heads(int layer, const Unit& unit,
                                                 typename Attention::Storage& storage) {
-    const int count = Unit::values(p.model), index = threadIdx.x;
+    const int count = (unit.group + 2) * kHeadDim, index = threadIdx.x;
     const bf16* from = sent(layer).results(kQkv) +
                        (int64_t{unit.sequence} * p.model.kv_heads + unit.kv_head) * count;
     static_assert((kMaxGroup + 2) * kHeadDim <= kConsumers * Word::kValues);

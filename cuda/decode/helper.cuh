@@ -101,16 +101,15 @@ class Helper {
     }
   }
   __device__ __forceinline__ void clear_attention(const Sent& sent) const {
-    const int group = p_.model.heads / p_.model.kv_heads;
     for (int i = 0; i < shared_.units.count; ++i) {
       const Unit& unit = shared_.units.data[i];
       if (unit.tokens == 0 || unit.sequence % kWarps != warp_) continue;
 #pragma unroll 1
-      for (int d = lane(); d < group * kHeadDim; d += tile::kWarpSize) {
-        if (unit.split == 0) clear_result(sent.head(unit, d));
+      for (int d = lane(); d < unit.group * kHeadDim; d += tile::kWarpSize) {
+        if (unit.split == 0) clear_result(sent.head(unit) + sent.head_place(d));
         if (unit.splits > 1) clear(sent.partial(unit, unit.split) + d);
       }
-      if (unit.splits > 1 && lane() < group) clear(sent.log(unit, unit.split) + lane());
+      if (unit.splits > 1 && lane() < unit.group) clear(sent.log(unit, unit.split) + lane());
     }
   }
 

@@ -51,27 +51,27 @@ struct Sent {
   __device__ __forceinline__ float* squares(Phase phase) const {
     return (phase == kOut ? p.out_squares : p.down_squares).of(layer);
   }
-  // A value of a unit of attention.
-  __device__ __forceinline__ bf16* head(const Unit& unit, int index) const {
-    const int k = unit.kv_head * (p.model.heads / p.model.kv_heads) * kHeadDim + index;
+  // The first value of a unit of attention, and how much further on another of its values is.
+  __device__ __forceinline__ bf16* head(const Unit& unit) const {
+    const int k = unit.kv_head * unit.group * kHeadDim;
     return results(kAttention) + vector_place(batch(), unit.sequence, k);
+  }
+  __device__ __forceinline__ int head_place(int index) const {
+    static_assert(kHeadDim % kSlice == 0);
+    return vector_place(batch(), 0, index);
   }
   // What a split of it has.
   __device__ __forceinline__ bf16* partial(const Unit& unit, int split) const {
     const int64_t all = int64_t{batch()} * p.model.heads;
-    return p.partials.of(layer) + (split * all + first_head(unit)) * kHeadDim;
+    return p.partials.of(layer) + (split * all + unit.first_head(p.model)) * kHeadDim;
   }
   __device__ __forceinline__ float* log(const Unit& unit, int split) const {
     const int64_t all = int64_t{batch()} * p.model.heads;
-    return p.logs.of(layer) + split * all + first_head(unit);
+    return p.logs.of(layer) + split * all + unit.first_head(p.model);
   }
 
  private:
   __device__ __forceinline__ int batch() const { return kBatch == 1 ? 1 : p.model.batch; }
-  __device__ __forceinline__ int64_t first_head(const Unit& unit) const {
-    const int group = p.model.heads / p.model.kv_heads;
-    return int64_t{unit.sequence} * p.model.heads + unit.kv_head * group;
-  }
 };
 
 // Columns of several sequences that are multiplied at once.
