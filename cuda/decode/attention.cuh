@@ -125,8 +125,7 @@ struct Attention {
     }
   }
 
-  // Norms, rotation and rounding of the heads of query and of the key, a warp each. The cache gets
-  // the key and the value.
+  // Norms, rotation and rounding of the heads of query and of the key, a warp each.
   __device__ __forceinline__ static void prepare(const DecodeParams& p, int layer, const Unit& unit,
                                                  const float2* rotation, Storage& shared) {
     const int warp = threadIdx.x / tile::kWarpSize, lane = threadIdx.x % tile::kWarpSize;
@@ -162,13 +161,16 @@ struct Attention {
         set(lane + 32 * i, x);
         set(lane + 32 * i + kHalf, y);
       }
-      if (head == group && unit.own >= 0) {
-        __syncwarp();
-        const int64_t offset = cache_offset(p, layer, unit);
-        put(shared, unit, unit.first + unit.own, static_cast<bf16*>(p.keys) + offset,
-            static_cast<bf16*>(p.values) + offset);
-      }
     }
+  }
+
+  // The cache gets the new token's key and value, by a warp.
+  __device__ __forceinline__ static void keep(const DecodeParams& p, int layer, const Unit& unit,
+                                              const Storage& shared) {
+    if (unit.own < 0 || threadIdx.x < kConsumers - tile::kWarpSize) return;
+    const int64_t offset = cache_offset(p, layer, unit);
+    put(shared, unit, unit.first + unit.own, static_cast<bf16*>(p.keys) + offset,
+        static_cast<bf16*>(p.values) + offset);
   }
 
   // Where values of a key and of a value are, in the cache and so in a chunk: of a token from the

@@ -260,6 +260,7 @@ struct Consumer : Receiver<Weight, kHeadDim, kBatch, kStages> {
                                 });
       }
       if (unit.split == 0 && threadIdx.x == 0) arrive(header().counters[kAttention]);
+      Attention::keep(p.model, layer, unit, storage);  // nobody waits for it
       shared.probe.take(kAttention, kSend);
     }
   }
