@@ -138,7 +138,7 @@ def test_export_of_four_bits(name, activation_format):
     forward = of_fp8 if activation_format else ["quantized_matmul"]
     assert sorted(targets) == sorted([*forward, "quantized_matmul_grad"])
     again = jax.export.deserialize(exported.serialize())
-    for size in (384, 400) if activation_format else (1, 40):
+    for size in (260, 300) if activation_format else (1, 40):
         (x,) = random_normal(5, (size, 256), dtype="bfloat16")
         got, wanted = again.call(x, *leaves), jax.jit(run)(x, *leaves)
         for g, w in zip(got, wanted, strict=True):

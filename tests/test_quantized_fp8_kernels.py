@@ -33,7 +33,7 @@ def weight(name, *shape, seed=0):
     return quantize(jnp.asarray(normal(seed, *shape)), name.split()[0], **FORMATS[name])
 
 
-MANY = 384  # rows of x, from which on the weight is rounded too
+MANY = 257  # rows of x, from which on the weight is rounded too
 
 
 def as_multiplied(w, rows):

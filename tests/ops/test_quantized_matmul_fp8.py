@@ -21,7 +21,7 @@ FORMATS = {
 }
 formats = pytest.mark.parametrize("name", FORMATS)
 N, K = 24, 256
-FEW, MANY = 383, 384  # rows of x, from which on the weight is rounded too
+FEW, MANY = 256, 257  # rows of x, from which on the weight is rounded too
 
 
 def weight(name, shape=(N, K), seed=0):
@@ -121,7 +121,7 @@ def test_nvfp4_is_exact_where_it_fits():
         ("float16", ()),
         ("bfloat16", (FEW,)),
         ("float32", (MANY,)),
-        ("float16", (2, MANY // 2)),
+        ("float16", (2, 150)),
     ],
 )
 def test_product(name, dtype, lead):
