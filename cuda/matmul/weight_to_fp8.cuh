@@ -5,16 +5,17 @@
 // their share of it. So the factor comes first: of MXFP4, whose scales are relative to the row's
 // largest, it is known; else the scales of the row are read for it, and once more from L1.
 //
-// A block owns the 16 rows of a strip, and its warps take tiles of 128 columns in turns. A lane
-// has, for each 16 columns and of rows g and g + 8, the columns 2 c + 0, 1, 8 and 9: the four lanes
-// of a row hand them on, until each has 16 bytes of it.
+// Up to four blocks share the 16 rows of a strip: their warps take tiles of 128 columns in turns,
+// so that what they write at a time lies together. A lane has, for each 16 columns and of rows g
+// and g + 8, the columns 2 c + 0, 1, 8 and 9: the four lanes of a row hand them on, until each has
+// 16 bytes of it.
 #pragma once
 
 #include "cuda/matmul/four_bit.cuh"
 
 namespace jaxkern {
 
-inline constexpr int kWeightToFp8Threads = 256;
+inline constexpr int kWeightToFp8Threads = 256, kWeightToFp8Blocks = 4;  // of an SM
 
 // Of values in float16, as four_bit.cuh has them: those of rows g and g + 8.
 __device__ __forceinline__ void round_to_e4m3(const uint32_t (&from)[4], uint32_t (&a)[2]) {
@@ -160,74 +161,119 @@ __device__ __forceinline__ uint4 in_order(const uint32_t (&x)[4]) {
           __byte_perm(x[0], x[1], kUpper), __byte_perm(x[2], x[3], kUpper)};
 }
 
+// The largest scales of rows g and g + 8 of a strip, by some warps, as FourBitToFp8 has them: what
+// a warp finds in every `warps`-th four tiles from its own number on.
 template <FourBitFormat kFormat>
-__global__ void __launch_bounds__(kWeightToFp8Threads, 4)
-    weight_to_fp8_kernel(const __grid_constant__ WeightToFp8Params p, int tile_bytes) {
+__device__ __forceinline__ void largest_scales(const FourBitWeight& w, const char* strip,
+                                               int tile_bytes, int panels, int warp, int warps,
+                                               uint32_t (&most)[2]) {
+  // A lane has row lane % 8 of one of four tiles, and 4 * words bytes of it.
+  const int lane = threadIdx.x % tile::kWarpSize;
+  const int words = kFormat == FourBitFormat::kInt4 ? w.blocks : 4;
+#pragma unroll 4
+  for (int panel = 4 * warp + lane / 8; panel < panels; panel += 4 * warps) {
+    const char* from = strip + static_cast<int64_t>(panel) * tile_bytes + kFourBitValueBytes;
+    if constexpr (kFormat == FourBitFormat::kInt4) {
+      for (int i = 0; i < words; ++i) {
+        FourBitToFp8<kFormat>::raise(most,
+                                     reinterpret_cast<const uint32_t*>(from)[lane % 8 * words + i]);
+      }
+    } else {
+      const uint4 four = reinterpret_cast<const uint4*>(from)[lane % 8];
+      for (const uint32_t word : {four.x, four.y, four.z, four.w}) {
+        FourBitToFp8<kFormat>::raise(most, word);
+      }
+    }
+  }
+#pragma unroll
+  for (uint32_t& x : most) {
+    x = max(x, __shfl_xor_sync(0xffffffffu, x, 8));
+    x = max(x, __shfl_xor_sync(0xffffffffu, x, 16));
+    x = __shfl_sync(0xffffffffu, x, lane / 4);
+  }
+}
+
+// A lane's parts of half a tile as e4m3, of rows g + 8 i and the columns 64 half + 16 c and on.
+template <class Rows>
+__device__ __forceinline__ void expand_half(const Rows& rows, const uint4& words, int half,
+                                            uint4 (&out)[2]) {
+  const uint32_t of_steps[4] = {words.x, words.y, words.z, words.w};
+  uint32_t x[2][4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    uint32_t a[2];
+    rows.expand(of_steps[i], 4 * half + i, a);
+    x[0][i] = a[0];
+    x[1][i] = a[1];
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    transpose_quad(x[i]);
+    out[i] = in_order(x[i]);
+  }
+}
+
+template <FourBitFormat kFormat>
+__global__ void __launch_bounds__(kWeightToFp8Threads, kWeightToFp8Blocks)
+    weight_to_fp8_kernel(const __grid_constant__ WeightToFp8Params p, int parts, int tile_bytes) {
+  using Rows = FourBitToFp8<kFormat>;
   constexpr int kWarps = kWeightToFp8Threads / tile::kWarpSize;
   __shared__ uint32_t largest[kFourBitRows];
-  const int panels = p.panels;
   const int lane = threadIdx.x % tile::kWarpSize, warp = threadIdx.x / tile::kWarpSize;
-  const int g = lane / 4;
-  const int64_t strip = blockIdx.x;
-  const char* strip_tiles = static_cast<const char*>(p.w.data) + strip * panels * tile_bytes;
+  const int g = lane / 4, panels = p.panels;
+  const int first = kWarps * static_cast<int>(blockIdx.x % parts) + warp, step = kWarps * parts;
+  const int64_t strip = blockIdx.x / parts;
+  const char* tiles = static_cast<const char*>(p.w.data) + strip * panels * tile_bytes;
+  const auto tile_at = [&](int panel) { return tiles + static_cast<int64_t>(panel) * tile_bytes; };
 
   uint4 next[2];
   const auto load = [&](int panel) {
-    const char* tile = strip_tiles + static_cast<int64_t>(panel) * tile_bytes;
+    if (panel >= panels) return;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      next[half] = __ldcs(reinterpret_cast<const uint4*>(tile) + lane + tile::kWarpSize * half);
+      next[half] =
+          __ldcs(reinterpret_cast<const uint4*>(tile_at(panel)) + lane + tile::kWarpSize * half);
     }
   };
-  if (warp < panels) load(warp);
+  load(first);
 
-  using Rows = FourBitToFp8<kFormat>;
   Rows rows;
   uint32_t most[2] = {};
   if constexpr (Rows::kScans) {
     if (threadIdx.x < kFourBitRows) largest[threadIdx.x] = 0;
-    // The same rows for a thread in every turn.
-    const int words = kFormat == FourBitFormat::kInt4 ? 8 * p.w.blocks : 4 * p.w.blocks;
-    for (int i = threadIdx.x; i < panels * words; i += kWeightToFp8Threads) {
-      const char* tile = strip_tiles + static_cast<int64_t>(i / words) * tile_bytes;
-      Rows::raise(most, reinterpret_cast<const uint32_t*>(tile + kFourBitValueBytes)[i % words]);
+    largest_scales<kFormat>(p.w, tiles, tile_bytes, panels, warp, kWarps, most);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (lane % 4 == 0) atomicMax(&largest[g + 8 * i], most[i]);
     }
     __syncthreads();
-    const int row = threadIdx.x % words * 8 / words;
-    atomicMax(&largest[row], most[0]);
-    atomicMax(&largest[row + 8], most[1]);
-    __syncthreads();
-    most[0] = largest[g];
-    most[1] = largest[g + 8];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) most[i] = largest[g + 8 * i];
   }
   rows.start(most);
-  if (threadIdx.x < kFourBitRows) {
-    const int64_t row = strip * kFourBitRows + threadIdx.x;
-    p.scale[row] = p.w.row_scale[row] * Rows::factor(Rows::kScans ? largest[threadIdx.x] : 0);
+  if (first == 0 && lane % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t row = strip * kFourBitRows + g + 8 * i;
+      p.scale[row] = p.w.row_scale[row] * Rows::factor(most[i]);
+    }
   }
 
   const int64_t columns = int64_t{panels} * kFourBitColumns;
   uint8_t* to = static_cast<uint8_t*>(p.values) + (strip * kFourBitRows + g) * columns;
-  for (int panel = warp; panel < panels; panel += kWarps) {
+  for (int panel = first; panel < panels; panel += step) {
     const uint4 values[2] = {next[0], next[1]};
-    if (panel + kWarps < panels) load(panel + kWarps);
-    rows.load(p.w, strip_tiles + static_cast<int64_t>(panel) * tile_bytes + kFourBitValueBytes);
+    load(panel + step);
+    rows.load(p.w, tile_at(panel) + kFourBitValueBytes);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      uint32_t x[2][4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int step = 4 * half + i;
-        uint32_t a[2];
-        rows.expand(word_of(values, step), step, a);
-        x[0][i] = a[0];
-        x[1][i] = a[1];
-      }
+      uint4 out[2];
+      expand_half(rows, values[half], half, out);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        transpose_quad(x[i]);
         const int64_t at = int64_t{panel} * kFourBitColumns + 64 * half + 16 * (lane % 4);
-        *reinterpret_cast<uint4*>(to + 8 * i * columns + at) = in_order(x[i]);
+        __stcs(reinterpret_cast<uint4*>(to + 8 * i * columns + at), out[i]);
       }
     }
   }

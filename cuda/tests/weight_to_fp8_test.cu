@@ -166,6 +166,8 @@ void test_format(std::string what, int blocks, bool zero_points = false) {
     test(1, 1, scales);    // fewer tiles than warps
     test(3, 8, scales);    // one for each
     test(17, 19, scales);  // several
+    test(3, 37, scales);   // two blocks for a strip
+    test(2, 75, scales);   // four
   }
   test(700, 3, Scales::kWide);  // more strips than blocks at once
 }

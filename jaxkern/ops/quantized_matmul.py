@@ -140,7 +140,7 @@ class Config(NamedTuple):
     kernel: bool
     fallback: bool  # to the reference, where the lowering is not for CUDA
     activation_format: str | None
-    fast_accumulation: bool
+    fast_accumulation: bool = False
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
