@@ -1,8 +1,8 @@
 // A weight of four bits as e4m3, with a float32 scale for each row.
 //
-// A row has a factor, the power of two that brings what its largest scale times the largest value
-// can be to (192, 384], of integers to (120, 240], and its weights are what e4m3 has nearest to
-// their share of it. So the factor comes first: of MXFP4, whose scales are relative to the row's
+// A row has a factor, the power of two that brings its largest scale times the largest value, 6 or
+// 15, to from 192 to 384 or from 120 to 240, and its weights are what e4m3 has nearest to their
+// share of it. So the factor comes first: of MXFP4, whose scales are relative to the row's
 // largest, it is known; else the scales of the row are read for it, and once more from L1.
 //
 // Up to four blocks share the 16 rows of a strip: their warps take tiles of 128 columns in turns,
