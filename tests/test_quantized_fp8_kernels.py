@@ -37,11 +37,13 @@ MANY = 257  # rows of x, from which on the weight is rounded too
 
 
 def as_multiplied(w, rows):
-    """float64: rounded, for many rows of x; else integers times their scale in bfloat16."""
+    """float64: rounded, for many rows of x; for some integers times their scale in bfloat16, which
+    for a single row scales sums."""
     if rows >= MANY:
         return np.float64(weight_to_fp8(w).dequantize())
     whole = w.dequantize()
-    return np.float64(whole.astype(jnp.bfloat16) if w.values.dtype == jnp.int4 else whole)
+    rounds = rows > 1 and w.values.dtype == jnp.int4
+    return np.float64(whole.astype(jnp.bfloat16) if rounds else whole)
 
 
 def assert_product(got, x, w):
