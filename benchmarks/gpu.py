@@ -31,7 +31,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 WORK = pathlib.Path(tempfile.gettempdir()) / "jaxkern-gpu"
 LIMITS = {"install": 120, "test": 300, "sanitize": 300, "bench": 420, "train": 480}
 BENCHMARKS = ("attention", "rms_norm", "quantize", "gemm", "scaled_matmul")
-BENCHMARKS += ("quantized_matmul_kernel", "quantized_matmul", "fp8_linear", "decode")
+BENCHMARKS += ("quantized_matmul_kernel", "quantized_matmul_fp8", "quantized_matmul")
+BENCHMARKS += ("fp8_linear", "decode")
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 SANITIZER_FOUND = 99
 

@@ -5,30 +5,20 @@
 //
 // Recipes: tensor, row (sums promoted to float32), tensor-fast, row-fast (not), block (1x128 by
 // 128x128), block-wgrad (1x128 by 1x128, float32 out). Prints one line per provider: its name, a
-// tab, microseconds per call; harness.cuh says how they are measured. Of cuBLASLt's algorithms for
-// a problem the fastest of the first eight is taken, by a sample of each.
-#include <cublasLt.h>
-
+// tab, microseconds per call; harness.cuh says how they are measured.
 #include <cstring>
-#include <memory>
 
-#include "benchmarks/harness.cuh"
+#include "benchmarks/cublaslt.cuh"
 #include "cuda/matmul/few_rows.h"
 #include "cuda/matmul/scaled_matmul.h"
 
 namespace jaxkern {
 namespace {
 
+using bench::Recipe;
 using tile::e4m3;
 using Provider = bench::Provider<ScaledMatmulParams>;
 using Comparison = bench::Comparison<ScaledMatmulParams>;
-
-struct Recipe {
-  const char* name;
-  Scaling lhs, rhs;
-  bool fast;
-  DType out;
-};
 
 constexpr Recipe kRecipes[] = {
     {"tensor", Scaling::kTensor, Scaling::kTensor, false, DType::kBFloat16},
@@ -146,101 +136,6 @@ std::vector<Provider> variants(const Recipe& recipe, int64_t M) {
   }
 }
 
-// --- cuBLASLt ------------------------------------------------------------------------------------
-
-void check(cublasStatus_t status, const char* what) {
-  bench::require(status == CUBLAS_STATUS_SUCCESS,
-                 std::string(what) + ": " + cublasLtGetStatusString(status));
-}
-
-struct Lt {
-  static constexpr size_t kWorkspace = 64 << 20;
-  cublasLtHandle_t handle;
-  cublasLtMatmulDesc_t matmul;
-  cublasLtMatrixLayout_t a, b, d;
-  void* workspace = bench::allocate<char>(kWorkspace);
-
-  // Its matrices are column-major: it sees the transposes, so out^T = (rhs^T)^T lhs^T.
-  Lt(const Recipe& recipe, const ScaledMatmulParams& p) {
-    check(cublasLtCreate(&handle), "cublasLtCreate");
-    check(cublasLtMatmulDescCreate(&matmul, CUBLAS_COMPUTE_32F, CUDA_R_32F), "DescCreate");
-    set(CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
-    set(CUBLASLT_MATMUL_DESC_TRANSB, CUBLAS_OP_N);
-    set(CUBLASLT_MATMUL_DESC_FAST_ACCUM, static_cast<int8_t>(recipe.fast));
-    set(CUBLASLT_MATMUL_DESC_A_SCALE_MODE, mode(recipe.rhs));
-    set(CUBLASLT_MATMUL_DESC_B_SCALE_MODE, mode(recipe.lhs));
-    const auto layout = [](cublasLtMatrixLayout_t* x, cudaDataType_t type, int64_t rows,
-                           int64_t cols) {
-      check(cublasLtMatrixLayoutCreate(x, type, rows, cols, rows), "LayoutCreate");
-    };
-    layout(&a, CUDA_R_8F_E4M3, p.K, p.N);
-    layout(&b, CUDA_R_8F_E4M3, p.K, p.M);
-    layout(&d, recipe.out == DType::kFloat32 ? CUDA_R_32F : CUDA_R_16BF, p.N, p.M);
-  }
-
-  template <class Value>
-  void set(cublasLtMatmulDescAttributes_t attribute, Value value) {
-    check(cublasLtMatmulDescSetAttribute(matmul, attribute, &value, sizeof(value)), "attribute");
-  }
-
-  static cublasLtMatmulMatrixScale_t mode(Scaling scaling) {
-    switch (scaling) {
-      case Scaling::kTensor:
-        return CUBLASLT_MATMUL_MATRIX_SCALE_SCALAR_32F;
-      case Scaling::kRow:
-        return CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
-      case Scaling::kBlock1x128:
-        return CUBLASLT_MATMUL_MATRIX_SCALE_VEC128_32F;
-      case Scaling::kBlock128x128:
-        return CUBLASLT_MATMUL_MATRIX_SCALE_BLK128x128_32F;
-    }
-    return CUBLASLT_MATMUL_MATRIX_SCALE_SCALAR_32F;
-  }
-
-  cublasStatus_t run(const ScaledMatmulParams& p, const cublasLtMatmulAlgo_t& algorithm,
-                     cudaStream_t stream) {
-    set(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, p.rhs_scale);
-    set(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, p.lhs_scale);
-    const float one = 1.0f, zero = 0.0f;
-    return cublasLtMatmul(handle, matmul, &one, p.rhs, a, p.lhs, b, &zero, p.out, d, p.out, d,
-                          &algorithm, workspace, kWorkspace, stream);
-  }
-};
-
-Provider cublaslt(const Recipe& recipe, const ScaledMatmulParams& p, Comparison& comparison) {
-  const auto lt = std::make_shared<Lt>(recipe, p);
-  lt->set(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, p.rhs_scale);
-  lt->set(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, p.lhs_scale);
-  cublasLtMatmulPreference_t preference;
-  check(cublasLtMatmulPreferenceCreate(&preference), "PreferenceCreate");
-  check(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                                             &Lt::kWorkspace, sizeof(Lt::kWorkspace)),
-        "workspace");
-  constexpr int kMost = 8;
-  cublasLtMatmulHeuristicResult_t found[kMost];
-  int count = 0;
-  check(cublasLtMatmulAlgoGetHeuristic(lt->handle, lt->matmul, lt->a, lt->b, lt->d, lt->d,
-                                       preference, kMost, found, &count),
-        "AlgoGetHeuristic");
-  Provider fastest;
-  float least = INFINITY;
-  for (int i = 0; i < count; ++i) {
-    const auto algorithm = found[i].algo;
-    if (lt->run(p, algorithm, nullptr) != CUBLAS_STATUS_SUCCESS) continue;
-    const Provider candidate = {"cublaslt",
-                                [lt, algorithm](const ScaledMatmulParams& p, cudaStream_t stream) {
-                                  check(lt->run(p, algorithm, stream), "cublasLtMatmul");
-                                }};
-    constexpr int kCalls = 20;
-    if (const float us = comparison.sample(candidate, kCalls); us < least) {
-      least = us;
-      fastest = candidate;
-    }
-  }
-  bench::require(least < INFINITY, "cublasLt has no algorithm for this problem");
-  return fastest;
-}
-
 // --- Inputs --------------------------------------------------------------------------------------
 
 // Positive scales of `rows` rows, as many as the recipe wants.
@@ -292,7 +187,7 @@ int main(int argc, char** argv) {
   const ScaledMatmulParams& first = inputs.front();
   std::vector<Provider> providers = variants(*recipe, M);
   if (argc <= 7 || std::strcmp(argv[7], "--variants") != 0) providers.resize(1);
-  providers.insert(providers.begin() + 1, cublaslt(*recipe, first, comparison));
+  providers.insert(providers.begin() + 1, bench::cublaslt(*recipe, first, comparison));
   providers.front().name = "jaxkern";
   for (const Provider& provider : providers) {
     const auto distance = [&](const auto* out) {

@@ -30,10 +30,11 @@ _OPS = {
     "quantize_swiglu": ("jaxkern.quantize_swiglu",),
     "quantize_swiglu_grad": ("jaxkern.quantize_swiglu_grad",),
     "quantized_matmul": (
-        "jaxkern.quantize_permuted",
+        "jaxkern.quantize",
         "jaxkern.quantized_matmul",
-        "jaxkern.quantized_matmul_fp8",
         "jaxkern.quantized_matmul_grad",
+        "jaxkern.scaled_matmul",
+        "jaxkern.weight_to_fp8",
     ),
     "rms_norm": ("jaxkern.rms_norm_fwd", "jaxkern.rms_norm_bwd"),
     "scaled_matmul": ("jaxkern.scaled_matmul",),

@@ -274,10 +274,11 @@ def test_gradient_of_quantized_matmul(name, rows):
     assert relative_error(gradient(x, packed, dy), np.float64(dy) @ exact) < 5e-3
 
 
-@pytest.mark.parametrize("rows", [3, 70, 300])
+@pytest.mark.parametrize("rows", [3, 390])
 @pytest.mark.parametrize("name", [*FORMATS, "int4 of 128"])
 def test_quantized_matmul_fp8(name, rows):
-    """Rows that fill no tile, an odd number of panels, and groups that are exact."""
+    """Few rows, and so many that the weight is expanded: they fill no tile; an odd number of
+    panels."""
     [x], [w] = normal(0, [(rows, 384)], jnp.bfloat16), normal(1, [(136, 384)], np.float32)
     run = functools.partial(quantized_matmul, activation_format="fp8")
     with jax.default_device(jax.devices("cpu")[0]):

@@ -169,39 +169,31 @@ ffi::Error quantized_matmul_grad(cudaStream_t stream, ffi::AnyBuffer dy, ffi::An
   return launch_error("quantized_matmul_grad", launch_quantized_matmul_grad(params, stream));
 }
 
-ffi::Error quantized_matmul_fp8(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer x_scale,
-                                ffi::AnyBuffer data, ffi::AnyBuffer row_scale,
-                                ffi::Result<ffi::AnyBuffer> out, int32_t format, int32_t block,
-                                bool zero_points) {
-  Checks checks("quantized_matmul_fp8");
-  if (checks.rank("x", x, 3).rank("data", data, 4).failed()) return checks.error();
+ffi::Error weight_to_fp8(cudaStream_t stream, ffi::AnyBuffer data, ffi::AnyBuffer row_scale,
+                         ffi::Result<ffi::AnyBuffer> values, ffi::Result<ffi::AnyBuffer> scale,
+                         int32_t format, int32_t block, bool zero_points) {
+  Checks checks("weight_to_fp8");
+  if (checks.rank("data", data, 4).failed()) return checks.error();
   FourBitWeight w = four_bit_weight(checks, data, format, block, zero_points);
   if (checks.failed()) return checks.error();
   w.row_scale = static_cast<const float*>(row_scale.untyped_data());
-  const int64_t B = data.dimensions()[0], M = x.dimensions()[1];
-  const int64_t N = data.dimensions()[1] * kFourBitRows;
-  const int64_t K = data.dimensions()[2] * kFourBitColumns;
-  checks.shape("x", x, {B, M, K})
-      .dtype("x", x, {F8E4M3FN})
-      .shape("x_scale", x_scale, {B, M})
-      .dtype("x_scale", x_scale, {F32})
-      .shape("row_scale", row_scale, {B, N})
+  const int64_t B = data.dimensions()[0], strips = data.dimensions()[1];
+  const int64_t panels = data.dimensions()[2], N = strips * kFourBitRows;
+  checks.shape("row_scale", row_scale, {B, N})
       .dtype("row_scale", row_scale, {F32})
-      .shape("out", *out, {B, M, N})
-      .dtype("out", *out, {BF16, F16, F32});
-  if (checks.failed() || B * M * N == 0) return checks.error();
-  const QuantizedMatmulFp8Params params = {
-      .out_dtype = to_dtype(out->element_type()),
-      .B = B,
-      .M = M,
-      .N = N,
-      .K = K,
-      .x = x.untyped_data(),
-      .x_scale = x_scale.typed_data<float>(),
+      .shape("values", *values, {B, N, panels * kFourBitColumns})
+      .dtype("values", *values, {F8E4M3FN})
+      .shape("scale", *scale, {B, N})
+      .dtype("scale", *scale, {F32});
+  if (checks.failed() || B * strips * panels == 0) return checks.error();
+  const WeightToFp8Params params = {
       .w = w,
-      .out = out->untyped_data(),
+      .strips = B * strips,
+      .panels = static_cast<int32_t>(panels),
+      .values = values->untyped_data(),
+      .scale = scale->typed_data<float>(),
   };
-  return launch_error("quantized_matmul_fp8", launch_quantized_matmul_fp8(params, stream));
+  return launch_error("weight_to_fp8", launch_weight_to_fp8(params, stream));
 }
 
 }  // namespace
@@ -242,14 +234,13 @@ JAXKERN_DEFINE_HANDLER(QuantizedMatmulGrad, quantized_matmul_grad,
                            .Attr<int32_t>("block")
                            .Attr<bool>("zero_points"));
 
-JAXKERN_DEFINE_HANDLER(QuantizedMatmulFp8, quantized_matmul_fp8,
+JAXKERN_DEFINE_HANDLER(WeightToFp8, weight_to_fp8,
                        ffi::Ffi::Bind()
                            .Ctx<Stream>()
-                           .Arg<ffi::AnyBuffer>()  // x
-                           .Arg<ffi::AnyBuffer>()  // x_scale
                            .Arg<ffi::AnyBuffer>()  // data
                            .Arg<ffi::AnyBuffer>()  // row_scale
-                           .Ret<ffi::AnyBuffer>()  // out
+                           .Ret<ffi::AnyBuffer>()  // values
+                           .Ret<ffi::AnyBuffer>()  // scale
                            .Attr<int32_t>("format")
                            .Attr<int32_t>("block")
                            .Attr<bool>("zero_points"));

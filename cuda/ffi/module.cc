@@ -20,17 +20,16 @@ namespace nb = nanobind;
   TARGET("jaxkern.decode_step", DecodeStep)                    \
   TARGET("jaxkern.quantize", Quantize)                         \
   TARGET("jaxkern.quantize_four_bit", QuantizeFourBit)         \
-  TARGET("jaxkern.quantize_permuted", QuantizePermuted)        \
   TARGET("jaxkern.quantize_rms_norm", QuantizeRmsNorm)         \
   TARGET("jaxkern.quantize_swiglu", QuantizeSwiglu)            \
   TARGET("jaxkern.quantize_swiglu_grad", QuantizeSwigluGrad)   \
   TARGET("jaxkern.quantized_matmul", QuantizedMatmul)          \
-  TARGET("jaxkern.quantized_matmul_fp8", QuantizedMatmulFp8)   \
   TARGET("jaxkern.quantized_matmul_grad", QuantizedMatmulGrad) \
   TARGET("jaxkern.rms_norm_bwd", RmsNormBwd)                   \
   TARGET("jaxkern.rms_norm_fwd", RmsNormFwd)                   \
   TARGET("jaxkern.row_amax", RowAmax)                          \
-  TARGET("jaxkern.scaled_matmul", ScaledMatmul)
+  TARGET("jaxkern.scaled_matmul", ScaledMatmul)                \
+  TARGET("jaxkern.weight_to_fp8", WeightToFp8)
 
 #define JAXKERN_DECLARE(name, Handler) extern "C" XLA_FFI_Error* Handler(XLA_FFI_CallFrame*);
 JAXKERN_TARGETS(JAXKERN_DECLARE)

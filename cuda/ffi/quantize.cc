@@ -181,32 +181,6 @@ ffi::Error quantize_rms_norm(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuff
                          {output(values, scale, values_t, scale_t, workspace)}, scaling, &norm);
 }
 
-ffi::Error quantize_permuted(cudaStream_t stream, ffi::AnyBuffer x, Result values, Result scale) {
-  Checks checks("quantize_permuted");
-  if (checks.rank("x", x, 2).rank("values", *values, 2).failed()) return checks.error();
-  const int64_t rows = x.dimensions()[0], cols = x.dimensions()[1];
-  const int64_t wide = values->dimensions()[1];
-  checks.dtype("x", x, {F32, BF16, F16})
-      .that(cols % 16 == 0, "x", "has C " + std::to_string(cols), "a multiple of 16")
-      .that(wide % 16 == 0 && wide >= cols, "values", "has C " + std::to_string(wide),
-            "a multiple of 16, at least x's")
-      .shape("values", *values, {rows, wide})
-      .dtype("values", *values, {F8E4M3FN})
-      .shape("scale", *scale, {rows})
-      .dtype("scale", *scale, {F32});
-  if (checks.failed() || rows * cols == 0) return checks.error();
-  const QuantizePermutedParams params = {
-      .x = x.untyped_data(),
-      .values = values->untyped_data(),
-      .scale = scale->typed_data<float>(),
-      .rows = rows,
-      .cols = cols,
-      .wide = wide,
-      .dtype = to_dtype(x.element_type()),
-  };
-  return launch_error("quantize_permuted", launch_quantize_permuted(params, stream));
-}
-
 // --- Four bits -----------------------------------------------------------------------------------
 
 struct Types {
@@ -342,12 +316,5 @@ JAXKERN_DEFINE_HANDLER(RowAmax, row_amax,
                            .Ctx<Stream>()
                            .Arg<ffi::AnyBuffer>()    // x
                            .Ret<ffi::AnyBuffer>());  // amax
-
-JAXKERN_DEFINE_HANDLER(QuantizePermuted, quantize_permuted,
-                       ffi::Ffi::Bind()
-                           .Ctx<Stream>()
-                           .Arg<ffi::AnyBuffer>()    // x
-                           .Ret<ffi::AnyBuffer>()    // values
-                           .Ret<ffi::AnyBuffer>());  // scale
 
 }  // namespace jaxkern

@@ -49,15 +49,14 @@ struct QuantizedMatmulParams {
   const void* row_factor = nullptr;  // (B, N) of x_dtype, of the gradient of kMxfp4
 };
 
-// The same for x of e4m3 with a scale for each row, which has the columns of each 16 in the order
-// 0, 1, 8, 9, 2, 3, 10, 11, ... of four_bit_fp8.cuh. K is a multiple of 128.
-struct QuantizedMatmulFp8Params {
-  DType out_dtype;  // kBFloat16, kFloat16 or kFloat32
-  int64_t B, M, N, K;
-  const void* x;         // (B, M, K)
-  const float* x_scale;  // (B, M)
+// The weight as e4m3, and what each row of that is multiplied by, where rows of all matrices are
+// one matrix. Sizes are not zero.
+struct WeightToFp8Params {
   FourBitWeight w;
-  void* out;  // (B, M, N)
+  int64_t strips;  // of 16 rows, all
+  int32_t panels;  // of 128 columns
+  void* values;    // (strips * 16, panels * 128)
+  float* scale;    // (strips * 16,)
 };
 
 }  // namespace jaxkern

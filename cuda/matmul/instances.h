@@ -39,10 +39,7 @@ cudaError_t launch_quantized_matmul_of(const QuantizedMatmulParams& params, cuda
 template <FourBitFormat kFormat>
 cudaError_t launch_quantized_matmul_grad_of(const QuantizedMatmulParams& params,
                                             cudaStream_t stream);
-
-// The same for x of e4m3.
 template <FourBitFormat kFormat>
-cudaError_t launch_quantized_matmul_fp8_of(const QuantizedMatmulFp8Params& params,
-                                           cudaStream_t stream);
+cudaError_t launch_weight_to_fp8_of(const WeightToFp8Params& params, cudaStream_t stream);
 
 }  // namespace jaxkern

@@ -69,10 +69,9 @@ cudaError_t launch_quantized_matmul_grad(const QuantizedMatmulParams& params, cu
   });
 }
 
-cudaError_t launch_quantized_matmul_fp8(const QuantizedMatmulFp8Params& params,
-                                        cudaStream_t stream) {
+cudaError_t launch_weight_to_fp8(const WeightToFp8Params& params, cudaStream_t stream) {
   return select_format(params.w.format, [&]<FourBitFormat kFormat>() {
-    return launch_quantized_matmul_fp8_of<kFormat>(params, stream);
+    return launch_weight_to_fp8_of<kFormat>(params, stream);
   });
 }
 

@@ -11,7 +11,6 @@ namespace jaxkern {
 cudaError_t launch_scaled_matmul(const ScaledMatmulParams& params, cudaStream_t stream);
 cudaError_t launch_quantized_matmul(const QuantizedMatmulParams& params, cudaStream_t stream);
 cudaError_t launch_quantized_matmul_grad(const QuantizedMatmulParams& params, cudaStream_t stream);
-cudaError_t launch_quantized_matmul_fp8(const QuantizedMatmulFp8Params& params,
-                                        cudaStream_t stream);
+cudaError_t launch_weight_to_fp8(const WeightToFp8Params& params, cudaStream_t stream);
 
 }  // namespace jaxkern

@@ -84,15 +84,4 @@ struct QuantizeFourBitParams {
   int32_t blocks;  // set by the launcher: of threads, of a matrix
 };
 
-// Rows as products of e4m3 with weights of four bits take them (quantize_permuted.cuh).
-struct QuantizePermutedParams {
-  const void* x;  // [R, C] dtype, 16-byte aligned
-  void* values;   // [R, wide] kFloat8E4M3; zero beyond C
-  float* scale;   // [R]
-  int64_t rows;   // at least 1
-  int64_t cols;   // a multiple of 16, at least 1
-  int64_t wide;   // a multiple of 16, at least cols
-  DType dtype;    // kFloat32, kBFloat16 or kFloat16
-};
-
 }  // namespace jaxkern

@@ -139,19 +139,11 @@ __device__ __forceinline__ void mma(RegisterTile<float, 64, kN>& d,
                                     const RegisterTile<T, 64, kK>& a,
                                     const Operand<TileB, kN, kMajorB>& b, bool accumulate) {
   using B = Operand<TileB, kN, kMajorB>;
-  using TypeA = ElementType<T>;
-  using TypeB = ElementType<typename B::T>;
   static_assert(B::kDepth == kK, "A and B must agree on the reduction length");
 #pragma unroll
   for (int k = 0; k < kK / kMmaDepth<T>; ++k) {
-    const uint32_t* from = a.data + 4 * k;
-    const bool add = accumulate || k > 0;
-    if constexpr (sizeof(T) == 1) {
-      ptx::Wgmma<kN>::template register_shared<TypeA, TypeB>(d.data, from, b.step(k), add);
-    } else {
-      static_assert(std::is_same_v<TypeA, TypeB>);
-      ptx::Wgmma<kN>::template register_shared<TypeA, B::kTransposed>(d.data, from, b.step(k), add);
-    }
+    ptx::Wgmma<kN>::template register_shared<ElementType<T>, B::kTransposed>(
+        d.data, a.data + 4 * k, b.step(k), accumulate || k > 0);
   }
 }
 

@@ -4,9 +4,7 @@
 // columns, rows 16 w + l / 4 + {0, 8} and columns 8 j + 2 (l % 4) + {0, 1}:
 //   float:  data[4 j + 2 i + c]  is row + 8 i, column + c
 //   16-bit: data[2 j + i]        is row + 8 i, both columns packed
-// so a 16-bit tile is, register for register, the A operand of wgmma. An 8-bit one is that too, and
-// no more: for each block of 32 columns, data[4 j + 2 h + i] is row + 8 i and the columns
-// 32 j + 16 h + 4 (l % 4) + {0, 1, 2, 3}.
+// so a 16-bit tile is, register for register, the A operand of wgmma.
 #pragma once
 
 #include "cuda/tile/types.cuh"
@@ -19,7 +17,7 @@ struct RegisterTile {
   static_assert(kCols_ % 16 == 0, "columns come in pairs of 8-wide blocks");
   static constexpr int kRows = kRows_;
   static constexpr int kCols = kCols_;
-  uint32_t data[kCols * sizeof(T) / 8];
+  uint32_t data[kCols / 4];
 };
 
 template <int kRows_, int kCols_>
@@ -159,20 +157,6 @@ __device__ __forceinline__ void add_row(RegisterTile<float, 64, kCols>& x, const
     for (int i = 0; i < 2; ++i) {
       x.at(j, i, 0) += y.x;
       x.at(j, i, 1) += y.y;
-    }
-  }
-}
-
-// x(r, c) *= cols[c], in memory
-template <int kCols>
-__device__ __forceinline__ void scale_cols(RegisterTile<float, 64, kCols>& x, const float* cols) {
-#pragma unroll
-  for (int j = 0; j < kCols / 8; ++j) {
-    const float2 y = *reinterpret_cast<const float2*>(cols + fragment_col(j));
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      x.at(j, i, 0) *= y.x;
-      x.at(j, i, 1) *= y.y;
     }
   }
 }

@@ -28,12 +28,17 @@ _OP = "quantized_matmul"
 _DTYPES = ("bfloat16", "float16", "float32")
 _SINGLE = np.dtype("float32")
 
+# NOTE: up to here it takes less time to multiply by a weight as it is than to expand it for FP8
+# tensor cores: on an H200, by 8192 x 8192, 256 rows take 0.6 of that, 384 1.4.
+_FEW_ROWS = 256
+
 
 def quantized_matmul(
     x: ArrayLike,
     w: QuantizedArray | PackedWeight,
     *,
     activation_format: str | None = None,
+    fast_accumulation: bool = False,
     preferred_element_type: DTypeLike | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> jax.Array:
@@ -53,12 +58,13 @@ def quantized_matmul(
     is as without.
 
     "fp8" is float8_e4m3fn with a float32 scale for each row of x, as `jaxkern.quantize` makes it,
-    for a w of any format. FP8 tensor cores multiply; as weights have to be expanded for them, that
-    is not faster than without, so far. Weights are rounded to float8_e4m3fn, times a factor that
-    each row has for each 128 columns: that of "int4" in groups of 128 is the scale, and nothing is
-    rounded; others are powers of two, with which "mxfp4" is exact down to 2^-9 of the largest scale
-    there, "nvfp4" but for some of its 1.5, 3 and 6, and smaller groups are not. docs/matmul.md has
-    the errors. That is so for any number of rows.
+    for a w of any format. Up to 256 rows w counts as above, and kernels round integers times their
+    scale to bfloat16. Of more, or where tracing does not know how many there are, FP8
+    tensor cores multiply (`jaxkern.scaled_matmul`), and w is expanded for them: rounded to
+    float8_e4m3fn, with a float32 scale for each row, a power of two (times the scale of all of
+    "nvfp4"). Such numbers hold "mxfp4" exactly down to 2^-14 of the row's largest scale, "nvfp4"
+    but for some of its 1.5, 3 and 6, and integers not: docs/matmul.md has the errors. Over a
+    sharded K each device has scales of its own.
 
     "nvfp4" has a float32 scale for each matrix [rows, K]. On GPUs of compute capability 10 and 12
     (Blackwell) `jax.nn.scaled_matmul` multiplies, which takes both as they are; this has run on
@@ -69,6 +75,8 @@ def quantized_matmul(
       w: [N, K], of the format "nvfp4", "mxfp4" or "int4"; or what `jaxkern.pack_weight` makes of
         it, which is the same weight.
       activation_format: None, "fp8" or, for a w of "nvfp4", "nvfp4".
+      fast_accumulation: of "fp8", where FP8 tensor cores multiply: that they sum over all of K, as
+        `jaxkern.scaled_matmul` has it.
       preferred_element_type: of the result: bfloat16, float16 or float32. None is x's.
       implementation: "cuda" (kernels: a packed w, and x in bfloat16 or float16; with "fp8" in any
         dtype), "xla" (plain jax.numpy), or a sequence of them to take the first that supports the
@@ -95,8 +103,15 @@ def quantized_matmul(
     wanted = x.dtype if preferred_element_type is None else preferred_element_type
     dtype = _checks.dtype("preferred_element_type", wanted, _DTYPES)
     _check_activation_format(activation_format, w)
+    fast_accumulation = _checks.flag("fast_accumulation", fast_accumulation)
+    if fast_accumulation and activation_format != "fp8":
+        raise ValueError(
+            f"fast_accumulation is True, wanted False for activation_format {activation_format!r}"
+        )
     choice = _dispatch.choose(_OP, implementation, _unsupported(x, w, activation_format))
-    config = Config(dtype, x.dtype, choice.kernel, choice.fallback, activation_format)
+    config = Config(
+        dtype, x.dtype, choice.kernel, choice.fallback, activation_format, fast_accumulation
+    )
     return _quantized_matmul(config, x, w)
 
 
@@ -125,15 +140,14 @@ class Config(NamedTuple):
     kernel: bool
     fallback: bool  # to the reference, where the lowering is not for CUDA
     activation_format: str | None
+    fast_accumulation: bool = False
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 @functools.partial(jax.jit, static_argnums=0)
 def _quantized_matmul(config, x, w):
     if config.activation_format == "fp8":
-        return quantized_matmul_fp8.product(
-            x, w, dtype=config.dtype, kernel=config.kernel, fallback=config.fallback
-        )
+        return _of_fp8(config, x, w)
     if config.activation_format == "nvfp4":
         return _of_nvfp4(config, x, w)
     if config.kernel:
@@ -185,6 +199,27 @@ def _gradient_backward(config, kept, ddx):
 
 
 _gradient.defvjp(_gradient_forward, _gradient_backward)
+
+
+def _of_fp8(config, x, w):
+    """The product with x in e4m3, whose values are exact in bfloat16 too."""
+    names = ("cuda", "xla") if config.fallback else ("cuda",)
+    quantized = quantize(jnp.atleast_2d(x), implementation=names if config.kernel else "xla")
+    rows = math.prod(x.shape[:-1])
+    if isinstance(rows, int) and rows <= _FEW_ROWS:
+        single = config._replace(dtype=_SINGLE, activation_format=None)
+        values = quantized.values.astype(jnp.bfloat16)
+        out = _quantized_matmul(single, values, w) * quantized.scale
+    else:
+        out = quantized_matmul_fp8.product(
+            quantized,
+            w,
+            dtype=config.dtype,
+            fast_accumulation=config.fast_accumulation,
+            kernel=config.kernel,
+            fallback=config.fallback,
+        )
+    return out.astype(config.dtype).reshape(*x.shape[:-1], -1)
 
 
 def _of_nvfp4(config, x, w):

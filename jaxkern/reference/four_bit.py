@@ -23,8 +23,10 @@ _MANTISSA_BITS = 23  # of float32
 _INFINITY = 0xFF << _MANTISSA_BITS
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
-_PANEL = 128  # columns that share a factor where weights become e4m3
-_LEAST_EXPONENT = -111
+# Where weights become e4m3: the least exponent of a row's largest scale that counts, and how much
+# larger than a row's factor that scale is, by a power of two.
+_LEAST_EXPONENTS = {"nvfp4": -10, "mxfp4": -120, "int4": -111}
+_EXPONENTS_OF_SHARES = {"nvfp4": 5, "mxfp4": 6, "int4": 3}
 
 # Parts of the largest magnitude that a search tries to represent, as steps of a block's scale: of
 # codes of e4m3, and of factors.
@@ -56,44 +58,26 @@ def dequantize(x):
     return out if x.tensor_scale is None else out * x.tensor_scale
 
 
-def rounded_to_e4m3(x):
-    """What products of e4m3 take for it: dequantize(x), rounded.
+def to_e4m3(x):
+    """e4m3 values [..., R, C] and a float32 scale for each row [..., R, 1]: dequantize(x), rounded.
 
-    Each row has a factor for each panel of 128 columns: of integers with one scale there that
-    scale, else the power of two of the panel's largest scale, 2^3 less for integers, 2 for e2m1.
-    The scales as shares of it are rounded to float16 and, times the values, to e4m3. Beyond the
-    last column MXFP4 has the row's largest scale, the others none.
+    A row has a factor, a power of two: that of its largest scale, of which 2^5 (NVFP4), 2^6 (MXFP4)
+    or 2^3 (integers) makes a share below 2^6, 2^6 or 2^4. Values times their scale as a share of
+    the factor, of integers rounded to float16, are rounded to e4m3. The factor times tensor_scale
+    is the scale of the row, which a NaN among its scales makes NaN.
     """
-    columns = x.values.shape[-1]
-    block = columns // x.scale.shape[-1]
-    if block == _PANEL:
-        return dequantize(x)
+    format = {jnp.dtype(E4M3): "nvfp4", jnp.dtype(E8M0): "mxfp4"}.get(x.scale.dtype, "int4")
     scale = x.scale.astype(jnp.float32)
-    per_panel = _PANEL // block
-    panels = -(-columns // _PANEL)
-    beyond = panels * per_panel - scale.shape[-1]
-    filler = jnp.abs(scale).max(-1, keepdims=True) if x.scale.dtype == E8M0 else 0 * scale[..., :1]
-    scale = jnp.concatenate([scale, jnp.repeat(filler, beyond, -1)], -1)
-    scale = scale.reshape(*scale.shape[:-1], panels, per_panel)
     bits = jax.lax.bitcast_convert_type(jnp.abs(scale).max(-1, keepdims=True), jnp.int32)
-    exponent = jnp.maximum((bits >> _MANTISSA_BITS) - 127, _LEAST_EXPONENT)
-    exponent -= 3 if x.values.dtype == jnp.int4 else 1
+    exponent = jnp.maximum((bits >> _MANTISSA_BITS) - 127, _LEAST_EXPONENTS[format])
+    exponent -= _EXPONENTS_OF_SHARES[format]
     share = _float16(scale * _power_of_two(-exponent))
-
-    def of_values(of_panels):
-        """Of those blocks that there are."""
-        flat = of_panels.reshape(*of_panels.shape[:-2], -1)
-        return flat[..., : x.scale.shape[-1], None]
-
-    out = _blocks(x.values, block)
+    out = _blocks(x.values, x.values.shape[-1] // scale.shape[-1])
     if x.zero_point is not None:
         out -= x.zero_point.astype(jnp.float32)[..., None]
-    out = _e4m3(_float16(out * of_values(share)))
-    factor = jnp.broadcast_to(_power_of_two(exponent), scale.shape)
-    # A NaN takes all of its row with it.
-    factor = jnp.where(jnp.isnan(scale), jnp.nan, factor)
-    out = (out * of_values(factor)).reshape(x.values.shape)
-    return out if x.tensor_scale is None else out * x.tensor_scale
+    out = _e4m3(_float16(out * share[..., None])).reshape(x.values.shape)
+    factor = jnp.where(jnp.isnan(scale).any(-1, keepdims=True), jnp.nan, _power_of_two(exponent))
+    return out.astype(E4M3), factor if x.tensor_scale is None else factor * x.tensor_scale
 
 
 def nvfp4(x, *, tensor_scale=None, search=False, noise=None):
@@ -314,7 +298,7 @@ def _float16(x):
 
 
 def _e4m3(x):
-    """To the nearest e4m3, for |x| <= 240."""
+    """To the nearest e4m3, for |x| <= 448."""
     normal = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=3)
     return jnp.where(jnp.abs(x) < 2.0**-6, jnp.round(x * 512) / 512, normal)
 

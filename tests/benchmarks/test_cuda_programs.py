@@ -3,12 +3,14 @@
 import cuda_program
 import gemm
 import pytest
+import quantized_matmul_fp8
 import quantized_matmul_kernel
 import scaled_matmul
 
 from jaxkern import benchmarking
 
-PROGRAMS = (gemm.PROGRAM, scaled_matmul.PROGRAM, quantized_matmul_kernel.PROGRAM)
+SCRIPTS = (gemm, scaled_matmul, quantized_matmul_kernel, quantized_matmul_fp8)
+PROGRAMS = tuple(script.PROGRAM for script in SCRIPTS)
 STAND_IN = """#!/bin/sh
 [ "$1" = 64 ] && exit 3
 [ "$1" = block ] && printf 'jaxkern\\t200.0\\ncublaslt\\t190.0\\n' && exit 0
@@ -96,6 +98,16 @@ def test_misspelled_recipe(measure, capsys, case):
 def test_misspelled_format(measure, capsys, case):
     with pytest.raises(SystemExit):
         measure("--case", case, program=quantized_matmul_kernel.PROGRAM)
+    assert "--case: wanted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["m512 n32 k128 fp8", "m64 n32 k128 nvfp4", "m512 n24 k128 mxfp4", "m512 n32 k64 int4"],
+)
+def test_misspelled_format_beside_fp8(measure, capsys, case):
+    with pytest.raises(SystemExit):
+        measure("--case", case, program=quantized_matmul_fp8.PROGRAM)
     assert "--case: wanted" in capsys.readouterr().err
 
 

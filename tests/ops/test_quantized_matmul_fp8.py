@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxkern import pack_weight, quantize, quantized_matmul
-from jaxkern.ops.quantized_matmul_fp8 import in_kernel_order, rounded
+from jaxkern.ops.quantized_matmul_fp8 import weight_to_fp8
 from jaxkern.testing import FOUR_BIT_TIMES_FP8_LIMITS, relative_error
 
 FORMATS = {
@@ -21,6 +21,7 @@ FORMATS = {
 }
 formats = pytest.mark.parametrize("name", FORMATS)
 N, K = 24, 256
+FEW, MANY = 256, 257  # rows of x, from which on the weight is rounded too
 
 
 def weight(name, shape=(N, K), seed=0):
@@ -46,48 +47,59 @@ def e4m3(x):
     return np.ldexp(np.round(np.ldexp(x, 3 - exponent)), exponent - 3)
 
 
-def numpy_rounded(w):
-    """By blocks and panels, in float64 but for float16's roundings."""
+def numpy_weight_to_fp8(w):
+    """Values and scales by rows, in float64 but for float16's roundings."""
     values, scale = float64(w.values), float64(w.scale)
     integers, block = w.values.dtype == jnp.int4, values.shape[1] // scale.shape[1]
     if w.zero_point is not None:
         values = values - float64(w.zero_point).repeat(block, 1)
-    out = np.zeros_like(values)
-    for row in range(values.shape[0]):
-        for start in range(0, values.shape[1], 128):
-            of_panel = scale[row, start // block : (start + 128) // block]
-            each = of_panel.repeat(block)
-            panel = values[row, start : start + 128]
-            if block == 128:
-                out[row, start : start + 128] = panel * each
-                continue
-            largest = of_panel.max()
-            if w.scale.dtype == jnp.float8_e8m0fnu and start + 128 > values.shape[1]:
-                largest = scale[row].max()
-            factor = 2.0 ** (np.floor(np.log2(largest)) - (3 if integers else 1))
-            share = np.float64(np.float16(each / factor))
-            out[row, start : start + 128] = e4m3(np.float64(np.float16(panel * share))) * factor
-    return out * (1 if w.tensor_scale is None else float64(w.tensor_scale))
+    out, factors = np.zeros_like(values), np.ones((len(values), 1))
+    for row, of_row in enumerate(scale):
+        top = 3 if integers else 6 if w.tensor_scale is None else 5
+        factors[row] = 2.0 ** (np.floor(np.log2(of_row.max())) - top)
+        share = values[row] * of_row.repeat(block) / factors[row]
+        out[row] = e4m3(np.float64(np.float16(share)) if integers else share)
+    return out, factors * (1 if w.tensor_scale is None else float64(w.tensor_scale))
+
+
+def numpy_rounded(w):
+    values, scale = numpy_weight_to_fp8(w)
+    return values * scale
+
+
+def rounded(w):
+    return weight_to_fp8(w).dequantize()
 
 
 @pytest.mark.parametrize(
     "name, columns",
     [(name, 256) for name in FORMATS] + [(name, 160) for name in ("nvfp4", "mxfp4", "int4 of 32")],
 )
-@pytest.mark.parametrize("spread", [0, 8])
-def test_rounded_weight(name, columns, spread):
+@pytest.mark.parametrize("spread", [0, 8, 30])
+def test_weight_to_fp8(name, columns, spread):
     """spread: of magnitudes along a row, as an exponent of 2."""
     w = np.random.default_rng(0).standard_normal((N, columns), np.float32)
     w *= 2.0 ** -(spread * np.random.default_rng(1).random((N, columns // 32, 1))).repeat(
         32, 1
     ).reshape(w.shape)
     w = quantize(w, name.split()[0], **FORMATS[name])
+    values, scale = numpy_weight_to_fp8(w)
+    assert np.abs(values).max() <= 448
     for same in (w, pack_weight(w)):
-        np.testing.assert_allclose(float64(rounded(same)), numpy_rounded(w), rtol=2**-22)
-    if name in ("mxfp4", "int4", "int4 with zero points"):
+        got = weight_to_fp8(same)
+        assert (got.values.dtype, got.scale.shape) == (jnp.float8_e4m3fn, (N, 1))
+        np.testing.assert_array_equal(float64(got.values), values)
+        np.testing.assert_allclose(got.scale, scale, rtol=2**-23)
+    if name == "mxfp4" and spread < 30:
         np.testing.assert_array_equal(rounded(w), w.dequantize())
     else:
         assert (np.float32(rounded(w)) != np.float32(w.dequantize())).any()
+
+
+@formats
+def test_a_weight_of_zeros(name):
+    w = quantize(jnp.zeros((N, K)), name.split()[0], **FORMATS[name])
+    np.testing.assert_array_equal(rounded(w), np.zeros((N, K)))
 
 
 def test_nvfp4_is_exact_where_it_fits():
@@ -101,12 +113,23 @@ def test_nvfp4_is_exact_where_it_fits():
 
 
 @formats
-@pytest.mark.parametrize("dtype, lead", [("float32", (5,)), ("bfloat16", (2, 3)), ("float16", ())])
+@pytest.mark.parametrize(
+    "dtype, lead",
+    [
+        ("float32", (5,)),
+        ("bfloat16", (2, 3)),
+        ("float16", ()),
+        ("bfloat16", (FEW,)),
+        ("float32", (MANY,)),
+        ("float16", (2, 150)),
+    ],
+)
 def test_product(name, dtype, lead):
-    """Of x as it is quantised, and of the weight as it is rounded."""
+    """Of x as it is quantised, and of the weight, as it is rounded if there are many rows."""
     x, w = normal(*lead, K, dtype=dtype), weight(name)
     quantized = float64(quantize(jnp.atleast_2d(x)).dequantize()).reshape(*lead, K)
-    wanted = quantized @ numpy_rounded(w).T
+    many = int(np.prod(lead)) >= MANY
+    wanted = quantized @ (numpy_rounded(w) if many else float64(w.dequantize())).T
     got = run(x, w)
     assert (got.shape, got.dtype) == ((*lead, N), dtype)
     limit = {"float32": 1e-5, "bfloat16": 2**-8, "float16": 2**-11}[dtype]
@@ -121,10 +144,13 @@ def test_product(name, dtype, lead):
 @formats
 def test_error(name):
     """Beside float64 products of x and of what the weight stands for."""
-    x, w = normal(64, 1024, dtype="bfloat16"), weight(name, (256, 1024))
+    x, w = normal(MANY, 1024, dtype="bfloat16"), weight(name, (256, 1024))
     exact = float64(x) @ float64(w.dequantize()).T
     limit = FOUR_BIT_TIMES_FP8_LIMITS[w_format(w)]
     assert 0.9 * limit < relative_error(run(x, w, preferred_element_type="float32"), exact) < limit
+    few = relative_error(run(x[:64], w, preferred_element_type="float32"), exact[:64])
+    of_x = FOUR_BIT_TIMES_FP8_LIMITS["mxfp4", 32]  # an exact weight
+    assert 0.9 * of_x < few < of_x
 
 
 def w_format(w):
@@ -133,10 +159,11 @@ def w_format(w):
 
 
 @formats
-def test_gradient(name):
+@pytest.mark.parametrize("rows", [5, MANY])
+def test_gradient(name, rows):
     """As without."""
-    x, w = normal(5, K, dtype="bfloat16"), weight(name)
-    dy = normal(5, N, dtype="bfloat16", seed=2)
+    x, w = normal(rows, K, dtype="bfloat16"), weight(name)
+    dy = normal(rows, N, dtype="bfloat16", seed=2)
     got, wanted = (
         jax.vjp(lambda x, f=f: quantized_matmul(x, w, activation_format=f), x)[1](dy)[0]
         for f in ("fp8", None)
@@ -145,8 +172,9 @@ def test_gradient(name):
 
 
 @formats
-def test_transforms(name):
-    x, w = normal(3, 5, K), weight(name)
+@pytest.mark.parametrize("rows", [5, MANY])
+def test_transforms(name, rows):
+    x, w = normal(3, rows, K), weight(name)
     wanted = run(x, w)
     for other in (jax.vmap(run, (0, None)), jax.jit(run)):
         np.testing.assert_allclose(other(x, w), wanted, rtol=1e-5, atol=1e-5)
@@ -156,8 +184,9 @@ def test_transforms(name):
         np.testing.assert_allclose(got[i], run(x[i], weight(name, seed=i)), rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_not_finite():
-    x, w = np.array(normal(4, K)), np.array(normal(N, K, seed=2))
+@pytest.mark.parametrize("rows", [4, MANY])
+def test_what_is_not_finite(rows):
+    x, w = np.array(normal(rows, K)), np.array(normal(N, K, seed=2))
     x[1, 3], w[5, 7] = np.inf, np.nan
     got = np.isnan(run(jnp.asarray(x), quantize(jnp.asarray(w), "nvfp4")))
     wanted = np.zeros_like(got)
@@ -165,10 +194,11 @@ def test_what_is_not_finite():
     np.testing.assert_array_equal(got, wanted)
 
 
+@pytest.mark.parametrize("rows", [4, MANY])
 @pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
-def test_rows_of_the_weight_stay_where_they_are(kind):
+def test_rows_of_the_weight_stay_where_they_are(kind, rows):
     mesh = jax.make_mesh((8,), ("x",), (kind,), devices=jax.devices("cpu"))
-    x, w = normal(4, K), pack_weight(weight("nvfp4", (512, K)))
+    x, w = normal(rows, K), pack_weight(weight("nvfp4", (512, K)))
 
     def put(a):
         return jax.device_put(a, NamedSharding(mesh, P("x" if a.shape[0] > 1 else None)))
@@ -182,18 +212,15 @@ def test_rows_of_the_weight_stay_where_they_are(kind):
     np.testing.assert_allclose(got, run(x, w), rtol=1e-5, atol=1e-5)
 
 
-def test_order_of_columns():
-    """Lane c has columns 2 c + 0, 1, 8 and 9, which tensor cores take from 4 c on."""
-    columns = np.arange(32)
-    order = [16 * group + 2 * c + i for group in (0, 1) for c in range(4) for i in (0, 1, 8, 9)]
-    np.testing.assert_array_equal(in_kernel_order(columns), columns[order])
-
-
 def test_errors():
     x, w = normal(5, K), weight("mxfp4")
     with pytest.raises(ValueError, match="'int8', wanted None, 'fp8' or 'nvfp4'"):
         quantized_matmul(x, w, activation_format="int8")
     with pytest.raises(ValueError, match="'nvfp4', wanted None or 'fp8' for a w of 'mxfp4'"):
         quantized_matmul(x, w, activation_format="nvfp4")
+    with pytest.raises(ValueError, match="wanted False for activation_format None"):
+        quantized_matmul(x, w, fast_accumulation=True)
+    with pytest.raises(ValueError, match="fast_accumulation is 1, wanted True or False"):
+        run(x, w, fast_accumulation=1)
     with pytest.raises(NotImplementedError, match="wanted what pack_weight makes of it"):
         run(x, w, implementation="cuda")

@@ -117,16 +117,6 @@ struct Wgmma;
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),         \
                      "n"(kTransB), "C"(Type::kName));                                             \
     }                                                                                             \
-    template <class TypeA, class TypeB>                                                           \
-    __device__ __forceinline__ static void register_shared(float (&d)[R], const uint32_t* a,      \
-                                                           uint64_t b, int accumulate) {          \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P5 ", 0;\n"                                \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32." P6 "." P7 " "                \
-                   "{" JK_NAMES_##R "}, {" P0 ", " P1 ", " P2 ", " P3 "}, " P4 ", p, 1, 1;\n}\n"  \
-                   : JK_OUT_##R                                                                   \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),         \
-                     "C"(TypeA::kName), "C"(TypeB::kName));                                       \
-    }                                                                                             \
   };
 
 JK_WGMMA(16, 8, "%8", "%9", "%10", "%11", "%12", "%13", "%14", "%15")
