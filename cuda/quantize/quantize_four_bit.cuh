@@ -36,19 +36,21 @@ __global__ void __launch_bounds__(kFourBitThreads, kFourBitBlocksPerSm<Format>)
              static_cast<int>(blockIdx.x % blocks);
   const int lane = threadIdx.x % tile::kWarpSize;
   const int lanes = (Format::kBlock > 0 ? Format::kBlock : p.block) / kEight;  // of a block
-  const auto* const from = static_cast<const Bits<T>*>(p.x) + matrix * p.size;
-  auto* const values = static_cast<uint32_t*>(p.values) + matrix * runs;
 
-  const int of_part = static_cast<int>(threadIdx.x - lane) * kCount + lane;
-  const auto run = [&](int s) {  // of the matrix
-    return int64_t{part} * kFourBitRuns<T> + (of_part + s * tile::kWarpSize);
+  // Slots of the thread, and what the part has of runs.
+  const auto slot = [&](int s) {
+    return static_cast<int>(threadIdx.x - lane) * kCount + lane + s * tile::kWarpSize;
   };
+  int64_t first;  // of the runs of all matrices
+  int count;
   Eight<T> x[kCount];
   const auto load = [&] {
+    const int64_t of_matrix = int64_t{part} * kFourBitRuns<T>;
+    first = matrix * runs + of_matrix;
+    count = static_cast<int>(min(runs - of_matrix, int64_t{kFourBitRuns<T>}));
+    const auto* const from = static_cast<const Bits<T>*>(p.x) + first * kEight;
 #pragma unroll
-    for (int s = 0; s < kCount; ++s) {
-      x[s].load(from + run(s) * kEight, run(s) < runs, true);
-    }
+    for (int s = 0; s < kCount; ++s) x[s].load(from + slot(s) * kEight, slot(s) < count, true);
   };
   load();
   const Format format(p.tensor_scale != nullptr ? p.tensor_scale[matrix] : 0.0f, shared);
@@ -67,9 +69,9 @@ __global__ void __launch_bounds__(kFourBitThreads, kFourBitBlocksPerSm<Format>)
     for (int s = 0; s < kCount; ++s) {
       const auto block = format.block(extents[s]);
       const uint32_t word = format.values(x[s], block);
-      const bool inside = run(s) < runs;
-      if (inside) values[run(s)] = word;
-      const int64_t at = (matrix * runs + run(s)) >> (__ffs(lanes) - 1);
+      const bool inside = slot(s) < count;
+      if (inside) static_cast<uint32_t*>(p.values)[first + slot(s)] = word;
+      const int64_t at = (first + slot(s)) >> (__ffs(lanes) - 1);
       if (inside && (lane & (lanes - 1)) == 0) {
         static_cast<typename Format::Stored*>(p.scale)[at] = block.stored();
       }
