@@ -6,6 +6,7 @@
 
 #include "cuda/quantize/four_bit.cuh"
 #include "cuda/quantize/quantize_rows.cuh"
+#include "cuda/tile/ptx/async.cuh"
 
 namespace jaxkern::quantize {
 
@@ -23,12 +24,36 @@ inline constexpr int kFourBitBlocksPerSm = Format::kStays          ? 4
                                            : Format::kHasZeroPoint ? 5
                                                                    : 6;
 
+// Whether a block of threads loads the next part while it works on this one. NOTE: of float32 it
+// would take 16 bytes of 32 at a time, and twice as long.
+template <class T, class Format>
+inline constexpr bool kLoadsAhead = Format::kStays && sizeof(Eight<T>) == kLoadBytes;
+
+// What it has of the next part: each thread its own runs.
+template <class T>
+class NextPart {
+ public:
+  __device__ __forceinline__ void start(int s, const Bits<T>* from, bool exists) {
+    tile::ptx::copy_async_16(&runs_[s][threadIdx.x], from, exists);
+  }
+  __device__ __forceinline__ void read(Eight<T> (&x)[kFourBitSlots<T>]) const {
+    tile::ptx::wait_all_copies_async();
+#pragma unroll
+    for (int s = 0; s < kFourBitSlots<T>; ++s) x[s].words = runs_[s][threadIdx.x];
+  }
+
+ private:
+  typename Eight<T>::Words runs_[kFourBitSlots<T>][kFourBitThreads];
+};
+struct NoNextPart {};
+
 // p.blocks blocks share out a matrix: each has one part of it, or goes on where its format kStays.
 // NVFP4 has read x before, for tensor_scale: backwards, L2 still has what was read last.
 template <class T, class Format>
 __global__ void __launch_bounds__(kFourBitThreads, kFourBitBlocksPerSm<Format>)
     quantize_four_bit_kernel(const QuantizeFourBitParams p) {
   __shared__ typename Format::Shared shared;
+  __shared__ std::conditional_t<kLoadsAhead<T, Format>, NextPart<T>, NoNextPart> next;
   constexpr int kCount = kFourBitSlots<T>;
   const int64_t runs = p.size / kEight;
   const unsigned blocks = p.blocks, matrix = blockIdx.x / blocks;
@@ -36,26 +61,35 @@ __global__ void __launch_bounds__(kFourBitThreads, kFourBitBlocksPerSm<Format>)
              static_cast<int>(blockIdx.x % blocks);
   const int lane = threadIdx.x % tile::kWarpSize;
   const int lanes = (Format::kBlock > 0 ? Format::kBlock : p.block) / kEight;  // of a block
+  const auto* const from = static_cast<const Bits<T>*>(p.x) + matrix * p.size;
+  auto* const values = static_cast<uint32_t*>(p.values) + matrix * runs;
 
-  // Slots of the thread, and what the part has of runs.
-  const auto slot = [&](int s) {
-    return static_cast<int>(threadIdx.x - lane) * kCount + lane + s * tile::kWarpSize;
+  const int of_part = static_cast<int>(threadIdx.x - lane) * kCount + lane;
+  const auto run_of = [&](int part, int s) {  // of the matrix
+    return int64_t{part} * kFourBitRuns<T> + (of_part + s * tile::kWarpSize);
   };
-  int64_t first;  // of the runs of all matrices
-  int count;
   Eight<T> x[kCount];
   const auto load = [&] {
-    const int64_t of_matrix = int64_t{part} * kFourBitRuns<T>;
-    first = matrix * runs + of_matrix;
-    count = static_cast<int>(min(runs - of_matrix, int64_t{kFourBitRuns<T>}));
-    const auto* const from = static_cast<const Bits<T>*>(p.x) + first * kEight;
 #pragma unroll
-    for (int s = 0; s < kCount; ++s) x[s].load(from + slot(s) * kEight, slot(s) < count, true);
+    for (int s = 0; s < kCount; ++s) {
+      const int64_t run = run_of(part, s);
+      if constexpr (kLoadsAhead<T, Format>) {
+        next.start(s, from + run * kEight, run < runs);
+      } else {
+        x[s].load(from + run * kEight, run < runs, true);
+      }
+    }
   };
   load();
   const Format format(p.tensor_scale != nullptr ? p.tensor_scale[matrix] : 0.0f, shared);
 
   while (true) {
+    const int here = part;
+    if constexpr (Format::kStays) part -= static_cast<int>(blocks);
+    if constexpr (kLoadsAhead<T, Format>) {
+      next.read(x);
+      if (part >= 0) load();
+    }
     typename Format::Extent extents[kCount];
 #pragma unroll
     for (int s = 0; s < kCount; ++s) extents[s].see(x[s]);
@@ -69,9 +103,10 @@ __global__ void __launch_bounds__(kFourBitThreads, kFourBitBlocksPerSm<Format>)
     for (int s = 0; s < kCount; ++s) {
       const auto block = format.block(extents[s]);
       const uint32_t word = format.values(x[s], block);
-      const bool inside = slot(s) < count;
-      if (inside) static_cast<uint32_t*>(p.values)[first + slot(s)] = word;
-      const int64_t at = (first + slot(s)) >> (__ffs(lanes) - 1);
+      const int64_t run = run_of(here, s);
+      const bool inside = run < runs;
+      if (inside) values[run] = word;
+      const int64_t at = (matrix * runs + run) >> (__ffs(lanes) - 1);
       if (inside && (lane & (lanes - 1)) == 0) {
         static_cast<typename Format::Stored*>(p.scale)[at] = block.stored();
       }
@@ -82,10 +117,8 @@ __global__ void __launch_bounds__(kFourBitThreads, kFourBitBlocksPerSm<Format>)
         }
       }
     }
-    if constexpr (!Format::kStays) return;
-    part -= static_cast<int>(blocks);
-    if (part < 0) return;
-    load();
+    if (!Format::kStays || part < 0) return;
+    if constexpr (!kLoadsAhead<T, Format>) load();
   }
 }
 
