@@ -1,6 +1,7 @@
 """Eight CPU devices for every test, and the GPU for those marked `gpu`."""
 
 import collections
+import itertools
 import os
 
 import jax
@@ -32,30 +33,41 @@ def pytest_addoption(parser):
         help="N cases of each test function at most, with as many of the values of its parameters "
         "as they can have",
     )
+    parser.addoption(
+        "--pairs",
+        action="store_true",
+        help="cases of each test function that have, of every two of its parameters, each value of "
+        "one with each of the other, instead of all combinations",
+    )
 
 
 def pytest_collection_modifyitems(config, items):
-    count = config.getoption("sample")
-    if count is None:
+    count, pairs = config.getoption("sample"), config.getoption("pairs")
+    if count is None and not pairs:
         return
     functions = collections.defaultdict(list)
     for item in items:
         functions[item.nodeid.partition("[")[0]].append(item)
-    chosen = {item for cases in functions.values() for item in _sample(cases, count)}
+    chosen = {item for cases in functions.values() for item in _sample(cases, count, pairs)}
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = [item for item in items if item in chosen]
 
 
-def _sample(cases, count):
+def _sample(cases, count, pairs):
     def values(case):  # by identity: the combinations of a grid share the objects of its axes
         params = case.callspec.params if hasattr(case, "callspec") else {}
-        return {(name, id(value)) for name, value in params.items()}
+        return sorted((name, id(value)) for name, value in params.items())
 
-    missing = set().union(*map(values, cases))
+    def wanted(case):
+        singles = [(value,) for value in values(case)]
+        return {*singles, *(itertools.combinations(values(case), 2) if pairs else ())}
+
+    has = {case: wanted(case) for case in cases}
+    missing = set().union(*has.values())
     chosen = []
-    while not chosen or (missing and len(chosen) < count):
-        chosen.append(max(cases, key=lambda case: len(values(case) & missing)))
-        missing -= values(chosen[-1])
+    while not chosen or (missing and len(chosen) < (count or len(cases))):
+        chosen.append(max(cases, key=lambda case: len(has[case] & missing)))
+        missing -= has[chosen[-1]]
     return chosen
 
 

@@ -119,13 +119,6 @@ __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
   return sizeof(T) == 4 ? max(a, b) : __vmaxu2(a, b);
 }
 
-// For each half of two words, all bits set if that of `a` is above that of `b`, else none.
-template <class T>
-__device__ __forceinline__ uint32_t above(uint32_t a, uint32_t b) {
-  using Pair = std::conditional_t<std::is_same_v<T, tile::bf16>, __nv_bfloat162, __half2>;
-  return __hgt2_mask(reinterpret_cast<Pair&>(a), reinterpret_cast<Pair&>(b));
-}
-
 // A word of the largest number of T that is not above x.
 template <class T>
 __device__ __forceinline__ uint32_t word_below(float x) {

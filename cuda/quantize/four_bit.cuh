@@ -12,7 +12,8 @@
 //   values(run, block)   four bits for each element, the first in the lowest
 //
 // Values are to the nearest, ties to even. Products with a scale's reciprocal, which is rounded,
-// are not exact; each format says why its values are.
+// are not exact; each format says why its values are. (Of NVFP4 they are not where what lies in the
+// middle of two is subnormal, which the reference flushes to zero on some platforms.)
 #pragma once
 
 #include "cuda/quantize/elements.cuh"
@@ -119,44 +120,30 @@ __device__ __forceinline__ uint32_t e2m1_codes(const Eight<T>& x, float inverse)
   return word - kToIntegerBits * kEach;
 }
 
-// The same where thresholds are known: for each of the codes but the last, the largest number of T
-// that has it or one below, kPerWord of it in a word.
+// The same of products that are rounded to a multiple of 2^-19, of less than 13, without signs.
 template <class T>
-__device__ __forceinline__ uint32_t e2m1_codes(const Eight<T>& x, const uint32_t (&thresholds)[8]) {
+__device__ __forceinline__ uint32_t e2m1_codes_of_rounded(const Eight<T>& x, float inverse) {
+  constexpr float kToMultiple = 23.0f;  // its eighth is seven eighths and an integer
   uint32_t word = 0;
-  if constexpr (sizeof(T) == 4) {
 #pragma unroll
-    for (int e = kEight - 1; e >= 0; --e) {
-      const float value = element_of<T>(x, e);
-      float code = kToInteger;  // counts in the arithmetic units
-#pragma unroll
-      for (int i = 0; i < 7; ++i) {
-        code += fabsf(value) > __uint_as_float(thresholds[i]) ? 1.0f : 0.0f;
-      }
-      word = __funnelshift_l(__float_as_uint(value), word, 1);
-      word = (word << 3) + __float_as_uint(code);
-    }
-    return word - kToIntegerBits * kEach;
-  } else {
-    // Minus how many thresholds are below each half of a word. The lower one borrows from the upper
-    // one, unless it is zero.
-    const auto minus_counts = [&](uint32_t pair) {
-      uint32_t sum = 0;
-#pragma unroll
-      for (int i = 0; i < 7; ++i) sum += above<T>(magnitudes<T>(pair), thresholds[i]);
-      return sum;
-    };
-#pragma unroll
-    for (int h = 1; h >= 0; --h) {
-      const uint32_t first = x.words.data[2 * h], second = x.words.data[2 * h + 1];
-      const uint32_t sum = minus_counts(first) + (minus_counts(second) << 8);
-      const uint32_t codes = -(sum + (sum << 16));  // what was borrowed is the lower count
-      const uint32_t signs = (first >> 12 & 0x00080008) | (second >> 4 & 0x08000800);
-      const uint32_t all = codes | signs;
-      word = __byte_perm(all | all >> 12, word, 0x5410);
-    }
-    return word;
+  for (int e = kEight - 1; e >= 0; --e) {
+    const float product = fmaf(element_of<T>(x, e), inverse, kToMultiple);
+    word <<= 4;
+    word += __vimin3_u32(__float_as_uint(fmaf(product, 2.0f, kToInteger - 2 * kToMultiple)),
+                         __float_as_uint(product + (kToInteger + 2 - kToMultiple)),
+                         __float_as_uint(fmaf(product, 0.125f, kToInteger + 3)));
   }
+  return word - kToIntegerBits * kEach;
+}
+
+// The signs of a run of 16-bit elements, where its codes have them.
+__device__ __forceinline__ uint32_t signs_of(const uint32_t (&words)[4]) {
+  // A byte of each element, with its sign.
+  const uint32_t front = __byte_perm(words[0], words[1], 0x7531);
+  const uint32_t back = __byte_perm(words[2], words[3], 0x7531);
+  const uint32_t even = __byte_perm(front, back, 0x6420);
+  const uint32_t odd = __byte_perm(front, back, 0x7531);
+  return tile::ptx::select_or(even >> 4, 0x08080808, odd & 0x80808080);
 }
 
 // Zeros, with the signs of the elements.
@@ -176,8 +163,99 @@ __device__ __forceinline__ float e4m3_value(uint32_t code) {
   return __uint_as_float(code << 20) * 0x1p120f;
 }
 
+// What lies in the middle of the values of a code and the next one.
+__device__ __forceinline__ float e2m1_middle(uint32_t code) {
+  return (e2m1_value(code) + e2m1_value(code + 1)) / 2;
+}
+
+// Of a scale and a code but the last: a word of the largest number of T that has the code or one
+// below.
+template <class T>
+__device__ __forceinline__ uint32_t e2m1_threshold(float scale, uint32_t code) {
+  const float product = e2m1_middle(code) * scale;
+  return word_below<T>(__uint_as_float(__float_as_uint(product) - code % 2));  // ties: to even
+}
+
+// What values turn on, of a scale.
+template <class T>
+struct Nvfp4Scale {
+  static_assert(sizeof(T) == 2);
+  // NOTE: what is a reciprocal of the scale for numbers of so few bits: thresholds and the numbers
+  // above them are on the sides of the middles where they belong, by 2^-16 or more, or in the
+  // middle, if the scale has few bits too. Then products are rounded to the middle.
+  float inverse;
+  uint32_t limit;  // a word of the least number of code 7, which larger ones stand for
+
+  static __device__ __forceinline__ float up(float tensor_scale) {
+    return std::is_same_v<T, tile::bf16> && tensor_scale < 0x1p-60f ? 0x1p64f : 1.0f;
+  }
+  __device__ __forceinline__ void set(float scale, float up) {
+    float least = 0.0f, most = INFINITY;
+#pragma unroll
+    for (int i = 0; i < 7; ++i) {
+      const uint32_t below = e2m1_threshold<T>(scale, i);
+      limit = below + 0x00010001;
+      least = fmaxf(least, e2m1_middle(i) / (element<T>(limit, 0) * up));
+      most = fminf(most, e2m1_middle(i) / (element<T>(below, 0) * up));
+    }
+    inverse = (least + fminf(most, 1.2f * least)) / 2;
+  }
+  __device__ __forceinline__ void set_zero() { inverse = 0.0f, limit = 0; }
+
+  __device__ __forceinline__ uint32_t values(const Eight<T>& x, float up) const {
+    Eight<T> y;
+#pragma unroll
+    for (int w = 0; w < kEight / 2; ++w) {
+      y.words.data[w] = scaled(__vminu2(magnitudes<T>(x.words.data[w]), limit), up);
+    }
+    return e2m1_codes_of_rounded<T>(y, inverse) | signs_of(x.words.data);
+  }
+
+ private:
+  // Where the reciprocal of a scale may be too large for a float32, numbers are made larger first.
+  static __device__ __forceinline__ uint32_t scaled(uint32_t word, float up) {
+    if constexpr (std::is_same_v<T, tile::bf16>) {
+      const auto pair = __hmul2(reinterpret_cast<__nv_bfloat162&>(word), __float2bfloat162_rn(up));
+      return reinterpret_cast<const uint32_t&>(pair);
+    }
+    return word;
+  }
+};
+
+// Of float32 the thresholds themselves.
+template <>
+struct alignas(16) Nvfp4Scale<float> {
+  uint32_t thresholds[8];  // 7 of them
+
+  static __device__ __forceinline__ float up(float) { return 1.0f; }
+  __device__ __forceinline__ void set(float scale, float) {
+#pragma unroll
+    for (int i = 0; i < 7; ++i) thresholds[i] = e2m1_threshold<float>(scale, i);
+  }
+  __device__ __forceinline__ void set_zero() {
+#pragma unroll
+    for (int i = 0; i < 7; ++i) thresholds[i] = kInfinityBits;
+  }
+
+  __device__ __forceinline__ uint32_t values(const Eight<float>& x, float) const {
+    uint32_t word = 0;
+#pragma unroll
+    for (int e = kEight - 1; e >= 0; --e) {
+      const float value = element_of<float>(x, e);
+      float code = kToInteger;  // counts in the arithmetic units
+#pragma unroll
+      for (int i = 0; i < 7; ++i) {
+        code += fabsf(value) > __uint_as_float(thresholds[i]) ? 1.0f : 0.0f;
+      }
+      word = __funnelshift_l(__float_as_uint(value), word, 1);
+      word = (word << 3) + __float_as_uint(code);
+    }
+    return word - kToIntegerBits * kEach;
+  }
+};
+
 // A matrix has 127 scales at most. What codes turn on is in a table: of a scale's code the least
-// amax that takes it, and with it the thresholds of values.
+// amax that takes it, and what values turn on with it.
 template <class T>
 struct Nvfp4 {
   using Stored = uint8_t;
@@ -187,11 +265,8 @@ struct Nvfp4 {
   static constexpr bool kHasZeroPoint = false;
   static constexpr uint32_t kCodes = 127, kNan = 0x7f;
 
-  struct alignas(16) Thresholds {
-    uint32_t words[8];  // 7 of them
-  };
   struct Shared {
-    Thresholds thresholds[kCodes];
+    Nvfp4Scale<T> scales[kCodes];
     float least[kCodes + 1];
   };
   struct Block {
@@ -201,21 +276,20 @@ struct Nvfp4 {
     __device__ __forceinline__ Stored stored() const { return finite ? code : kNan; }
   };
 
-  __device__ __forceinline__ Nvfp4(float tensor_scale, Shared& shared) : shared_(shared) {
+  __device__ __forceinline__ Nvfp4(float tensor_scale, Shared& shared)
+      : shared_(shared), up_(Nvfp4Scale<T>::up(tensor_scale)) {
     const float unit = 6.0f * tensor_scale;
     // Products with amax are too small, but by less than a code.
     inverse_unit_ = (1.0f - 0x1p-20f) / unit;
-    // Ties go to even codes: amax of one takes it, and an element above a threshold the next one.
     for (uint32_t code = threadIdx.x; code < kCodes; code += blockDim.x) {
       const float middle = (e4m3_value(code) + e4m3_value(code + 1)) / 2 * unit;
+      // A tie goes to an even code.
       const float least = __uint_as_float(__float_as_uint(middle) + (code + 1) % 2);
       shared_.least[code + 1] = code + 1 < kCodes ? least : INFINITY;
-      const float scale = e4m3_value(code) * tensor_scale;
-#pragma unroll
-      for (int i = 0; i < 7; ++i) {
-        const float product = (e2m1_value(i) + e2m1_value(i + 1)) / 2 * scale;
-        const float most = __uint_as_float(__float_as_uint(product) - i % 2);
-        shared_.thresholds[code].words[i] = word_below<T>(code == 0 ? INFINITY : most);
+      if (code == 0) {
+        shared_.scales[code].set_zero();
+      } else {
+        shared_.scales[code].set(e4m3_value(code) * tensor_scale, up_);
       }
     }
     __syncthreads();
@@ -229,15 +303,15 @@ struct Nvfp4 {
     code += most >= shared_.least[code + 1];
     return {finite, code};
   }
-  // NaN and infinities are above no threshold of a scale of zero.
+  // Zeros, of whatever, where the scale is zero.
   __device__ __forceinline__ uint32_t values(const Eight<T>& x, const Block& block) const {
-    const Thresholds thresholds = shared_.thresholds[block.code];
-    return e2m1_codes<T>(x, thresholds.words);
+    return Nvfp4Scale<T>(shared_.scales[block.code]).values(x, up_);
   }
 
  private:
   Shared& shared_;
   float inverse_unit_;
+  float up_;
 };
 
 // --- MXFP4 ---------------------------------------------------------------------------------------

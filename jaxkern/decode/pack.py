@@ -66,6 +66,7 @@ class PackedMatrix:
     blocks: int
     rows_of_unit: int
 
+    @functools.partial(jax.jit, inline=True)
     def unpack(self) -> Rows:
         """The rows in their order, [..., N, K], and their scale.
 

@@ -109,17 +109,19 @@ def test_early_end():
     assert (got.tokens[:, 3:] == got.tokens[:, 2:3]).all()
 
 
-@pytest.mark.parametrize("new", [1, 15, 16, 17, 40])
-def test_callback(new):
+@pytest.mark.parametrize(
+    ("new", "sampled"), [(1, False), (15, True), (16, False), (17, True), (40, True)]
+)
+def test_callback(new, sampled):
     """It sees all tokens, in chunks, as NumPy arrays; chunks change no token."""
-    for options in ({}, {"temperature": 1.5, "key": jax.random.key(5), "top_k": 9}):
-        seen = []
-        run = functools.partial(generate, packed(), prompt(), max_new_tokens=new, **options)
-        got = run(callback=seen.append)
-        assert [x.shape[1] for x in seen] == [16] * (new // 16) + [new % 16] * (new % 16 > 0)
-        assert all(isinstance(x, np.ndarray) for x in seen)
-        np.testing.assert_array_equal(np.concatenate(seen, 1), got.tokens)
-        np.testing.assert_array_equal(run().tokens, got.tokens)
+    options = {"temperature": 1.5, "key": jax.random.key(5), "top_k": 9} if sampled else {}
+    seen = []
+    run = functools.partial(generate, packed(), prompt(), max_new_tokens=new, **options)
+    got = run(callback=seen.append)
+    assert [x.shape[1] for x in seen] == [16] * (new // 16) + [new % 16] * (new % 16 > 0)
+    assert all(isinstance(x, np.ndarray) for x in seen)
+    np.testing.assert_array_equal(np.concatenate(seen, 1), got.tokens)
+    np.testing.assert_array_equal(run().tokens, got.tokens)
 
 
 def test_sampled():
