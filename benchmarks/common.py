@@ -109,12 +109,17 @@ def add_destination(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--commit", help="the commit measured, where there is no git checkout")
 
 
+def add_programs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--programs", metavar="FOLDER", help="where to keep compiled programs")
+
+
 def start_run(
     parser: argparse.ArgumentParser, script: str, argv: Sequence[str], also: Iterable[str] = ()
 ) -> benchmarking.Run:
-    """The run's identity. Its command leaves out where the rows go: that is a machine's matter."""
+    """The run's identity. Its command leaves out where things go: that is a machine's matter."""
     destination = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_destination(destination)
+    add_programs(destination)
     where, measured = destination.parse_known_args(argv)
     command = shlex.join(["python", f"benchmarks/{script}", *measured])
     try:

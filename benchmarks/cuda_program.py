@@ -36,8 +36,10 @@ class Program:
     arguments: Callable[[str], list[str]]
 
     def compile(self, folder: pathlib.Path) -> pathlib.Path:
-        """Raises CalledProcessError where that fails."""
+        """If it is not in the folder yet. Raises CalledProcessError where that fails."""
         program = folder / self.name
+        if program.exists():
+            return program
         source = ROOT / "benchmarks" / f"{self.name}.cu"
         script = [sys.executable, str(ROOT / "tools" / "nvcc.py"), str(source), str(program)]
         # The loader need not know where the toolkit keeps its libraries.
@@ -83,6 +85,7 @@ def main(program: Program, argv: list[str]) -> int:
     add("--repeats", type=int, default=11, help="samples per case and provider (%(default)s)")
     add("--seconds", type=float, default=0.02, help="length of a sample (%(default)s)")
     add("--variants", action="store_true", help="other tile shapes too: printed, not recorded")
+    common.add_programs(parser)
     common.add_destination(parser)
     chosen = parser.parse_args(argv)
     cases = [c for c in chosen.case or program.cases if re.search(chosen.filter, c)]
@@ -97,8 +100,8 @@ def main(program: Program, argv: list[str]) -> int:
     print(f"{run.gpu} | commit {run.commit} | {run.versions}")
     width = max(map(len, cases))
     failed = []
-    with tempfile.TemporaryDirectory() as folder:
-        binary = program.compile(pathlib.Path(folder))
+    with tempfile.TemporaryDirectory() as temporary:
+        binary = program.compile(pathlib.Path(chosen.programs or temporary))
         for case in cases:
             try:
                 us = measure([str(binary), *arguments[case]], chosen)

@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
         description="Microseconds of the parts of a decode step's phases.", allow_abbrev=False
     )
     parser.add_argument("--case", action="append", help="default: " + "; ".join(CASES))
-    parser.add_argument("--programs", metavar="FOLDER", help="where to keep the programs")
+    common.add_programs(parser)
     common.add_destination(parser)
     chosen = parser.parse_args(argv)
     try:
