@@ -90,7 +90,7 @@ inline double four_bit_us(const FourBitSizes& sizes, int strips, int splits, int
 // have work.
 template <class Matmul>
 FourBitPlan few_rows_plan(const QuantizedMatmulParams& p, int multiprocessors) {
-  const FourBitSizes sizes(p, p.M);
+  const FourBitSizes sizes(p, Matmul::kTokens);
   FourBitPlan best = {0, 0, 0, INFINITY};
   for (int strips = 1; strips <= 16; ++strips) {
     int panels = 1;
@@ -121,7 +121,7 @@ FourBitPlan some_rows_plan(const QuantizedMatmulParams& p, int multiprocessors) 
   const FourBitSizes sizes(p, Matmul::kTokens);
   FourBitPlan best = {0, 0, 0, INFINITY};
   for (const int splits : {1, 2}) {
-    for (int strips = 1; strips <= (splits == 1 ? Matmul::kMaxStrips : 4); ++strips) {
+    for (int strips = 1; strips <= Matmul::kMaxStrips; ++strips) {
       const int64_t tiles = p.B * tile::ceil_div(sizes.strips, strips);
       const int64_t rounds = tile::ceil_div(tiles, multiprocessors / splits);
       if (splits == 2 && rounds > 1) continue;
@@ -143,11 +143,12 @@ FourBitPlan some_rows_plan(const QuantizedMatmulParams& p, int multiprocessors) 
 // Of weights, on their way to a multiprocessor at once.
 inline constexpr int kBytesAhead = 48 << 10;
 
-// What kernels for few and some rows have of a product: `rows` of x in copies.
+// What kernels for few and some rows have of a product.
 template <class Matmul>
 cudaError_t fill_stream(FourBitStream::Params* p, const QuantizedMatmulParams& params,
-                        const FourBitPlan& plan, int rows) {
-  const FourBitSizes sizes(params, rows);
+                        const FourBitPlan& plan) {
+  constexpr int kRows = Matmul::kTokens;
+  const FourBitSizes sizes(params, kRows);
   p->weight = params.w;
   p->tile_bytes = params.w.tile_bytes();
   p->B = static_cast<int>(params.B);
@@ -159,15 +160,15 @@ cudaError_t fill_stream(FourBitStream::Params* p, const QuantizedMatmulParams& p
   p->tiles = static_cast<int>(tile::ceil_div(sizes.strips, plan.strips));
   p->steps = static_cast<int>(tile::ceil_div(sizes.panels, plan.panels));
   p->x_box = 2 * plan.panels;
-  p->x_bytes = rows * tile::kPanelBytes;
+  p->x_bytes = kRows * tile::kPanelBytes;
   p->w_place = p->x_box * p->x_bytes;
   p->w_bytes = plan.strips * plan.panels * p->tile_bytes;
-  p->stage_bytes = stage_bytes(rows, plan.strips, plan.panels, p->tile_bytes);
+  p->stage_bytes = stage_bytes(kRows, plan.strips, plan.panels, p->tile_bytes);
   p->stages = std::min(FourBitStream::kMaxStages, Matmul::kStageBytes / p->stage_bytes);
   p->ahead = std::min(p->stages, tile::ceil_div(kBytesAhead, p->w_bytes));
   if (p->stages < 2) return cudaErrorInvalidValue;
   if (cudaError_t error = make_panel_map(&p->x, tensor_map_type<typename Matmul::T>(), params.x,
-                                         params.B * params.M, params.K, rows, &p->x_box))
+                                         params.B * params.M, params.K, kRows, &p->x_box))
     return error;
   return make_block_map(&p->w, params.w.data, params.B * sizes.strips, sizes.panels, p->tile_bytes,
                         plan.strips, plan.panels);
@@ -183,8 +184,7 @@ cudaError_t launch_few_rows_plan_sm90(const QuantizedMatmulParams& params, cudaS
   }
   typename Matmul::Params p = {};
   p.out = static_cast<typename Matmul::Out*>(params.out);
-  if (cudaError_t error = fill_stream<Matmul>(&p, params, plan, static_cast<int>(params.M)))
-    return error;
+  if (cudaError_t error = fill_stream<Matmul>(&p, params, plan)) return error;
   const int64_t blocks = std::min<int64_t>(params.B * p.tiles, multiprocessors);
   return launch(quantized_matmul_few_rows_sm90_kernel<Matmul>, blocks, Matmul::kThreads,
                 Matmul::kSharedBytes, stream, p);
@@ -199,10 +199,10 @@ cudaError_t launch_some_rows_plan_sm90(const QuantizedMatmulParams& params, cuda
   p.out = static_cast<typename Matmul::Out*>(params.out);
   p.groups = tile::ceil_div(plan.strips, 4);
   if (params.M > Matmul::kTokens || plan.strips > Matmul::kMaxStrips ||
-      p.groups * plan.panels > Matmul::kConsumers || (plan.splits == 2 && p.groups > 1)) {
+      p.groups * plan.panels > Matmul::kConsumers) {
     return cudaErrorInvalidValue;
   }
-  if (cudaError_t error = fill_stream<Matmul>(&p, params, plan, Matmul::kTokens)) return error;
+  if (cudaError_t error = fill_stream<Matmul>(&p, params, plan)) return error;
   const int64_t tiles = params.B * p.tiles;
   const int64_t blocks = p.splits == 2 ? 2 * tiles : std::min<int64_t>(tiles, multiprocessors);
   return launch_clusters(quantized_matmul_some_rows_sm90_kernel<Matmul>, blocks,

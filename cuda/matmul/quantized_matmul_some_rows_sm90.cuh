@@ -41,7 +41,7 @@ struct QuantizedMatmulSomeRows : FourBitStream {
     // Of all panels but the first, and of the other block.
     alignas(128) float sums[kConsumers][64 * kTokens];
     tile::Ring<kMaxStages> ring;
-    tile::Barrier received;
+    tile::Barrier received[kMaxGroups];
   };
   static constexpr int kSharedBytes = sizeof(Storage);
   static_assert(kSharedBytes <= tile::kMaxSharedBytes, "the stages must fit a block");
@@ -53,7 +53,7 @@ struct QuantizedMatmulSomeRows : FourBitStream {
 
   __device__ __forceinline__ static int begin(const Params& p, Storage& shared,
                                               const Place& place) {
-    shared.received.init(1);
+    for (tile::Barrier& received : shared.received) received.init(1);
     return FourBitStream::begin(p, shared, place, 4 * p.groups * p.panels);
   }
 
@@ -63,7 +63,9 @@ struct QuantizedMatmulSomeRows : FourBitStream {
                                                   Slot& slot, Sum& sum) {
     const int warp = threadIdx.x % tile::kWarpgroupSize / tile::kWarpSize;
     const int strip = min(4 * group + warp, p.strips - 1);  // sums of those beyond are nobody's
-    const int w_place = p.w_place + (strip * p.panels + panel) * p.tile_bytes;
+    using Tile = FourBitTile<kFormat, T>;
+    const typename Tile::Place w_place(p.weight,
+                                       p.w_place + (strip * p.panels + panel) * p.tile_bytes);
     const auto x = tile::settled(
         tile::k_major<kTokens>(*reinterpret_cast<TileX*>(shared.stages)).of_tile(2 * panel));
     tile::zero(sum);
@@ -72,8 +74,8 @@ struct QuantizedMatmulSomeRows : FourBitStream {
 #pragma unroll 1
     for (int step = place.begin; step < place.end; ++step, slot.advance(p)) {
       shared.ring.full[slot.stage].wait(slot.parity);
-      FourBitTile<kFormat, T> weights;
-      weights.load(p.weight, shared.stages + slot.bytes + w_place);
+      Tile weights;
+      weights.load(p.weight, shared.stages + slot.bytes, w_place);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -106,13 +108,14 @@ struct QuantizedMatmulSomeRows : FourBitStream {
     }
     sync();  // and read
   }
-  // Adds those of the other block, which has one group: where nobody's first panel has any.
-  __device__ __forceinline__ static void receive(Storage& shared, Sum& sum) {
+  // Adds those of the other block: where nobody's first panel has any.
+  __device__ __forceinline__ static void receive(Storage& shared, int group, Sum& sum) {
+    auto& received = shared.received[group];
     if (threadIdx.x % tile::kWarpgroupSize == 0) {
-      shared.received.arrive_expect(64 * kTokens * sizeof(float));
+      received.arrive_expect(64 * kTokens * sizeof(float));
     }
-    shared.received.wait(0);
-    tile::add_fragments_at<kTokens>(sum, 0, shared.sums[0]);
+    received.wait(0);
+    tile::add_fragments_at<kTokens>(sum, 0, shared.sums[group]);
   }
 
   // Finishes the sums of a group, and writes them through shared memory, so that a warp's
@@ -163,10 +166,10 @@ struct QuantizedMatmulSomeRows : FourBitStream {
       if (p.panels > 1) add_panels(p, shared, group, panel, sum);
       if (panel > 0) continue;
       if (place.split == 1) {
-        tile::send_fragments<kTokens>(shared.sums[0], sum, 0, shared.received, 0);
+        tile::send_fragments<kTokens>(shared.sums[group], sum, 0, shared.received[group], 0);
         continue;
       }
-      if (p.splits == 2) receive(shared, sum);
+      if (p.splits == 2) receive(shared, group, sum);
       store(p, shared, Work(p, index), group, sum);
     }
   }
