@@ -58,8 +58,7 @@ struct FourBit<FourBitFormat::kNvfp4, T> {
     const uint32_t pair = step < 2 ? codes.x : step < 4 ? codes.y : step < 6 ? codes.z : codes.w;
     const uint32_t halves = __byte_perm(pair, 0, step % 2 == 0 ? 0x4140 : 0x4342);
     // (1 + m / 8) 2^(e - 10) becomes 2^107 or 2^7 times as much, and 255 in bfloat16 NaN.
-    const uint32_t scales =
-        kBf16 ? halves * (2 * eight) + 0x70007000 : halves * 128 + 0x30003000;
+    const uint32_t scales = kBf16 ? halves * (2 * eight) + 0x70007000 : halves * 128 + 0x30003000;
     expand_e2m1<T>(word, a, eight);
     scale_rows<T>(a, scales);
   }

@@ -68,21 +68,23 @@ struct FourBitSizes {
 };
 
 // Estimates: bytes that memory, and a multiprocessor, reads in 1 us; us for a launch, for the end
-// of a tile, for a panel of four strips, and to meet another block. NOTE: those of an H200.
+// of a tile, and to meet another block. NOTE: those of an H200.
 inline constexpr double kFourBitMemory = 4.4e6, kFourBitMultiprocessor = 85e3;
-inline constexpr double kFourBitLaunch = 3.0, kFourBitTile = 0.7, kFourBitExpand = 0.1;
-inline constexpr double kFourBitSplit = 0.5;
+inline constexpr double kFourBitLaunch = 3.0, kFourBitTile = 0.7, kFourBitSplit = 0.5;
 
-// Of the plan's tiles, `panels` in all for each of `rounds`.
+// Of the plan's tiles, whose products take so long in each of `rounds`.
 inline double four_bit_us(const FourBitSizes& sizes, int strips, int splits, int64_t rounds,
-                          int64_t panels, int multiprocessors) {
+                          double products, int multiprocessors) {
   const double part = static_cast<double>(rounds) / splits;
   const double even = part * strips * sizes.strip_bytes * multiprocessors / kFourBitMemory;
   const double reads = part * (strips * sizes.strip_bytes + sizes.x_bytes) / kFourBitMultiprocessor;
-  const double expands =
-      static_cast<double>(rounds * panels * tile::ceil_div(strips, 4)) * kFourBitExpand;
-  return kFourBitLaunch + std::max({even, reads, expands}) +
+  return kFourBitLaunch + std::max({even, reads, static_cast<double>(rounds) * products}) +
          kFourBitTile * static_cast<double>(rounds) + kFourBitSplit * (splits - 1);
+}
+
+// How long warpgroups of a multiprocessor take for four strips each of a panel.
+inline double some_rows_step_us(int tokens, int warpgroups) {
+  return 0.1 + warpgroups * (0.1 + 0.0017 * tokens);
 }
 
 // The fastest plan for few rows. A tile has so many strips that all multiprocessors have equally
@@ -102,7 +104,7 @@ FourBitPlan few_rows_plan(const QuantizedMatmulParams& p, int multiprocessors) {
     }
     const int64_t tiles = p.B * tile::ceil_div(sizes.strips, strips);
     const int64_t rounds = tile::ceil_div(tiles, multiprocessors);
-    const double us = four_bit_us(sizes, strips, 1, rounds, 0, multiprocessors);
+    const double us = four_bit_us(sizes, strips, 1, rounds, 0.0, multiprocessors);
     if (us < best.us) best = {strips, panels, 1, us};
   }
   return best;
@@ -115,7 +117,8 @@ inline int stage_bytes(int rows, int strips, int panels, int tile_bytes) {
 }
 
 // The same for some rows, where warps beyond a tile's strips have nothing to do, and clusters only
-// one tile. There is room for two stages at least.
+// one tile. Of equally fast plans that with most strips, which reads x least often.
+// NOTE: there is room for three stages: with two, 64 rows of x took half as long again.
 template <class Matmul>
 FourBitPlan some_rows_plan(const QuantizedMatmulParams& p, int multiprocessors) {
   const FourBitSizes sizes(p, Matmul::kTokens);
@@ -125,16 +128,19 @@ FourBitPlan some_rows_plan(const QuantizedMatmulParams& p, int multiprocessors) 
       const int64_t tiles = p.B * tile::ceil_div(sizes.strips, strips);
       const int64_t rounds = tile::ceil_div(tiles, multiprocessors / splits);
       if (splits == 2 && rounds > 1) continue;
-      int panels = Matmul::kConsumers / tile::ceil_div(strips, 4);
+      const int groups = tile::ceil_div(strips, 4);
+      int panels = Matmul::kConsumers / groups;
       const auto too_many = [&] {
         return panels > tile::ceil_div<int64_t>(sizes.panels, splits) ||
-               2 * stage_bytes(Matmul::kTokens, strips, panels, p.w.tile_bytes()) >
+               3 * stage_bytes(Matmul::kTokens, strips, panels, p.w.tile_bytes()) >
                    Matmul::kStageBytes;
       };
       while (panels > 1 && too_many()) --panels;
       const int64_t steps = tile::ceil_div(tile::ceil_div(sizes.panels, panels), splits);
-      const double us = four_bit_us(sizes, strips, splits, rounds, steps * panels, multiprocessors);
-      if (us < best.us) best = {strips, panels, splits, us};
+      const double products =
+          static_cast<double>(steps) * some_rows_step_us(Matmul::kTokens, groups * panels);
+      const double us = four_bit_us(sizes, strips, splits, rounds, products, multiprocessors);
+      if (us <= best.us) best = {strips, panels, splits, us};
     }
   }
   return best;

@@ -47,7 +47,8 @@ struct QuantizedMatmulFewRows : FourBitStream {
     int x_place[2];  // of a lane's token, of the first 32 columns of 64 and of the others
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      x_place[i] = 2 * panel * p.x_bytes + row * tile::kPanelBytes + ((lane / 8 + 4 * i) ^ row) * 16;
+      x_place[i] =
+          2 * panel * p.x_bytes + row * tile::kPanelBytes + ((lane / 8 + 4 * i) ^ row) * 16;
       tile::ptx::work_out_here(x_place[i]);
     }
     using Tile = FourBitTile<kFormat, T>;

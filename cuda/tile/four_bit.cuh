@@ -29,15 +29,13 @@ __device__ __forceinline__ PairOf<T> both(T x) {
 
 // e2m1, 2^-126 of its value in bfloat16, 2^-14 in float16.
 //
-// NOTE: shifts and logic share a pipe of half the rate of others, which is what limits products with
-// few rows. To the left it is the pipe of multiplication that shifts, where `eight` is a number that
-// the compiler does not know to be 8.
+// NOTE: logic and shifts go through one pipe, of half the rate of issue. With `eight` that the
+// compiler does not know to be 8, shifts to the left are multiplications, which have another.
 template <class T>
 __device__ __forceinline__ void expand_e2m1(uint32_t word, uint32_t (&a)[4], uint32_t eight = 8);
 
 template <>
-__device__ __forceinline__ void expand_e2m1<bf16>(uint32_t word, uint32_t (&a)[4],
-                                                  uint32_t eight) {
+__device__ __forceinline__ void expand_e2m1<bf16>(uint32_t word, uint32_t (&a)[4], uint32_t eight) {
   constexpr uint32_t kAll = 0x81c081c0;
   a[0] = word & kAll;
   a[1] = word * eight & kAll;
