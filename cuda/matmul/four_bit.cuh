@@ -37,7 +37,8 @@ __device__ __forceinline__ uint32_t word_of(const uint4 (&values)[2], int step) 
 
 // --- Formats -------------------------------------------------------------------------------------
 
-// Scales that a lane has of a tile. expand() makes the operand of a step.
+// Scales that a lane has of a tile, those of rows g and g + 8, which lie together: row_bytes() of
+// them. expand() makes the operand of a step.
 template <FourBitFormat kFormat, class T>
 struct FourBit;
 
@@ -45,21 +46,20 @@ template <class T>
 struct FourBit<FourBitFormat::kNvfp4, T> {
   static constexpr bool kBf16 = std::is_same_v<T, tile::bf16>;
   static constexpr float kSumScale = kBf16 ? 0x1p19f : 0x1p7f;
-  uint4 codes;  // [step][row / 8]
-  // NOTE: a factor that the compiler does not know: a shift would be for the pipe of logic, which
-  // has most to do.
-  uint32_t sixteen;
+  uint4 codes;     // [step][row / 8]
+  uint32_t eight;  // for expand_e2m1()
 
-  __device__ __forceinline__ void load(const FourBitWeight& w, const char* scales) {
-    codes = reinterpret_cast<const uint4*>(scales)[threadIdx.x % 32 / 4];
-    sixteen = 2 * static_cast<uint32_t>(w.blocks);
+  __device__ __forceinline__ static int row_bytes(const FourBitWeight&) { return sizeof(codes); }
+  __device__ __forceinline__ void load(const FourBitWeight& w, const char* row) {
+    codes = *reinterpret_cast<const uint4*>(row);
+    eight = static_cast<uint32_t>(w.blocks);
   }
   __device__ __forceinline__ void expand(uint32_t word, int step, uint32_t (&a)[4]) const {
     const uint32_t pair = step < 2 ? codes.x : step < 4 ? codes.y : step < 6 ? codes.z : codes.w;
     const uint32_t halves = __byte_perm(pair, 0, step % 2 == 0 ? 0x4140 : 0x4342);
     // (1 + m / 8) 2^(e - 10) becomes 2^107 or 2^7 times as much, and 255 in bfloat16 NaN.
-    const uint32_t scales = kBf16 ? halves * sixteen + 0x70007000 : halves * 128 + 0x30003000;
-    expand_e2m1<T>(word, a);
+    const uint32_t scales = kBf16 ? halves * (2 * eight) + 0x70007000 : halves * 128 + 0x30003000;
+    expand_e2m1<T>(word, a, eight);
     scale_rows<T>(a, scales);
   }
 };
@@ -68,10 +68,13 @@ template <class T>
 struct FourBit<FourBitFormat::kMxfp4, T> {
   static constexpr bool kBf16 = std::is_same_v<T, tile::bf16>;
   static constexpr float kSumScale = kBf16 ? 0x1p20f : 0x1p-1f;
-  uint2 codes;  // [step / 2][row / 8]
+  uint2 codes;     // [step / 2][row / 8]
+  uint32_t eight;  // for expand_e2m1()
 
-  __device__ __forceinline__ void load(const FourBitWeight&, const char* scales) {
-    codes = reinterpret_cast<const uint2*>(scales)[threadIdx.x % 32 / 4];
+  __device__ __forceinline__ static int row_bytes(const FourBitWeight&) { return sizeof(codes); }
+  __device__ __forceinline__ void load(const FourBitWeight& w, const char* row) {
+    codes = *reinterpret_cast<const uint2*>(row);
+    eight = 2 * static_cast<uint32_t>(w.blocks);
   }
   __device__ __forceinline__ void expand(uint32_t word, int step, uint32_t (&a)[4]) const {
     const uint32_t pair = step < 4 ? codes.x : codes.y;
@@ -79,7 +82,7 @@ struct FourBit<FourBitFormat::kMxfp4, T> {
     // 2^-code becomes 2^106 or 2^15 times as much; where T has no such exponent, zero.
     constexpr uint32_t kLargest = kBf16 ? 0x00e900e9 : 0x001e001e, kShift = kBf16 ? 7 : 10;
     const uint32_t scales = (kLargest - __vminu2(halves, kLargest)) << kShift;
-    expand_e2m1<T>(word, a);
+    expand_e2m1<T>(word, a, eight);
     scale_rows<T>(a, scales);
   }
 };
@@ -90,9 +93,10 @@ struct FourBit<FourBitFormat::kInt4, T> {
   static constexpr float kSumScale = 1.0f;
   uint32_t scales[4], zeros[4];  // of 32 columns each
 
-  __device__ __forceinline__ void load(const FourBitWeight& w, const char* from) {
-    const int blocks = w.blocks, g = threadIdx.x % 32 / 4;
-    const uint32_t* words = reinterpret_cast<const uint32_t*>(from) + g * blocks;
+  __device__ __forceinline__ static int row_bytes(const FourBitWeight& w) { return 4 * w.blocks; }
+  __device__ __forceinline__ void load(const FourBitWeight& w, const char* row) {
+    const int blocks = w.blocks;
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(row);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int block = i * blocks >> 2;
@@ -123,11 +127,24 @@ struct FourBitTile {
   uint4 values[2];
   FourBit<kFormat, T> scales;
 
-  __device__ __forceinline__ void load(const FourBitWeight& w, const char* tile) {
-    const auto* from = reinterpret_cast<const uint4*>(tile) + threadIdx.x % tile::kWarpSize;
+  // Where a lane finds its own, in bytes, of the tile that begins at `tile`.
+  struct Place {
+    int values, scales;
+
+    __device__ __forceinline__ explicit Place(const FourBitWeight& w, int tile = 0) {
+      const int lane = threadIdx.x % tile::kWarpSize;
+      values = tile + lane * static_cast<int>(sizeof(uint4));
+      scales = tile + kFourBitValueBytes + lane / 4 * FourBit<kFormat, T>::row_bytes(w);
+      tile::ptx::work_out_here(values);
+      tile::ptx::work_out_here(scales);
+    }
+  };
+  __device__ __forceinline__ void load(const FourBitWeight& w, const char* from,
+                                       const Place& place) {
+    const auto* own = reinterpret_cast<const uint4*>(from + place.values);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) values[half] = from[tile::kWarpSize * half];
-    scales.load(w, tile + kFourBitValueBytes);
+    for (int half = 0; half < 2; ++half) values[half] = own[tile::kWarpSize * half];
+    scales.load(w, from + place.scales);
   }
   __device__ __forceinline__ void expand(int step, uint32_t* a) const {
     uint32_t own[4];

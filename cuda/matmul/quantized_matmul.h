@@ -68,21 +68,23 @@ struct FourBitSizes {
 };
 
 // Estimates: bytes that memory, and a multiprocessor, reads in 1 us; us for a launch, for the end
-// of a tile, for a panel of four strips, and to meet another block. NOTE: those of an H200.
+// of a tile, and to meet another block. NOTE: those of an H200.
 inline constexpr double kFourBitMemory = 4.4e6, kFourBitMultiprocessor = 85e3;
-inline constexpr double kFourBitLaunch = 3.0, kFourBitTile = 0.7, kFourBitExpand = 0.1;
-inline constexpr double kFourBitSplit = 0.5;
+inline constexpr double kFourBitLaunch = 3.0, kFourBitTile = 0.7, kFourBitSplit = 0.5;
 
-// Of the plan's tiles, `panels` in all for each of `rounds`.
+// Of the plan's tiles, whose products take so long in each of `rounds`.
 inline double four_bit_us(const FourBitSizes& sizes, int strips, int splits, int64_t rounds,
-                          int64_t panels, int multiprocessors) {
+                          double products, int multiprocessors) {
   const double part = static_cast<double>(rounds) / splits;
   const double even = part * strips * sizes.strip_bytes * multiprocessors / kFourBitMemory;
   const double reads = part * (strips * sizes.strip_bytes + sizes.x_bytes) / kFourBitMultiprocessor;
-  const double expands =
-      static_cast<double>(rounds * panels * tile::ceil_div(strips, 4)) * kFourBitExpand;
-  return kFourBitLaunch + std::max({even, reads, expands}) +
+  return kFourBitLaunch + std::max({even, reads, static_cast<double>(rounds) * products}) +
          kFourBitTile * static_cast<double>(rounds) + kFourBitSplit * (splits - 1);
+}
+
+// How long warpgroups of a multiprocessor take for four strips each of a panel.
+inline double some_rows_step_us(int tokens, int warpgroups) {
+  return 0.1 + warpgroups * (0.1 + 0.0017 * tokens);
 }
 
 // The fastest plan for few rows. A tile has so many strips that all multiprocessors have equally
@@ -90,7 +92,7 @@ inline double four_bit_us(const FourBitSizes& sizes, int strips, int splits, int
 // have work.
 template <class Matmul>
 FourBitPlan few_rows_plan(const QuantizedMatmulParams& p, int multiprocessors) {
-  const FourBitSizes sizes(p, p.M);
+  const FourBitSizes sizes(p, Matmul::kTokens);
   FourBitPlan best = {0, 0, 0, INFINITY};
   for (int strips = 1; strips <= 16; ++strips) {
     int panels = 1;
@@ -102,7 +104,7 @@ FourBitPlan few_rows_plan(const QuantizedMatmulParams& p, int multiprocessors) {
     }
     const int64_t tiles = p.B * tile::ceil_div(sizes.strips, strips);
     const int64_t rounds = tile::ceil_div(tiles, multiprocessors);
-    const double us = four_bit_us(sizes, strips, 1, rounds, 0, multiprocessors);
+    const double us = four_bit_us(sizes, strips, 1, rounds, 0.0, multiprocessors);
     if (us < best.us) best = {strips, panels, 1, us};
   }
   return best;
@@ -115,26 +117,31 @@ inline int stage_bytes(int rows, int strips, int panels, int tile_bytes) {
 }
 
 // The same for some rows, where warps beyond a tile's strips have nothing to do, and clusters only
-// one tile. There is room for two stages at least.
+// one tile. Of equally fast plans that with most strips, which reads x least often.
+// NOTE: with two stages 64 rows of x took half as long again, with three 32 rows a tenth longer.
 template <class Matmul>
 FourBitPlan some_rows_plan(const QuantizedMatmulParams& p, int multiprocessors) {
+  constexpr int kStages = Matmul::kTokens == 64 ? 3 : 4;  // that there is room for
   const FourBitSizes sizes(p, Matmul::kTokens);
   FourBitPlan best = {0, 0, 0, INFINITY};
   for (const int splits : {1, 2}) {
-    for (int strips = 1; strips <= (splits == 1 ? Matmul::kMaxStrips : 4); ++strips) {
+    for (int strips = 1; strips <= Matmul::kMaxStrips; ++strips) {
       const int64_t tiles = p.B * tile::ceil_div(sizes.strips, strips);
       const int64_t rounds = tile::ceil_div(tiles, multiprocessors / splits);
       if (splits == 2 && rounds > 1) continue;
-      int panels = Matmul::kConsumers / tile::ceil_div(strips, 4);
+      const int groups = tile::ceil_div(strips, 4);
+      int panels = Matmul::kConsumers / groups;
       const auto too_many = [&] {
         return panels > tile::ceil_div<int64_t>(sizes.panels, splits) ||
-               2 * stage_bytes(Matmul::kTokens, strips, panels, p.w.tile_bytes()) >
+               kStages * stage_bytes(Matmul::kTokens, strips, panels, p.w.tile_bytes()) >
                    Matmul::kStageBytes;
       };
       while (panels > 1 && too_many()) --panels;
       const int64_t steps = tile::ceil_div(tile::ceil_div(sizes.panels, panels), splits);
-      const double us = four_bit_us(sizes, strips, splits, rounds, steps * panels, multiprocessors);
-      if (us < best.us) best = {strips, panels, splits, us};
+      const double products =
+          static_cast<double>(steps) * some_rows_step_us(Matmul::kTokens, groups * panels);
+      const double us = four_bit_us(sizes, strips, splits, rounds, products, multiprocessors);
+      if (us <= best.us) best = {strips, panels, splits, us};
     }
   }
   return best;
@@ -143,11 +150,12 @@ FourBitPlan some_rows_plan(const QuantizedMatmulParams& p, int multiprocessors) 
 // Of weights, on their way to a multiprocessor at once.
 inline constexpr int kBytesAhead = 48 << 10;
 
-// What kernels for few and some rows have of a product: `rows` of x in copies.
+// What kernels for few and some rows have of a product.
 template <class Matmul>
 cudaError_t fill_stream(FourBitStream::Params* p, const QuantizedMatmulParams& params,
-                        const FourBitPlan& plan, int rows) {
-  const FourBitSizes sizes(params, rows);
+                        const FourBitPlan& plan) {
+  constexpr int kRows = Matmul::kTokens;
+  const FourBitSizes sizes(params, kRows);
   p->weight = params.w;
   p->tile_bytes = params.w.tile_bytes();
   p->B = static_cast<int>(params.B);
@@ -159,15 +167,15 @@ cudaError_t fill_stream(FourBitStream::Params* p, const QuantizedMatmulParams& p
   p->tiles = static_cast<int>(tile::ceil_div(sizes.strips, plan.strips));
   p->steps = static_cast<int>(tile::ceil_div(sizes.panels, plan.panels));
   p->x_box = 2 * plan.panels;
-  p->x_bytes = rows * tile::kPanelBytes;
+  p->x_bytes = kRows * tile::kPanelBytes;
   p->w_place = p->x_box * p->x_bytes;
   p->w_bytes = plan.strips * plan.panels * p->tile_bytes;
-  p->stage_bytes = stage_bytes(rows, plan.strips, plan.panels, p->tile_bytes);
+  p->stage_bytes = stage_bytes(kRows, plan.strips, plan.panels, p->tile_bytes);
   p->stages = std::min(FourBitStream::kMaxStages, Matmul::kStageBytes / p->stage_bytes);
   p->ahead = std::min(p->stages, tile::ceil_div(kBytesAhead, p->w_bytes));
   if (p->stages < 2) return cudaErrorInvalidValue;
   if (cudaError_t error = make_panel_map(&p->x, tensor_map_type<typename Matmul::T>(), params.x,
-                                         params.B * params.M, params.K, rows, &p->x_box))
+                                         params.B * params.M, params.K, kRows, &p->x_box))
     return error;
   return make_block_map(&p->w, params.w.data, params.B * sizes.strips, sizes.panels, p->tile_bytes,
                         plan.strips, plan.panels);
@@ -183,8 +191,7 @@ cudaError_t launch_few_rows_plan_sm90(const QuantizedMatmulParams& params, cudaS
   }
   typename Matmul::Params p = {};
   p.out = static_cast<typename Matmul::Out*>(params.out);
-  if (cudaError_t error = fill_stream<Matmul>(&p, params, plan, static_cast<int>(params.M)))
-    return error;
+  if (cudaError_t error = fill_stream<Matmul>(&p, params, plan)) return error;
   const int64_t blocks = std::min<int64_t>(params.B * p.tiles, multiprocessors);
   return launch(quantized_matmul_few_rows_sm90_kernel<Matmul>, blocks, Matmul::kThreads,
                 Matmul::kSharedBytes, stream, p);
@@ -199,10 +206,10 @@ cudaError_t launch_some_rows_plan_sm90(const QuantizedMatmulParams& params, cuda
   p.out = static_cast<typename Matmul::Out*>(params.out);
   p.groups = tile::ceil_div(plan.strips, 4);
   if (params.M > Matmul::kTokens || plan.strips > Matmul::kMaxStrips ||
-      p.groups * plan.panels > Matmul::kConsumers || (plan.splits == 2 && p.groups > 1)) {
+      p.groups * plan.panels > Matmul::kConsumers) {
     return cudaErrorInvalidValue;
   }
-  if (cudaError_t error = fill_stream<Matmul>(&p, params, plan, Matmul::kTokens)) return error;
+  if (cudaError_t error = fill_stream<Matmul>(&p, params, plan)) return error;
   const int64_t tiles = params.B * p.tiles;
   const int64_t blocks = p.splits == 2 ? 2 * tiles : std::min<int64_t>(tiles, multiprocessors);
   return launch_clusters(quantized_matmul_some_rows_sm90_kernel<Matmul>, blocks,

@@ -43,23 +43,23 @@ struct QuantizedMatmulFewRows : FourBitStream {
   __device__ __forceinline__ static void multiply(const Params& p, Storage& shared, int strip,
                                                   int panel, Slot& slot, Sums& sums) {
     const int lane = threadIdx.x % tile::kWarpSize;
-    int x_places[2][kTokenBlocks];  // of a lane's token, in 64 columns and the next 64
+    const int row = lane % 8;
+    int x_place[2];  // of a lane's token, of the first 32 columns of 64 and of the others
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int j = 0; j < kTokenBlocks; ++j) {
-        // Sums of tokens beyond the last are nobody's: any row will do.
-        const int line = (2 * panel + half) * p.M + min(8 * j + lane % 8, p.M - 1);
-        x_places[half][j] = line * tile::kPanelBytes + (lane / 8 ^ line % 8) * 16;
-      }
+    for (int i = 0; i < 2; ++i) {
+      x_place[i] =
+          2 * panel * p.x_bytes + row * tile::kPanelBytes + ((lane / 8 + 4 * i) ^ row) * 16;
+      tile::ptx::work_out_here(x_place[i]);
     }
-    const int w_place = p.w_place + (strip * p.panels + panel) * p.tile_bytes;
+    using Tile = FourBitTile<kFormat, T>;
+    const typename Tile::Place w_place(p.weight,
+                                       p.w_place + (strip * p.panels + panel) * p.tile_bytes);
 #pragma unroll 2
     for (int step = 0; step < p.steps; ++step, slot.advance(p)) {
       const char* x = shared.stages + slot.bytes;
       shared.ring.full[slot.stage].wait(slot.parity);
-      FourBitTile<kFormat, T> weights;
-      weights.load(p.weight, x + w_place);
+      Tile weights;
+      weights.load(p.weight, x, w_place);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {  // of 32 columns
         uint32_t a[2][4];
@@ -68,7 +68,8 @@ struct QuantizedMatmulFewRows : FourBitStream {
 #pragma unroll
         for (int j = 0; j < kTokenBlocks; ++j) {
           uint32_t b[4];
-          tile::ptx::ldmatrix_x4(x + (x_places[i / 2][j] ^ i % 2 * 64), b[0], b[1], b[2], b[3]);
+          tile::ptx::ldmatrix_x4(x + x_place[i % 2] + (i / 2 * kTokens + 8 * j) * tile::kPanelBytes,
+                                 b[0], b[1], b[2], b[3]);
 #pragma unroll
           for (int s = 0; s < 2; ++s) {
             tile::ptx::mma_m16n8k16<tile::ElementType<T>>(sums.data[j], a[s][0], a[s][1], a[s][2],

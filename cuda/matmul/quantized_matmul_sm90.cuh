@@ -127,15 +127,17 @@ struct QuantizedMatmul {
   // What a warp has of weights, of which it expands half a square at a time. `own` is its place
   // among the 16 rows of a square. A strip is read as a whole;
   struct Strip {
-    const int own;
-    FourBitTile<kFormat, T> strip;
+    using Tile = FourBitTile<kFormat, T>;
+    const typename Tile::Place place;
+    Tile strip;
 
-    __device__ __forceinline__ Strip(const Params&, int own) : own(own) {}
+    __device__ __forceinline__ Strip(const Params& p, int own)
+        : place(p.weight, own * tile_bytes(p)) {}
     __device__ __forceinline__ void begin(const Params&, Storage&, WeightSlot) {}
     __device__ __forceinline__ void begin_square(const Params& p, Storage& shared,
                                                  WeightSlot slot) {
       slot.wait_full(shared.weight_ring);
-      strip.load(p.weight, tile_of(p, shared, slot, own));
+      strip.load(p.weight, shared.weights[slot.stage()], place);
       shared.weight_ring.empty[slot.stage()].arrive_warp();
     }
     __device__ __forceinline__ void expand(int half, int step, uint32_t* a) const {

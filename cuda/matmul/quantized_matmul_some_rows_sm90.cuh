@@ -32,16 +32,19 @@ struct QuantizedMatmulSomeRows : FourBitStream {
   using Sum = tile::RegisterTile<float, 64, kTokens>;  // (64, kTokens)
   using Operand = tile::RegisterTile<T, 64, 64>;       // (64, 64)
 
-  static constexpr int kOtherBytes =
-      kMaxGroups * TileOut::kBytes + kConsumers * 64 * kTokens * int{sizeof(float)} + 1024;
+  // Of each consumer. It leaves its sums here for that of the first panel, which in turn finds here
+  // those of the other block, and then puts results in order for memory.
+  union Handover {
+    float sums[64 * kTokens];
+    TileOut out;
+  };
+  static constexpr int kOtherBytes = kConsumers * int{sizeof(Handover)} + 1024;
   static constexpr int kStageBytes = (tile::kMaxSharedBytes - kOtherBytes) / 1024 * 1024;
   struct Storage {
     alignas(1024) char stages[kStageBytes];
-    TileOut out[kMaxGroups];
-    // Of all panels but the first, and of the other block.
-    alignas(128) float sums[kConsumers][64 * kTokens];
+    Handover handovers[kConsumers];
     tile::Ring<kMaxStages> ring;
-    tile::Barrier received;
+    tile::Barrier received[kMaxGroups];
   };
   static constexpr int kSharedBytes = sizeof(Storage);
   static_assert(kSharedBytes <= tile::kMaxSharedBytes, "the stages must fit a block");
@@ -53,7 +56,7 @@ struct QuantizedMatmulSomeRows : FourBitStream {
 
   __device__ __forceinline__ static int begin(const Params& p, Storage& shared,
                                               const Place& place) {
-    shared.received.init(1);
+    for (tile::Barrier& received : shared.received) received.init(1);
     return FourBitStream::begin(p, shared, place, 4 * p.groups * p.panels);
   }
 
@@ -63,7 +66,9 @@ struct QuantizedMatmulSomeRows : FourBitStream {
                                                   Slot& slot, Sum& sum) {
     const int warp = threadIdx.x % tile::kWarpgroupSize / tile::kWarpSize;
     const int strip = min(4 * group + warp, p.strips - 1);  // sums of those beyond are nobody's
-    const int w_place = p.w_place + (strip * p.panels + panel) * p.tile_bytes;
+    using Tile = FourBitTile<kFormat, T>;
+    const typename Tile::Place w_place(p.weight,
+                                       p.w_place + (strip * p.panels + panel) * p.tile_bytes);
     const auto x = tile::settled(
         tile::k_major<kTokens>(*reinterpret_cast<TileX*>(shared.stages)).of_tile(2 * panel));
     tile::zero(sum);
@@ -72,8 +77,8 @@ struct QuantizedMatmulSomeRows : FourBitStream {
 #pragma unroll 1
     for (int step = place.begin; step < place.end; ++step, slot.advance(p)) {
       shared.ring.full[slot.stage].wait(slot.parity);
-      FourBitTile<kFormat, T> weights;
-      weights.load(p.weight, shared.stages + slot.bytes + w_place);
+      Tile weights;
+      weights.load(p.weight, shared.stages + slot.bytes, w_place);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -98,21 +103,22 @@ struct QuantizedMatmulSomeRows : FourBitStream {
     const auto sync = [&] {
       tile::ptx::named_barrier_sync(1 + kMaxGroups + group, p.panels * tile::kWarpgroupSize);
     };
-    float* sums = shared.sums[group];
-    if (panel > 0) tile::store_fragments(sums + panel * p.groups * 64 * kTokens, sum);
+    Handover* first = &shared.handovers[group];
+    if (panel > 0) tile::store_fragments(first[panel * p.groups].sums, sum);
     sync();  // they are there
     for (int i = 1; panel == 0 && i < p.panels; ++i) {
-      tile::add_fragments_at<kTokens>(sum, 0, sums + i * p.groups * 64 * kTokens);
+      tile::add_fragments_at<kTokens>(sum, 0, first[i * p.groups].sums);
     }
     sync();  // and read
   }
-  // Adds those of the other block, which has one group: where nobody's first panel has any.
-  __device__ __forceinline__ static void receive(Storage& shared, Sum& sum) {
+  // Adds those of the other block.
+  __device__ __forceinline__ static void receive(Storage& shared, int group, Sum& sum) {
+    auto& received = shared.received[group];
     if (threadIdx.x % tile::kWarpgroupSize == 0) {
-      shared.received.arrive_expect(64 * kTokens * sizeof(float));
+      received.arrive_expect(64 * kTokens * sizeof(float));
     }
-    shared.received.wait(0);
-    tile::add_fragments_at<kTokens>(sum, 0, shared.sums[0]);
+    received.wait(0);
+    tile::add_fragments_at<kTokens>(sum, 0, shared.handovers[group].sums);
   }
 
   // Finishes the sums of a group, and writes them through shared memory, so that a warp's
@@ -120,7 +126,7 @@ struct QuantizedMatmulSomeRows : FourBitStream {
   __device__ __forceinline__ static void store(const Params& p, Storage& shared, const Work& at,
                                                int group, const Sum& sum) {
     const auto sync = [&] { tile::ptx::named_barrier_sync(1 + group, tile::kWarpgroupSize); };
-    auto& out = shared.out[group];
+    auto& out = shared.handovers[group].out;
     const int last = all_strips(p) * kFourBitRows - 1, row = kFourBitRows * at.strip + 64 * group;
     tile::RowVector scale;
 #pragma unroll
@@ -155,18 +161,22 @@ struct QuantizedMatmulSomeRows : FourBitStream {
   __device__ __forceinline__ static void consume(const Params& p, Storage& shared,
                                                  const Place& place, int consumer) {
     if (consumer >= p.groups * p.panels) return;
-    const int group = consumer % p.groups, panel = consumer / p.groups;
+    const int own_group = consumer % p.groups, panel = consumer / p.groups;
     Slot slot;
     for (int index = place.first; index < p.B * p.tiles; index += place.step) {
       Sum sum;
-      multiply(p, shared, place, group, panel, slot, sum);
+      multiply(p, shared, place, own_group, panel, slot, sum);
+      // What follows from it is for after the products, which have no registers to spare.
+      int group = own_group;
+      tile::ptx::work_out_here(group);
       if (p.panels > 1) add_panels(p, shared, group, panel, sum);
       if (panel > 0) continue;
       if (place.split == 1) {
-        tile::send_fragments<kTokens>(shared.sums[0], sum, 0, shared.received, 0);
+        tile::send_fragments<kTokens>(shared.handovers[group].sums, sum, 0, shared.received[group],
+                                      0);
         continue;
       }
-      if (p.splits == 2) receive(shared, sum);
+      if (p.splits == 2) receive(shared, group, sum);
       store(p, shared, Work(p, index), group, sum);
     }
   }

@@ -285,7 +285,9 @@ void test_some_rows(const std::string& what, int blocks, bool zero_points) {
                       {7, 1, 1, 0.0},
                       {16, 1, 1, 0.0},
                       {2, 4, 2, 0.0},
-                      {4, 1, 2, 0.0}},
+                      {4, 1, 2, 0.0},
+                      {7, 2, 2, 0.0},
+                      {16, 1, 2, 0.0}},
                      [](const auto& p, const FourBitPlan& plan) {
                        const bool own = plan.strips == 0;
                        return launch_some_rows_plan_sm90<Matmul>(
@@ -321,10 +323,9 @@ void test_plan_of_some_rows(std::string what, const QuantizedMatmulParams& p, in
                    groups * plan.panels <= Some::kConsumers,
                what);
   test::expect(
-      2 * stage_bytes(kTokens, plan.strips, plan.panels, p.w.tile_bytes()) <= Some::kStageBytes,
+      3 * stage_bytes(kTokens, plan.strips, plan.panels, p.w.tile_bytes()) <= Some::kStageBytes,
       what + ": stages");
-  test::expect(plan.splits == 1 || (plan.splits == 2 && groups == 1 && 2 * tiles <= count),
-               what + ": splits");
+  test::expect(plan.splits == 1 || (plan.splits == 2 && 2 * tiles <= count), what + ": splits");
 }
 
 template <FourBitFormat kFormat, class T, class Out>
