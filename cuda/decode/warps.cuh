@@ -53,9 +53,11 @@ struct Division {
 template <int kBatch, int kMaxRows>
 struct Sums {
   static constexpr int kRows = tile::ceil_div(kMaxRows, 16) * 16, kHalfRows = 64;
-  // What a warp stores at once, eight rows of four pairs of sequences, is in 32 banks.
+  // What a warp stores at once, eight rows of four pairs of sequences, is in 32 banks; but of 16
+  // sequences and few rows, for which there is no room.
   static constexpr int kMore = kBatch == 1 ? 0 : 4;
-  static constexpr int kStride = kRows + kMore, kHalfStride = kRows / 2 + kMore;
+  static constexpr int kStride = kRows + kMore;
+  static constexpr int kHalfStride = kRows / 2 + (kBatch > kSequences ? kMore / 2 : kMore);
   static_assert(kHalfStride >= kHalfRows);
   float data[kWarps * kBatch * kHalfStride];
 
