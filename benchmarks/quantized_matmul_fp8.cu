@@ -3,7 +3,7 @@
 //
 //     quantized_matmul_fp8 <recipe> <M> <N> <K> <repeats> <seconds per sample> [--variants]
 //
-// Recipes: nvfp4, mxfp4, int4 (in groups of 128), and with -fast behind it sums that are not
+// Recipes: nvfp4, mxfp4, int4 (in groups of 32), and with -fast behind it sums that are not
 // promoted to float32. N is a multiple of 16, K of 128. Prints one line per provider: its name, a
 // tab, microseconds per call; harness.cuh says how they are measured.
 #include <cstring>
@@ -57,7 +57,7 @@ float* scales(int64_t size) {
 
 Problem problem(FourBitFormat format, bool fast, int64_t M, int64_t N, int64_t K) {
   static uint32_t seed = 0;
-  const int blocks = format == FourBitFormat::kNvfp4 ? 8 : format == FourBitFormat::kMxfp4 ? 4 : 1;
+  const int blocks = format == FourBitFormat::kNvfp4 ? 8 : 4;
   const int64_t tiles = N / kFourBitRows * (K / kFourBitColumns);
   FourBitWeight w = {format, blocks, false, nullptr, scales(N)};
   auto* data = bench::allocate<uint8_t>(tiles * w.tile_bytes());

@@ -37,9 +37,10 @@ MANY = 257  # rows of x, from which on the weight is rounded too
 
 
 def as_multiplied(w, rows):
-    """float64: rounded, for many rows of x; for some integers times their scale in bfloat16, which
-    for a single row scales sums."""
-    if rows >= MANY:
+    """float64: rounded, for many rows of x, but for integers in groups of 128; for others integers
+    times their scale in bfloat16, which for a single row scales sums."""
+    packed = pack_weight(w)
+    if rows >= MANY and (packed.format, packed.block) != ("int4", 128):
         return np.float64(weight_to_fp8(w).dequantize())
     whole = w.dequantize()
     rounds = rows > 1 and w.values.dtype == jnp.int4

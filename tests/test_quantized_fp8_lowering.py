@@ -17,6 +17,7 @@ FORMATS = {
     "nvfp4": ({}, 16, 288),
     "mxfp4": ({}, 32, 272),
     "int4": ({}, 128, 264),
+    "int4 of 32": ({"group_size": 32}, 32, 288),
     "int4 with zero points": ({"group_size": 64, "zero_point": True}, 64, 288),
 }
 formats = pytest.mark.parametrize("name", FORMATS)
@@ -45,7 +46,7 @@ def attributes_of_weight(name):
     }
 
 
-@formats
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "int4"])
 @pytest.mark.parametrize("dtype, wanted", [("bfloat16", "bf16"), ("float32", "f32")])
 def test_calls_of_many_rows(name, dtype, wanted):
     lines = custom_call_lines(run, normal(3, MANY, K, dtype=dtype), weight(name, N, K))
@@ -71,12 +72,14 @@ def test_calls_of_many_rows(name, dtype, wanted):
     }
 
 
-@formats
+@pytest.mark.parametrize("name, rows", [*((name, 4) for name in FORMATS), ("int4", MANY)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_calls_of_few_rows(name, dtype):
-    lines = custom_call_lines(run, normal(3, 4, K, dtype=dtype), weight(name, N, K))
+def test_calls_of_the_weight_as_it_is(name, rows, dtype):
+    """Few rows, and any number with integers in groups of 128, which e4m3 would not hold."""
+    lines = custom_call_lines(run, normal(3, rows, K, dtype=dtype), weight(name, N, K))
+    assert lines.keys() == {"quantize", "quantized_matmul"}
     operands, results = types(lines["quantized_matmul"])
-    assert (operands[0], results) == (f"1x12x{K}xbf16", [f"1x12x{N}xf32"])
+    assert (operands[0], results) == (f"1x{3 * rows}x{K}xbf16", [f"1x{3 * rows}x{N}xf32"])
     assert attributes(lines["quantized_matmul"]) == attributes_of_weight(name)
 
 

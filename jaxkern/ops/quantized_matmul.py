@@ -28,8 +28,8 @@ _OP = "quantized_matmul"
 _DTYPES = ("bfloat16", "float16", "float32")
 _SINGLE = np.dtype("float32")
 
-# NOTE: up to here it takes less time to multiply by a weight as it is than to expand it for FP8
-# tensor cores: on an H200, by 8192 x 8192, 256 rows take 0.6 of that, 384 1.4.
+# NOTE: up to here an H200 takes less time to multiply by a weight as it is than to expand it for
+# FP8 tensor cores.
 _FEW_ROWS = 256
 
 
@@ -58,13 +58,13 @@ def quantized_matmul(
     is as without.
 
     "fp8" is float8_e4m3fn with a float32 scale for each row of x, as `jaxkern.quantize` makes it,
-    for a w of any format. Up to 256 rows w counts as above, and kernels round integers times their
-    scale to bfloat16. Of more, or where tracing does not know how many there are, FP8
-    tensor cores multiply (`jaxkern.scaled_matmul`), and w is expanded for them: rounded to
-    float8_e4m3fn, with a float32 scale for each row, a power of two (times the scale of all of
-    "nvfp4"). Such numbers hold "mxfp4" exactly down to 2^-14 of the row's largest scale, "nvfp4"
-    but for some of its 1.5, 3 and 6, and integers not: docs/matmul.md has the errors. Over a
-    sharded K each device has scales of its own.
+    for a w of any format. Up to 256 rows, and for integers in groups of 128, w counts as above, and
+    kernels round integers times their scale to bfloat16. Of more, or where tracing does not know
+    how many there are, FP8 tensor cores multiply by others (`jaxkern.scaled_matmul`), and w is
+    expanded for them: rounded to float8_e4m3fn, with a float32 scale for each row, a power of two
+    (times the scale of all of "nvfp4"). Such numbers hold "mxfp4" exactly down to 2^-14 of the
+    row's largest scale, "nvfp4" but for some of its 1.5, 3 and 6, and integers not: docs/matmul.md
+    has the errors. Over a sharded K each device has scales of its own.
 
     "nvfp4" has a float32 scale for each matrix [rows, K]. On GPUs of compute capability 10 and 12
     (Blackwell) `jax.nn.scaled_matmul` multiplies, which takes both as they are; this has run on
@@ -206,7 +206,7 @@ def _of_fp8(config, x, w):
     names = ("cuda", "xla") if config.fallback else ("cuda",)
     quantized = quantize(jnp.atleast_2d(x), implementation=names if config.kernel else "xla")
     rows = math.prod(x.shape[:-1])
-    if isinstance(rows, int) and rows <= _FEW_ROWS:
+    if (isinstance(rows, int) and rows <= _FEW_ROWS) or _has_integers_of_a_tile(w):
         single = config._replace(dtype=_SINGLE, activation_format=None)
         values = quantized.values.astype(jnp.bfloat16)
         out = _quantized_matmul(single, values, w) * quantized.scale
@@ -220,6 +220,13 @@ def _of_fp8(config, x, w):
             fallback=config.fallback,
         )
     return out.astype(config.dtype).reshape(*x.shape[:-1], -1)
+
+
+def _has_integers_of_a_tile(w):
+    """Whether w has integers in groups as wide as tiles: one scale a row would round them."""
+    if isinstance(w, PackedWeight):
+        return (w.format, w.block) == ("int4", COLUMNS)
+    return format_of(w) == "int4" and w.shape[-1] == COLUMNS * w.scale.shape[-1]
 
 
 def _of_nvfp4(config, x, w):
