@@ -5,30 +5,17 @@
 #include <functional>
 #include <thread>
 
-#include "cuda/tests/test.h"
+#include "cuda/tests/four_bit_weight.h"
 
 namespace jaxkern {
 namespace {
 
+using test::guarded, test::kGuard;
 using tile::bf16, tile::f16;
-
-constexpr size_t kGuard = 1024;  // elements, NaN, behind each operand and the result
-
-template <class T>
-std::vector<T> guarded(const std::vector<T>& x) {
-  std::vector<T> copy = x;
-  std::vector<unsigned char> bytes(kGuard * sizeof(T), 0xff);
-  const T* end = reinterpret_cast<const T*>(bytes.data());
-  copy.insert(copy.end(), end, end + kGuard);
-  return copy;
-}
 
 // A weight with random bits, and what they mean, by the description in packed_weight.py. Scales
 // have few bits and are all close to 1, so that sums are exact.
-struct Weight {
-  FourBitFormat format;
-  int blocks;
-  bool zero_points;
+struct Weight : test::FourBitTiles {
   int64_t B, N, K;
   std::vector<uint8_t> data;
   std::vector<float> row_scale, values;
@@ -36,19 +23,19 @@ struct Weight {
   // bad: some blocks have NaN for a scale.
   Weight(FourBitFormat format, int blocks, bool zero_points, int64_t B, int64_t N, int64_t K,
          bool bad = false)
-      : format(format), blocks(blocks), zero_points(zero_points), B(B), N(N), K(K) {
+      : FourBitTiles{format, blocks, zero_points}, B(B), N(N), K(K) {
     const int64_t strips = tile::ceil_div(N, kFourBitRows);
     const int64_t panels = tile::ceil_div(K, kFourBitColumns);
-    const int bytes = four_bit_tile_bytes(format, blocks, zero_points);
+    const int bytes = this->bytes();
     std::mt19937 random(static_cast<unsigned>(N * 31 + K));
     data.resize(B * strips * panels * bytes);
     for (auto& byte : data) byte = static_cast<uint8_t>(random());
     for (int64_t tile = 0; tile < B * strips * panels; ++tile) {
       uint8_t* scales = data.data() + tile * bytes + kFourBitValueBytes;
       fill_scales(scales, random);
-      const int at = static_cast<int>(random() % (kFourBitRows * blocks));
+      const int at = static_cast<int>(random() % this->scales());
       if (!bad || random() % 8 > 0) continue;
-      format == FourBitFormat::kInt4 ? put(scales, at, NAN) : void(scales[at] = 255);
+      format == FourBitFormat::kInt4 ? test::put_bf16(scales, at, NAN) : void(scales[at] = 255);
     }
     for (int64_t i = 0; i < B * strips * kFourBitRows; ++i) {
       row_scale.push_back(std::ldexp(1.0f, static_cast<int>(random() % 3)));
@@ -58,7 +45,8 @@ struct Weight {
         for (int64_t k = 0; k < K; ++k) {
           const int64_t strip = b * strips + n / kFourBitRows;
           const uint8_t* tile = data.data() + (strip * panels + k / kFourBitColumns) * bytes;
-          values.push_back(value(tile, n % kFourBitRows, k % kFourBitColumns));
+          const int row = n % kFourBitRows, col = k % kFourBitColumns;
+          values.push_back(value(tile, row, col) * scale(tile, row, block_of(col)));
         }
       }
     }
@@ -68,49 +56,19 @@ struct Weight {
 
  private:
   void fill_scales(uint8_t* scales, std::mt19937& random) const {
-    const int count = kFourBitRows * blocks;
-    for (int i = 0; i < count; ++i) {
+    for (int i = 0; i < this->scales(); ++i) {
       if (format == FourBitFormat::kNvfp4) {
         scales[i] = static_cast<uint8_t>(9 * 8 + random() % 16);
       } else if (format == FourBitFormat::kMxfp4) {
         scales[i] = static_cast<uint8_t>(random() % 4);
       } else {
-        put(scales, i, 1.0f + static_cast<float>(random() % 8) / 8);
-        if (zero_points) put(scales, count + i, 128.0f + static_cast<float>(random() % 16));
+        test::put_bf16(scales, i, 1.0f + static_cast<float>(random() % 8) / 8);
+        if (zero_points) {
+          const float zero = 128.0f + static_cast<float>(random() % 16);
+          test::put_bf16(scales, this->scales() + i, zero);
+        }
       }
     }
-  }
-  static void put(uint8_t* to, int i, float x) {
-    const bf16 rounded = __float2bfloat16_rn(x);
-    std::memcpy(to + 2 * i, &rounded, 2);
-  }
-  static float get(const uint8_t* from, int i) {
-    bf16 x;
-    std::memcpy(&x, from + 2 * i, 2);
-    return test::to_float(x);
-  }
-
-  float value(const uint8_t* tile, int row, int col) const {
-    const int step = col / 16, odd = col % 2, lane = row % 8 * 4 + col % 8 / 2;
-    const int i = col % 16 / 8 * 2 + row / 8;
-    uint16_t half;
-    std::memcpy(&half, tile + ((step / 4 * 32 + lane) * 4 + step % 4) * 4 + 2 * odd, 2);
-    const uint8_t* scales = tile + kFourBitValueBytes;
-    const int count = kFourBitRows * blocks;
-    const int at = (row % 8 * blocks + col * blocks / kFourBitColumns) * 2 + row / 8;
-    if (format == FourBitFormat::kInt4) {
-      const float zero = zero_points ? get(scales, count + at) : 136.0f;
-      return (static_cast<float>(half >> 4 * i & 15) + 128.0f - zero) * get(scales, at);
-    }
-    constexpr float kMagnitudes[] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
-    constexpr int kBits[4][4] = {{15, 8, 7, 6}, {12, 5, 4, 3}, {9, 2, 1, 0}, {13, 11, 10, 14}};
-    int bits = 0;
-    for (const int bit : kBits[i]) bits = 2 * bits + (half >> bit & 1);
-    const float e2m1 = bits & 8 ? -kMagnitudes[bits & 7] : kMagnitudes[bits];
-    const int code = scales[at];
-    if (code == 255) return NAN;
-    if (format == FourBitFormat::kMxfp4) return std::ldexp(e2m1, -code);
-    return std::ldexp(e2m1 * (8.0f + static_cast<float>(code % 8)) / 8, code / 8 - 10);
   }
 };
 
