@@ -112,7 +112,7 @@ __device__ __forceinline__ void multiply_tiles(Stream& stream, Slot& slot, const
   Accumulators<kBatch, Division::kOwn> sum[kSlices] = {};
   const Reading<Weight, kBatch> reading(code, rows, Division::first_row());
   // More than 64 rows: a chunk has two to four slices.
-  if constexpr (kTiles > 4 && Stream::kStages >= 4 + kUnderWay) {
+  if constexpr (kTiles > 4 && Stream::kStages >= 4 + Stream::kUnderWay) {
     multiply_own<Weight, Division>(stream, slot, x, reading, chunks, slices, sum);
   } else {
     multiply_all<Weight, Division>(stream, slot, x, reading, chunks, slices, sum);

@@ -3,7 +3,9 @@
 //
 // NOTE: copies under way share the bandwidth, and would complete together if all free stages were
 // under way; then all consumers starve at once after each dependency. A few at a time complete one
-// after the other, and the rest of the ring holds what has come (H200, docs/decode.md).
+// after the other, and the rest of the ring holds what has come (H200, docs/decode.md). Weights of
+// four bits have one less under way: of them a step waits for what blocks send each other, and that
+// comes the same way.
 #pragma once
 
 #include "cuda/decode/rows.h"
@@ -12,12 +14,11 @@
 
 namespace jaxkern::decode {
 
-inline constexpr int kUnderWay = 3;  // chunks
-
 template <int kStages_, int kHeadDim, int kScaleBytes>
 struct Stream {
   static constexpr int kStages = kStages_, kMaxRows = max_rows(kHeadDim);
   static constexpr int kChunkBytes = chunk_bytes(kHeadDim, kScaleBytes);
+  static constexpr int kUnderWay = kScaleBytes > 0 ? 2 : 3;  // chunks
   alignas(128) char chunks[kStages][kChunkBytes];
   // Read, and not used, where a chunk's last tiles are not full.
   char beyond[slice_bytes(64, kScaleBytes)];
@@ -34,8 +35,8 @@ class Producer {
 
   // The next stage, once it is free, for copies of `bytes` in all.
   __device__ __forceinline__ void begin(int bytes) {
-    if (slot_.count >= kUnderWay) {
-      Slot{slot_.count - kUnderWay}.wait_full(stream_.ring);
+    if (slot_.count >= Stream::kUnderWay) {
+      Slot{slot_.count - Stream::kUnderWay}.wait_full(stream_.ring);
     }
     slot_.wait_empty(stream_.ring);
     stream_.ring.full[slot_.stage()].arrive_expect(bytes);
@@ -48,7 +49,7 @@ class Producer {
 
   // Until nothing is under way.
   __device__ __forceinline__ void drain() const {
-    for (int i = min(slot_.count, kUnderWay); i > 0; --i) {
+    for (int i = min(slot_.count, Stream::kUnderWay); i > 0; --i) {
       Slot{slot_.count - i}.wait_full(stream_.ring);
     }
   }
