@@ -221,10 +221,21 @@ cudaError_t launch_some_rows_plan_sm90(const QuantizedMatmulParams& params, cuda
 // Rows of tiles of clusters that are worked through together, so that L2 keeps what they share.
 inline constexpr int kFourBitGroup = 4;
 
-// Matmul's product or gradient.
+// Rows of tiles of clusters, from the first to before the end.
+struct TileRows {
+  int first, end;
+};
 template <class Matmul>
-cudaError_t launch_four_bit_sm90(const QuantizedMatmulParams& params, cudaStream_t stream,
-                                 int group = kFourBitGroup) {
+TileRows all_tile_rows(const QuantizedMatmulParams& p) {
+  const int64_t rows = Matmul::kGradient ? p.K : p.N;
+  return {
+      0, static_cast<int>(tile::ceil_div<int64_t>(rows, Matmul::kRows * Matmul::Cluster::kBlocks))};
+}
+
+// The part of Matmul's product, or gradient, that such rows of tiles are.
+template <class Matmul>
+cudaError_t launch_tile_rows_sm90(const QuantizedMatmulParams& params, cudaStream_t stream,
+                                  TileRows which, int group = kFourBitGroup) {
   using Cluster = typename Matmul::Cluster;
   int multiprocessors;
   if (cudaError_t error = multiprocessor_count(&multiprocessors)) return error;
@@ -253,8 +264,9 @@ cudaError_t launch_four_bit_sm90(const QuantizedMatmulParams& params, cudaStream
     if (cudaError_t error = make_row_map(&p.factors, pairs, B, N / 2, Matmul::kRows / 2))
       return error;
   }
+  p.first_row = which.first;
   p.order = {
-      .rows = static_cast<int>(tile::ceil_div(rows, Matmul::kRows * Cluster::kBlocks)),
+      .rows = which.end - which.first,
       .cols = static_cast<int>(tile::ceil_div(M, Matmul::kTokens)),
       .group = group,
   };
@@ -263,17 +275,49 @@ cudaError_t launch_four_bit_sm90(const QuantizedMatmulParams& params, cudaStream
                 Matmul::kThreads, Matmul::kSharedBytes, stream, p);
 }
 
+// All of it.
+template <class Matmul>
+cudaError_t launch_four_bit_sm90(const QuantizedMatmulParams& params, cudaStream_t stream,
+                                 int group = kFourBitGroup) {
+  return launch_tile_rows_sm90<Matmul>(params, stream, all_tile_rows<Matmul>(params), group);
+}
+
 // How long the kernel takes, in tiles of 256 tokens on the busiest multiprocessor.
 //
 // NOTE: on an H200 a tile of 128 tokens takes 0.56 of the time of one of 256, of the gradient 0.65.
 template <class Matmul>
-double four_bit_tiles(const QuantizedMatmulParams& p, int multiprocessors) {
+double four_bit_tiles(const QuantizedMatmulParams& p, TileRows which, int multiprocessors) {
   constexpr double kTime = Matmul::kTokens == 256 ? 1.0 : Matmul::kGradient ? 0.65 : 0.56;
-  constexpr int kBlocks = Matmul::Cluster::kBlocks;
-  const int64_t rows = Matmul::kGradient ? p.K : p.N;
-  const int64_t high = tile::ceil_div<int64_t>(rows, Matmul::kRows * kBlocks);
+  const int64_t high = which.end - which.first;
   const int64_t tiles = p.B * high * tile::ceil_div<int64_t>(p.M, Matmul::kTokens);
-  return kTime * static_cast<double>(tile::ceil_div(tiles, multiprocessors / kBlocks));
+  return kTime *
+         static_cast<double>(tile::ceil_div(tiles, multiprocessors / Matmul::Cluster::kBlocks));
+}
+
+// By tiles of 256 tokens or of 128, whichever are faster; or by one kernel after the other: large
+// tiles as long as all multiprocessors have one, and small ones for the rest.
+template <class Wide, class Middle>
+cudaError_t launch_many_rows(const QuantizedMatmulParams& p, cudaStream_t stream) {
+  static_assert(Wide::kRows == Middle::kRows);
+  constexpr double kLaunch = 0.05;  // of the second kernel, as above
+  int multiprocessors;
+  if (cudaError_t error = multiprocessor_count(&multiprocessors)) return error;
+  const TileRows all = all_tile_rows<Wide>(p);
+  const double wide = four_bit_tiles<Wide>(p, all, multiprocessors);
+  const double middle = four_bit_tiles<Middle>(p, all, multiprocessors);
+  // Rows of large tiles that fill whole rounds.
+  const int64_t clusters = multiprocessors / Wide::Cluster::kBlocks;
+  const int64_t each = p.B * tile::ceil_div<int64_t>(p.M, Wide::kTokens);  // tiles of a row of them
+  const int most = static_cast<int>(all.end * each / clusters * clusters / each);
+  const TileRows first = {0, most}, rest = {most, all.end};
+  const double both = kLaunch + four_bit_tiles<Wide>(p, first, multiprocessors) +
+                      four_bit_tiles<Middle>(p, rest, multiprocessors);
+  if (most > 0 && both < std::min(wide, middle)) {
+    if (cudaError_t error = launch_tile_rows_sm90<Wide>(p, stream, first)) return error;
+    return launch_tile_rows_sm90<Middle>(p, stream, rest);
+  }
+  return wide <= middle ? launch_four_bit_sm90<Wide>(p, stream)
+                        : launch_four_bit_sm90<Middle>(p, stream);
 }
 
 // By the fastest of all kernels.
@@ -299,12 +343,8 @@ cudaError_t launch_four_bit_of_sm90(const QuantizedMatmulParams& params, cudaStr
   };
   if (params.M <= 32) return some.template operator()<32>();
   if (params.M <= 64) return some.template operator()<64>();
-  using Middle = QuantizedMatmul<kFormat, T, Out, 128>;
-  using Wide = QuantizedMatmul<kFormat, T, Out, 256>;
-  const double middle = four_bit_tiles<Middle>(params, multiprocessors);
-  const double wide = four_bit_tiles<Wide>(params, multiprocessors);
-  return wide <= middle ? launch_four_bit_sm90<Wide>(params, stream)
-                        : launch_four_bit_sm90<Middle>(params, stream);
+  return launch_many_rows<QuantizedMatmul<kFormat, T, Out, 256>,
+                          QuantizedMatmul<kFormat, T, Out, 128>>(params, stream);
 }
 
 // --- Gradient ------------------------------------------------------------------------------------
@@ -312,14 +352,8 @@ cudaError_t launch_four_bit_of_sm90(const QuantizedMatmulParams& params, cudaStr
 // By the faster of two kernels: with few rows of x there is none of its own.
 template <FourBitFormat kFormat, class T, class Out>
 cudaError_t launch_four_bit_grad_of_sm90(const QuantizedMatmulParams& params, cudaStream_t stream) {
-  using Middle = QuantizedMatmul<kFormat, T, Out, 128, true>;
-  using Wide = QuantizedMatmul<kFormat, T, Out, 256, true>;
-  int multiprocessors;
-  if (cudaError_t error = multiprocessor_count(&multiprocessors)) return error;
-  return four_bit_tiles<Wide>(params, multiprocessors) <=
-                 four_bit_tiles<Middle>(params, multiprocessors)
-             ? launch_four_bit_sm90<Wide>(params, stream)
-             : launch_four_bit_sm90<Middle>(params, stream);
+  return launch_many_rows<QuantizedMatmul<kFormat, T, Out, 256, true>,
+                          QuantizedMatmul<kFormat, T, Out, 128, true>>(params, stream);
 }
 
 }  // namespace jaxkern

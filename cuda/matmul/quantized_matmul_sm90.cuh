@@ -61,6 +61,7 @@ struct QuantizedMatmul {
     const float* sum_scale;   // (B,), of the gradient
     int tile_bytes;           // of weights
     tile::MatrixOrder order;  // of the tiles of clusters
+    int first_row;            // of them
     int B, M, N, squares;     // whose products are summed
   };
 
@@ -70,7 +71,7 @@ struct QuantizedMatmul {
 
     __device__ __forceinline__ Work(const Params& p, int index) : batch(index / p.order.count()) {
       const auto at = p.order.at(index % p.order.count());
-      row = (at.row * Cluster::kBlocks + Cluster::rank()) * kRows;
+      row = ((p.first_row + at.row) * Cluster::kBlocks + Cluster::rank()) * kRows;
       token = at.col * kTokens;
     }
   };

@@ -322,6 +322,21 @@ void test_all_gradients(const std::string& what, int blocks, bool zero_points) {
   }
 }
 
+// Large tiles as long as all multiprocessors have one, and small ones for the rest.
+void test_tiles_of_both_sizes() {
+  constexpr FourBitFormat kFormat = FourBitFormat::kNvfp4;
+  const int64_t rows =
+      256 * (multiprocessors() / 4 + 1);  // large tiles of 500 tokens: one too many
+  const Launch product = {", both sizes", [](const auto& p) {
+                            return launch_four_bit_of_sm90<kFormat, bf16, bf16>(p, nullptr);
+                          }};
+  test_matmul<bf16, bf16>({product}, "nvfp4", Weight(kFormat, 8, false, 1, rows, 128), 500);
+  const Launch gradient = {", both sizes", [](const auto& p) {
+                             return launch_four_bit_grad_of_sm90<kFormat, bf16, bf16>(p, nullptr);
+                           }};
+  test_gradient<bf16, bf16>(gradient, "nvfp4", Weight(kFormat, 8, false, 1, 128, rows), 500);
+}
+
 // The launchers' plans: what their kernels can hold, and clusters only where each has one tile.
 void test_launchers_plans() {
   using Few = QuantizedMatmulFewRows<FourBitFormat::kNvfp4, bf16, bf16, 16>;
@@ -366,6 +381,7 @@ void test_format(std::string what, int blocks, bool zero_points = false) {
 int main() {
   using namespace jaxkern;
   test_launchers_plans();
+  test_tiles_of_both_sizes();
   test_format<FourBitFormat::kNvfp4>("nvfp4", 8);
   test_format<FourBitFormat::kMxfp4>("mxfp4", 4);
   test_format<FourBitFormat::kInt4>("int4", 1);
