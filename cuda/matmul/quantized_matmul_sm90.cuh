@@ -61,7 +61,7 @@ struct QuantizedMatmul {
     const float* sum_scale;   // (B,), of the gradient
     int tile_bytes;           // of weights
     tile::MatrixOrder order;  // of the tiles of clusters
-    int first_row;            // of them
+    int first_row;            // of tiles, that they begin with
     int B, M, N, squares;     // whose products are summed
   };
 
