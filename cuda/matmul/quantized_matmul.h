@@ -294,30 +294,36 @@ double four_bit_tiles(const QuantizedMatmulParams& p, TileRows which, int multip
          static_cast<double>(tile::ceil_div(tiles, multiprocessors / Matmul::Cluster::kBlocks));
 }
 
-// By tiles of 256 tokens or of 128, whichever are faster; or by one kernel after the other: large
-// tiles as long as all multiprocessors have one, and small ones for the rest.
+// How many rows of tiles are fastest by tiles of 256 tokens, from the first on, if the others are
+// by tiles of 128: all, none, or as many as fill whole rounds of all multiprocessors.
 template <class Wide, class Middle>
-cudaError_t launch_many_rows(const QuantizedMatmulParams& p, cudaStream_t stream) {
-  static_assert(Wide::kRows == Middle::kRows);
-  constexpr double kLaunch = 0.05;  // of the second kernel, as above
-  int multiprocessors;
-  if (cudaError_t error = multiprocessor_count(&multiprocessors)) return error;
-  const TileRows all = all_tile_rows<Wide>(p);
-  const double wide = four_bit_tiles<Wide>(p, all, multiprocessors);
-  const double middle = four_bit_tiles<Middle>(p, all, multiprocessors);
-  // Rows of large tiles that fill whole rounds.
+int rows_of_wide_tiles(const QuantizedMatmulParams& p, int multiprocessors) {
+  static_assert(Wide::kRows == Middle::kRows && Wide::Cluster::kBlocks == Middle::Cluster::kBlocks);
+  constexpr double kLaunch = 0.05;  // a second kernel, in tiles of 256 tokens
+  const int end = all_tile_rows<Wide>(p).end;
+  const auto time = [&](int wide) {
+    return four_bit_tiles<Wide>(p, {0, wide}, multiprocessors) +
+           four_bit_tiles<Middle>(p, {wide, end}, multiprocessors) +
+           (wide > 0 && wide < end ? kLaunch : 0.0);
+  };
   const int64_t clusters = multiprocessors / Wide::Cluster::kBlocks;
   const int64_t each = p.B * tile::ceil_div<int64_t>(p.M, Wide::kTokens);  // tiles of a row of them
-  const int most = static_cast<int>(all.end * each / clusters * clusters / each);
-  const TileRows first = {0, most}, rest = {most, all.end};
-  const double both = kLaunch + four_bit_tiles<Wide>(p, first, multiprocessors) +
-                      four_bit_tiles<Middle>(p, rest, multiprocessors);
-  if (most > 0 && both < std::min(wide, middle)) {
-    if (cudaError_t error = launch_tile_rows_sm90<Wide>(p, stream, first)) return error;
-    return launch_tile_rows_sm90<Middle>(p, stream, rest);
+  const int whole = static_cast<int>(end * each / clusters * clusters / each);
+  const auto faster = [&](int x, int y) { return time(x) < time(y); };
+  return std::min({end, 0, whole}, faster);
+}
+
+// By tiles of both sizes, one kernel after the other, or by those of one.
+template <class Wide, class Middle>
+cudaError_t launch_many_rows(const QuantizedMatmulParams& p, cudaStream_t stream) {
+  int multiprocessors;
+  if (cudaError_t error = multiprocessor_count(&multiprocessors)) return error;
+  const int wide = rows_of_wide_tiles<Wide, Middle>(p, multiprocessors);
+  const int end = all_tile_rows<Wide>(p).end;
+  if (wide > 0) {
+    if (cudaError_t error = launch_tile_rows_sm90<Wide>(p, stream, {0, wide})) return error;
   }
-  return wide <= middle ? launch_four_bit_sm90<Wide>(p, stream)
-                        : launch_four_bit_sm90<Middle>(p, stream);
+  return wide < end ? launch_tile_rows_sm90<Middle>(p, stream, {wide, end}) : cudaSuccess;
 }
 
 // By the fastest of all kernels.
@@ -349,7 +355,7 @@ cudaError_t launch_four_bit_of_sm90(const QuantizedMatmulParams& params, cudaStr
 
 // --- Gradient ------------------------------------------------------------------------------------
 
-// By the faster of two kernels: with few rows of x there is none of its own.
+// With few rows of x there is no kernel of its own.
 template <FourBitFormat kFormat, class T, class Out>
 cudaError_t launch_four_bit_grad_of_sm90(const QuantizedMatmulParams& params, cudaStream_t stream) {
   return launch_many_rows<QuantizedMatmul<kFormat, T, Out, 256, true>,

@@ -322,11 +322,21 @@ void test_all_gradients(const std::string& what, int blocks, bool zero_points) {
   }
 }
 
-// Large tiles as long as all multiprocessors have one, and small ones for the rest.
+// Tiles of both sizes: which rows 132 multiprocessors, 66 clusters, leave to the large ones, which
+// have 256 rows; and the result where this GPU has one too many for a round.
 void test_tiles_of_both_sizes() {
   constexpr FourBitFormat kFormat = FourBitFormat::kNvfp4;
-  const int64_t rows =
-      256 * (multiprocessors() / 4 + 1);  // large tiles of 500 tokens: one too many
+  const auto wide = [](int64_t M, int64_t N) {
+    QuantizedMatmulParams p = {};
+    p.B = 1, p.M = M, p.N = N, p.K = 8192;
+    return rows_of_wide_tiles<QuantizedMatmul<kFormat, bf16, bf16, 256>,
+                              QuantizedMatmul<kFormat, bf16, bf16, 128>>(p, 132);
+  };
+  test::expect(wide(512, 28672) == 99, "198 of 224 large tiles are three rounds");
+  test::expect(wide(512, 4096) == 0, "32 large tiles are half a round, 64 small ones a round");
+  test::expect(wide(2048, 4096) == 16, "128 large tiles are nearly two rounds");
+
+  const int64_t rows = 256 * (multiprocessors() / 4 + 1);  // of 500 tokens, two tiles each
   const Launch product = {", both sizes", [](const auto& p) {
                             return launch_four_bit_of_sm90<kFormat, bf16, bf16>(p, nullptr);
                           }};
