@@ -4,7 +4,8 @@
 // A strip is 16 rows of weights with all their columns; a tile of out^T is some strips by all
 // tokens. Persistent blocks go from tile to tile and keep on reading; or two blocks in a cluster
 // share out the K of a tile. How many strips a tile has, and panels a stage, are parameters.
-// Where little is read, what is not reading shows: so the first weights are on their way before the
+// Where little is read, what is not reading shows. So weights of the first stage go from memory to
+// registers, without a barrier or a place in the ring, and the next are on their way before the
 // barriers of all else are there. And of copies there are only some on their way at once: with all
 // of a ring requested at the start its stages arrive together, and until then nobody works.
 #pragma once
@@ -29,7 +30,7 @@ struct FourBitStream {
     int x_bytes;              // of 64 columns; weights come after all tokens of a stage
     int w_place, w_bytes;     // where they begin in a stage, and how many there are
     int tile_bytes;           // of weights
-    int B, M, N;
+    int B, M, N, K;
     int tiles, steps;  // of a matrix; stages of a tile, all of K
   };
 
@@ -87,8 +88,23 @@ struct FourBitStream {
     }
   }
 
-  // Loads the first weights, when there is what they complete on and nothing else. Returns of how
-  // many stages. releases: of a stage.
+  // What the first stage has of a strip of the tile and one of its panels, from memory. Zeros
+  // beyond the weight, as in stages.
+  template <FourBitFormat kFormat, class T>
+  __device__ __forceinline__ static void load_first(const Params& p, const Place& place, int strip,
+                                                    int panel, FourBitTile<kFormat, T>& tile) {
+    const Work at(p, place.first);
+    const int panels = tile::ceil_div(p.K, kFourBitColumns), strips = all_strips(p);
+    strip += at.strip, panel += place.begin * p.panels;
+    tile = {};
+    if (strip >= strips || panel >= panels) return;
+    const int64_t index = (int64_t{at.batch} * strips + strip) * panels + panel;
+    tile.load(p.weight, static_cast<const char*>(p.weight.data) + index * p.tile_bytes,
+              typename FourBitTile<kFormat, T>::Place(p.weight));
+  }
+
+  // Loads x of the first stage and weights of some that follow, when there is what they complete on
+  // and nothing else. Returns how many stages have weights. releases: of a stage.
   template <class Storage>
   __device__ __forceinline__ static int begin(const Params& p, Storage& shared, const Place& place,
                                               int releases) {
@@ -97,8 +113,12 @@ struct FourBitStream {
     tile::ptx::fence_mbarrier_init();
     const Work at(p, place.first);
     const int stages = min(p.ahead, place.end - place.begin);
+    if (stages > 0) {
+      shared.ring.full[0].arrive_expect(p.w_place);
+      load_tokens(p, shared, at, place.begin, 0);
+    }
 #pragma unroll 1
-    for (int i = 0; i < stages; ++i) load_weights(p, shared, at, place.begin + i, i);
+    for (int i = 1; i < stages; ++i) load_weights(p, shared, at, place.begin + i, i);
     for (int i = 0; i < p.stages; ++i) shared.ring.empty[i].init(releases);
     tile::ptx::fence_mbarrier_init();
     return stages;
@@ -107,6 +127,7 @@ struct FourBitStream {
   __device__ __forceinline__ static void load(const Params& p, Storage& shared, const Place& place,
                                               int begun) {
     Slot slot, oldest;  // on its way
+    bool first = true;
     for (int index = place.first; index < p.B * p.tiles; index += place.step) {
       const Work at(p, index);
       for (int step = place.begin; step < place.end; ++step, slot.advance(p), --begun) {
@@ -116,7 +137,8 @@ struct FourBitStream {
           shared.ring.empty[slot.stage].wait(slot.parity ^ 1);
           load_weights(p, shared, at, step, slot.stage);
         }
-        load_tokens(p, shared, at, step, slot.stage);
+        if (!first) load_tokens(p, shared, at, step, slot.stage);
+        first = false;
       }
     }
   }

@@ -161,6 +161,7 @@ cudaError_t fill_stream(FourBitStream::Params* p, const QuantizedMatmulParams& p
   p->B = static_cast<int>(params.B);
   p->M = static_cast<int>(params.M);
   p->N = static_cast<int>(params.N);
+  p->K = static_cast<int>(params.K);
   p->strips = plan.strips;
   p->panels = plan.panels;
   p->splits = plan.splits;

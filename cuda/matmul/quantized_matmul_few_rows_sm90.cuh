@@ -36,12 +36,25 @@ struct QuantizedMatmulFewRows : FourBitStream {
     Out* out;
   };
 
+  // A consumer's place in the tile and in stages, and its weights of the first stage.
+  struct Role {
+    int strip, panel;
+    bool loaded;
+    FourBitTile<kFormat, T> weights;
+
+    __device__ __forceinline__ Role(const Params& p, const Place& place, int warp)
+        : strip(warp % p.strips), panel(warp / p.strips), loaded(panel < p.panels) {
+      if (loaded) load_first(p, place, strip, panel, weights);
+    }
+  };
+
   // The sums of a strip over one panel of each stage.
   struct Sums {
     float data[kTokenBlocks][4];  // as mma.m16n8k16 has them
   };
-  __device__ __forceinline__ static void multiply(const Params& p, Storage& shared, int strip,
-                                                  int panel, Slot& slot, Sums& sums) {
+  __device__ __forceinline__ static void multiply(const Params& p, Storage& shared, Role& role,
+                                                  Slot& slot, Sums& sums) {
+    const int strip = role.strip, panel = role.panel;
     const int lane = threadIdx.x % tile::kWarpSize;
     const int row = lane % 8;
     int x_place[2];  // of a lane's token, of the first 32 columns of 64 and of the others
@@ -51,15 +64,15 @@ struct QuantizedMatmulFewRows : FourBitStream {
           2 * panel * p.x_bytes + row * tile::kPanelBytes + ((lane / 8 + 4 * i) ^ row) * 16;
       tile::ptx::work_out_here(x_place[i]);
     }
-    using Tile = FourBitTile<kFormat, T>;
-    const typename Tile::Place w_place(p.weight,
-                                       p.w_place + (strip * p.panels + panel) * p.tile_bytes);
+    FourBitTile<kFormat, T>& weights = role.weights;
+    const typename FourBitTile<kFormat, T>::Place w_place(
+        p.weight, p.w_place + (strip * p.panels + panel) * p.tile_bytes);
 #pragma unroll 2
     for (int step = 0; step < p.steps; ++step, slot.advance(p)) {
       const char* x = shared.stages + slot.bytes;
       shared.ring.full[slot.stage].wait(slot.parity);
-      Tile weights;
-      weights.load(p.weight, x, w_place);
+      if (!role.loaded) weights.load(p.weight, x, w_place);
+      role.loaded = false;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {  // of 32 columns
         uint32_t a[2][4];
@@ -114,13 +127,13 @@ struct QuantizedMatmulFewRows : FourBitStream {
     }
   }
 
-  __device__ __forceinline__ static void consume(const Params& p, Storage& shared, int warp) {
+  __device__ __forceinline__ static void consume(const Params& p, Storage& shared, int warp,
+                                                 Role& role) {
     if (warp >= warps(p)) return;
-    const int strip = warp % p.strips, panel = warp / p.strips;
     Slot slot;
     for (int index = blockIdx.x; index < p.B * p.tiles; index += gridDim.x) {
       Sums sums = {};
-      multiply(p, shared, strip, panel, slot, sums);
+      multiply(p, shared, role, slot, sums);
       store_sums(shared, warp, sums);
       sync_consumers(p);
       store(p, shared, Work(p, index));
@@ -136,13 +149,15 @@ __global__ void __launch_bounds__(Matmul::kThreads, 1)
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / tile::kWarpSize, 0);
   const bool loader = threadIdx.x == Matmul::kConsumers * tile::kWarpSize;
   const typename Matmul::Place place(p);
-  int begun = 0;
-  if (loader) begun = Matmul::begin(p, shared, place, Matmul::warps(p));
-  __syncthreads();
   if (warp < Matmul::kConsumers) {
-    Matmul::consume(p, shared, warp);
-  } else if (loader) {
-    Matmul::load(p, shared, place, begun);
+    typename Matmul::Role role(p, place, warp);
+    __syncthreads();
+    Matmul::consume(p, shared, warp, role);
+  } else {
+    int begun = 0;
+    if (loader) begun = Matmul::begin(p, shared, place, Matmul::warps(p));
+    __syncthreads();
+    if (loader) Matmul::load(p, shared, place, begun);
   }
 }
 

@@ -106,6 +106,11 @@ struct QuantizedMatmulOneRow {
       // Or the compiler makes a choice of a product, for the pipe that has most to do.
       tile::ptx::work_out_here(own[s]);
     }
+    // Of the row that the thread finishes: read here, so that nobody waits for it at the end.
+    const int row = threadIdx.x, n = strip * kFourBitRows + row;
+    const bool mine = row < kFourBitRows && n < p.N;
+    const float scale = mine ? p.weight.row_scale[int64_t{blockIdx.x} * kFourBitRows + row] : 0.0f;
+
     float sums[2];
     uint32_t larger = Scales::kLarger;
     for (bool again = true; again; larger = Scales::kOne) {
@@ -129,9 +134,6 @@ struct QuantizedMatmulOneRow {
     }
 
     // A thread for each row adds up what warps have, always in the same order.
-    const int row = threadIdx.x, n = strip * kFourBitRows + row;
-    const bool mine = row < kFourBitRows && n < p.N;
-    const float scale = mine ? p.weight.row_scale[int64_t{blockIdx.x} * kFourBitRows + row] : 0.0f;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       sums[i] = tile::warp_sum(sums[i], 4);

@@ -60,15 +60,28 @@ struct QuantizedMatmulSomeRows : FourBitStream {
     return FourBitStream::begin(p, shared, place, 4 * p.groups * p.panels);
   }
 
+  // A consumer's place in the tile and in stages, and its weights of the first stage.
+  struct Role {
+    int group, panel, strip;
+    bool loaded;
+    FourBitTile<kFormat, T> weights;
+
+    __device__ __forceinline__ Role(const Params& p, const Place& place, int consumer)
+        : group(consumer % p.groups), panel(consumer / p.groups), loaded(panel < p.panels) {
+      const int warp = threadIdx.x % tile::kWarpgroupSize / tile::kWarpSize;
+      strip = min(4 * group + warp, p.strips - 1);  // sums of those beyond are nobody's
+      if (loaded) load_first(p, place, strip, panel, weights);
+    }
+  };
+
   // The sums of a group over one panel of each stage.
   __device__ __forceinline__ static void multiply(const Params& p, Storage& shared,
-                                                  const Place& place, int group, int panel,
-                                                  Slot& slot, Sum& sum) {
-    const int warp = threadIdx.x % tile::kWarpgroupSize / tile::kWarpSize;
-    const int strip = min(4 * group + warp, p.strips - 1);  // sums of those beyond are nobody's
-    using Tile = FourBitTile<kFormat, T>;
-    const typename Tile::Place w_place(p.weight,
-                                       p.w_place + (strip * p.panels + panel) * p.tile_bytes);
+                                                  const Place& place, Role& role, Slot& slot,
+                                                  Sum& sum) {
+    const int panel = role.panel;
+    FourBitTile<kFormat, T>& weights = role.weights;
+    const typename FourBitTile<kFormat, T>::Place w_place(
+        p.weight, p.w_place + (role.strip * p.panels + panel) * p.tile_bytes);
     const auto x = tile::settled(
         tile::k_major<kTokens>(*reinterpret_cast<TileX*>(shared.stages)).of_tile(2 * panel));
     tile::zero(sum);
@@ -77,8 +90,8 @@ struct QuantizedMatmulSomeRows : FourBitStream {
 #pragma unroll 1
     for (int step = place.begin; step < place.end; ++step, slot.advance(p)) {
       shared.ring.full[slot.stage].wait(slot.parity);
-      Tile weights;
-      weights.load(p.weight, shared.stages + slot.bytes, w_place);
+      if (!role.loaded) weights.load(p.weight, shared.stages + slot.bytes, w_place);
+      role.loaded = false;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -159,15 +172,16 @@ struct QuantizedMatmulSomeRows : FourBitStream {
   }
 
   __device__ __forceinline__ static void consume(const Params& p, Storage& shared,
-                                                 const Place& place, int consumer) {
-    if (consumer >= p.groups * p.panels) return;
-    const int own_group = consumer % p.groups, panel = consumer / p.groups;
+                                                 const Place& place, Role& role) {
+    if (role.panel >= p.panels) return;
+    const int panel = role.panel;
     Slot slot;
     for (int index = place.first; index < p.B * p.tiles; index += place.step) {
       Sum sum;
-      multiply(p, shared, place, own_group, panel, slot, sum);
+      multiply(p, shared, place, role, slot, sum);
+      role.weights = {};  // which take no registers then
       // What follows from it is for after the products, which have no registers to spare.
-      int group = own_group;
+      int group = role.group;
       tile::ptx::work_out_here(group);
       if (p.panels > 1) add_panels(p, shared, group, panel, sum);
       if (panel > 0) continue;
@@ -190,18 +204,23 @@ __global__ void __launch_bounds__(Matmul::kThreads, 1)
   const bool loader = threadIdx.x == tile::kWarpgroupSize * Matmul::kConsumers;
   const typename Matmul::Place place(p);
 
-  int begun = 0;
-  if (loader) begun = Matmul::begin(p, shared, place);
-  __syncwarp();
-  if (p.splits == 2) {
-    tile::start_cluster();
-  } else {
-    __syncthreads();
-  }
+  const auto start = [&] {
+    __syncwarp();
+    if (p.splits == 2) {
+      tile::start_cluster();
+    } else {
+      __syncthreads();
+    }
+  };
   if (consumer < Matmul::kConsumers) {
-    Matmul::consume(p, shared, place, consumer);
-  } else if (loader) {
-    Matmul::load(p, shared, place, begun);
+    typename Matmul::Role role(p, place, consumer);
+    start();
+    Matmul::consume(p, shared, place, role);
+  } else {
+    int begun = 0;
+    if (loader) begun = Matmul::begin(p, shared, place);
+    start();
+    if (loader) Matmul::load(p, shared, place, begun);
   }
 }
 
