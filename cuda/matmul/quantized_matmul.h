@@ -49,10 +49,14 @@ cudaError_t launch_one_row(const QuantizedMatmulParams& params, cudaStream_t str
 
 // How a product is cut up.
 struct FourBitPlan {
-  int strips;  // of 16 rows of weights, of a tile
+  int strips;  // of 16 rows of weights, that a block has of a tile
   int panels;  // of 128 columns, of a stage
-  int splits;  // blocks that share out the K of a tile, 1 or 2
+  int shared;  // of these strips: two blocks of a cluster have these, each for half of K
   double us;   // that it takes, an estimate
+
+  int own() const { return strips - shared; }
+  int blocks() const { return shared > 0 ? 2 : 1; }  // that have a tile
+  int tile_strips() const { return blocks() * own() + shared; }
 };
 
 // The sizes of a product in tiles of weights.
@@ -73,13 +77,15 @@ inline constexpr double kFourBitMemory = 4.4e6, kFourBitMultiprocessor = 85e3;
 inline constexpr double kFourBitLaunch = 3.0, kFourBitTile = 0.7, kFourBitSplit = 0.5;
 
 // Of the plan's tiles, whose products take so long in each of `rounds`.
-inline double four_bit_us(const FourBitSizes& sizes, int strips, int splits, int64_t rounds,
+inline double four_bit_us(const FourBitSizes& sizes, const FourBitPlan& plan, int64_t rounds,
                           double products, int multiprocessors) {
-  const double part = static_cast<double>(rounds) / splits;
-  const double even = part * strips * sizes.strip_bytes * multiprocessors / kFourBitMemory;
-  const double reads = part * (strips * sizes.strip_bytes + sizes.x_bytes) / kFourBitMultiprocessor;
-  return kFourBitLaunch + std::max({even, reads, static_cast<double>(rounds) * products}) +
-         kFourBitTile * static_cast<double>(rounds) + kFourBitSplit * (splits - 1);
+  const double times = static_cast<double>(rounds);
+  const double weights = times * (plan.own() + plan.shared / 2.0) * sizes.strip_bytes;
+  const double x = times * sizes.x_bytes / (plan.own() > 0 ? 1 : 2);
+  const double even = weights * multiprocessors / kFourBitMemory;
+  const double reads = (weights + x) / kFourBitMultiprocessor;
+  return kFourBitLaunch + std::max({even, reads, times * products}) + kFourBitTile * times +
+         kFourBitSplit * (plan.blocks() - 1);
 }
 
 // How long warpgroups of a multiprocessor take for four strips each of a panel.
@@ -104,8 +110,9 @@ FourBitPlan few_rows_plan(const QuantizedMatmulParams& p, int multiprocessors) {
     }
     const int64_t tiles = p.B * tile::ceil_div(sizes.strips, strips);
     const int64_t rounds = tile::ceil_div(tiles, multiprocessors);
-    const double us = four_bit_us(sizes, strips, 1, rounds, 0.0, multiprocessors);
-    if (us < best.us) best = {strips, panels, 1, us};
+    FourBitPlan plan = {strips, panels, 0, 0.0};
+    plan.us = four_bit_us(sizes, plan, rounds, 0.0, multiprocessors);
+    if (plan.us < best.us) best = plan;
   }
   return best;
 }
@@ -124,25 +131,32 @@ FourBitPlan some_rows_plan(const QuantizedMatmulParams& p, int multiprocessors) 
   constexpr int kStages = Matmul::kTokens == 64 ? 3 : 4;  // that there is room for
   const FourBitSizes sizes(p, Matmul::kTokens);
   FourBitPlan best = {0, 0, 0, INFINITY};
-  for (const int splits : {1, 2}) {
-    for (int strips = 1; strips <= Matmul::kMaxStrips; ++strips) {
-      const int64_t tiles = p.B * tile::ceil_div(sizes.strips, strips);
-      const int64_t rounds = tile::ceil_div(tiles, multiprocessors / splits);
-      if (splits == 2 && rounds > 1) continue;
-      const int groups = tile::ceil_div(strips, 4);
-      int panels = Matmul::kConsumers / groups;
-      const auto too_many = [&] {
-        return panels > tile::ceil_div<int64_t>(sizes.panels, splits) ||
-               kStages * stage_bytes(Matmul::kTokens, strips, panels, p.w.tile_bytes()) >
-                   Matmul::kStageBytes;
-      };
-      while (panels > 1 && too_many()) --panels;
-      const int64_t steps = tile::ceil_div(tile::ceil_div(sizes.panels, panels), splits);
-      const double products =
-          static_cast<double>(steps) * some_rows_step_us(Matmul::kTokens, groups * panels);
-      const double us = four_bit_us(sizes, strips, splits, rounds, products, multiprocessors);
-      if (us <= best.us) best = {strips, panels, splits, us};
-    }
+  const auto consider = [&](int strips, int shared) {
+    FourBitPlan plan = {strips, 0, shared, 0.0};
+    const int64_t tiles = p.B * tile::ceil_div(sizes.strips, plan.tile_strips());
+    const int64_t rounds = tile::ceil_div(tiles, multiprocessors / plan.blocks());
+    if (shared > 0 && rounds > 1) return;
+    const int groups = tile::ceil_div(strips, 4), own_groups = tile::ceil_div(plan.own(), 4);
+    const int splits = plan.own() > 0 ? 1 : 2;
+    int panels = Matmul::kConsumers / groups;
+    const auto too_many = [&] {
+      return panels > tile::ceil_div<int64_t>(sizes.panels, splits) ||
+             kStages * stage_bytes(Matmul::kTokens, strips, panels, p.w.tile_bytes()) >
+                 Matmul::kStageBytes;
+    };
+    while (panels > 1 && too_many()) --panels;
+    plan.panels = panels;
+    const double steps = static_cast<double>(tile::ceil_div(sizes.panels, panels)) / 2;
+    const auto half = [&](int groups) {  // of K
+      return groups > 0 ? steps * some_rows_step_us(Matmul::kTokens, groups * panels) : 0.0;
+    };
+    const double products = half(groups) + half(shared > 0 ? own_groups : groups);
+    plan.us = four_bit_us(sizes, plan, rounds, products, multiprocessors);
+    if (plan.us <= best.us) best = plan;
+  };
+  for (int strips = 1; strips <= Matmul::kMaxStrips; ++strips) consider(strips, 0);
+  for (int strips = 1; strips <= Matmul::kMaxStrips; ++strips) {
+    for (int own = 0; own < strips; own += 4) consider(strips, strips - own);
   }
   return best;
 }
@@ -152,7 +166,7 @@ inline constexpr int kBytesAhead = 48 << 10;
 
 // What kernels for few and some rows have of a product.
 template <class Matmul>
-cudaError_t fill_stream(FourBitStream::Params* p, const QuantizedMatmulParams& params,
+cudaError_t fill_stream(typename Matmul::Params* p, const QuantizedMatmulParams& params,
                         const FourBitPlan& plan) {
   constexpr int kRows = Matmul::kTokens;
   const FourBitSizes sizes(params, kRows);
@@ -164,22 +178,30 @@ cudaError_t fill_stream(FourBitStream::Params* p, const QuantizedMatmulParams& p
   p->K = static_cast<int>(params.K);
   p->strips = plan.strips;
   p->panels = plan.panels;
-  p->splits = plan.splits;
-  p->tiles = static_cast<int>(tile::ceil_div(sizes.strips, plan.strips));
+  p->own = plan.own();
+  p->shared = plan.shared;
+  p->tile_strips = plan.tile_strips();
+  p->tiles = static_cast<int>(tile::ceil_div(sizes.strips, p->tile_strips));
   p->steps = static_cast<int>(tile::ceil_div(sizes.panels, plan.panels));
   p->x_box = 2 * plan.panels;
   p->x_bytes = kRows * tile::kPanelBytes;
   p->w_place = p->x_box * p->x_bytes;
-  p->w_bytes = plan.strips * plan.panels * p->tile_bytes;
+  p->own_bytes = p->own * plan.panels * p->tile_bytes;
+  p->shared_bytes = p->shared * plan.panels * p->tile_bytes;
   p->stage_bytes = stage_bytes(kRows, plan.strips, plan.panels, p->tile_bytes);
-  p->stages = std::min(FourBitStream::kMaxStages, Matmul::kStageBytes / p->stage_bytes);
-  p->ahead = std::min(p->stages, tile::ceil_div(kBytesAhead, p->w_bytes));
+  p->stages = std::min(Matmul::kMaxStages, Matmul::kStageBytes / p->stage_bytes);
+  p->ahead = std::min(p->stages, tile::ceil_div(kBytesAhead, p->own_bytes + p->shared_bytes));
   if (p->stages < 2) return cudaErrorInvalidValue;
   if (cudaError_t error = make_panel_map(&p->x, tensor_map_type<typename Matmul::T>(), params.x,
                                          params.B * params.M, params.K, kRows, &p->x_box))
     return error;
-  return make_block_map(&p->w, params.w.data, params.B * sizes.strips, sizes.panels, p->tile_bytes,
-                        plan.strips, plan.panels);
+  const auto make_map = [&](CUtensorMap* map, int strips) {
+    if (strips == 0) return cudaSuccess;
+    return make_block_map(map, params.w.data, params.B * sizes.strips, sizes.panels, p->tile_bytes,
+                          strips, plan.panels);
+  };
+  if (cudaError_t error = make_map(&p->w, p->own)) return error;
+  return make_map(&p->w_shared, p->shared);
 }
 
 template <class Matmul>
@@ -207,14 +229,15 @@ cudaError_t launch_some_rows_plan_sm90(const QuantizedMatmulParams& params, cuda
   p.out = static_cast<typename Matmul::Out*>(params.out);
   p.groups = tile::ceil_div(plan.strips, 4);
   if (params.M > Matmul::kTokens || plan.strips > Matmul::kMaxStrips ||
-      p.groups * plan.panels > Matmul::kConsumers) {
+      p.groups * plan.panels > Matmul::kConsumers || (plan.shared > 0 && plan.own() % 4 > 0)) {
     return cudaErrorInvalidValue;
   }
   if (cudaError_t error = fill_stream<Matmul>(&p, params, plan)) return error;
   const int64_t tiles = params.B * p.tiles;
-  const int64_t blocks = p.splits == 2 ? 2 * tiles : std::min<int64_t>(tiles, multiprocessors);
-  return launch_clusters(quantized_matmul_some_rows_sm90_kernel<Matmul>, blocks,
-                         p.splits == 2 ? 2 : 0, Matmul::kThreads, Matmul::kSharedBytes, stream, p);
+  const bool clusters = p.shared > 0;
+  const int64_t blocks = clusters ? 2 * tiles : std::min<int64_t>(tiles, multiprocessors);
+  return launch_clusters(quantized_matmul_some_rows_sm90_kernel<Matmul>, blocks, clusters ? 2 : 0,
+                         Matmul::kThreads, Matmul::kSharedBytes, stream, p);
 }
 
 // --- Many rows -----------------------------------------------------------------------------------

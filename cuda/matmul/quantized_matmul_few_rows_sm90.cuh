@@ -13,7 +13,7 @@
 namespace jaxkern {
 
 template <FourBitFormat kFormat, class T_, class Out_, int kTokens_>
-struct QuantizedMatmulFewRows : FourBitStream {
+struct QuantizedMatmulFewRows : FourBitStream<false> {
   using T = T_;
   using Out = Out_;
   using Weights = FourBit<kFormat, T>;
@@ -32,7 +32,7 @@ struct QuantizedMatmulFewRows : FourBitStream {
   static constexpr int kSharedBytes = sizeof(Storage);
   static_assert(kSharedBytes <= tile::kMaxSharedBytes, "the stages must fit a block");
 
-  struct Params : FourBitStream::Params {
+  struct Params : FourBitStream<false>::Params {
     Out* out;
   };
 
@@ -113,7 +113,7 @@ struct QuantizedMatmulFewRows : FourBitStream {
   // Adds up the sums of all panels and finishes them.
   __device__ __forceinline__ static void store(const Params& p, Storage& shared, const Work& at) {
     const int rows = kFourBitRows * p.strips, threads = warps(p) * tile::kWarpSize;
-    const int first = kFourBitRows * at.strip;
+    const int first = kFourBitRows * at.own;
     const float* scales = p.weight.row_scale + int64_t{at.batch} * all_strips(p) * kFourBitRows;
     for (int i = threadIdx.x; i < rows * p.M; i += threads) {
       const int m = i / rows, row = i - m * rows, n = first + row;
@@ -136,7 +136,7 @@ struct QuantizedMatmulFewRows : FourBitStream {
       multiply(p, shared, role, slot, sums);
       store_sums(shared, warp, sums);
       sync_consumers(p);
-      store(p, shared, Work(p, index));
+      store(p, shared, Work(p, Place(p), index));
       if (index + static_cast<int>(gridDim.x) < p.B * p.tiles) sync_consumers(p);  // sums were read
     }
   }

@@ -8,7 +8,8 @@
 //              tensor cores multiply by 64 columns, it expands the next 64;
 //   loader     one thread (four_bit_stream.cuh).
 // At the end of a tile the sums of its panels, and those of the other block of a cluster, are added
-// up, always in the same order: results repeat bitwise.
+// up, always in the same order: results repeat bitwise. The blocks of a cluster can each have three
+// groups of four strips, say, and share a fourth.
 #pragma once
 
 #include "cuda/matmul/four_bit_stream.cuh"
@@ -16,7 +17,7 @@
 namespace jaxkern {
 
 template <FourBitFormat kFormat, class T_, class Out_, int kTokens_>
-struct QuantizedMatmulSomeRows : FourBitStream {
+struct QuantizedMatmulSomeRows : FourBitStream<true> {
   using T = T_;
   using Out = Out_;
   using Weights = FourBit<kFormat, T>;
@@ -49,7 +50,7 @@ struct QuantizedMatmulSomeRows : FourBitStream {
   static constexpr int kSharedBytes = sizeof(Storage);
   static_assert(kSharedBytes <= tile::kMaxSharedBytes, "the stages must fit a block");
 
-  struct Params : FourBitStream::Params {
+  struct Params : FourBitStream<true>::Params {
     Out* out;
     int groups;  // of four strips, of a tile
   };
@@ -57,28 +58,43 @@ struct QuantizedMatmulSomeRows : FourBitStream {
   __device__ __forceinline__ static int begin(const Params& p, Storage& shared,
                                               const Place& place) {
     for (tile::Barrier& received : shared.received) received.init(1);
-    return FourBitStream::begin(p, shared, place, 4 * p.groups * p.panels);
+    return FourBitStream<true>::begin(p, shared, place, 4 * p.groups * p.panels);
   }
 
-  // A consumer's place in the tile and in stages, and its weights of the first stage.
+  // A consumer's place in the stages, those it has work in, and its weights of the first stage.
   struct Role {
     int group, panel, strip;
+    bool shared;  // strips
+    Range steps;
     bool loaded;
     FourBitTile<kFormat, T> weights;
 
     __device__ __forceinline__ Role(const Params& p, const Place& place, int consumer)
-        : group(consumer % p.groups), panel(consumer / p.groups), loaded(panel < p.panels) {
+        : group(consumer % p.groups),
+          panel(consumer / p.groups),
+          shared(4 * group >= p.own),
+          steps(shared ? place.shared : place.all),
+          loaded(panel < p.panels && steps.begin == place.all.begin) {
       const int warp = threadIdx.x % tile::kWarpgroupSize / tile::kWarpSize;
       strip = min(4 * group + warp, p.strips - 1);  // sums of those beyond are nobody's
       if (loaded) load_first(p, place, strip, panel, weights);
     }
   };
 
+  // Passes by stages in which a consumer has no work.
+  __device__ __forceinline__ static void skip(const Params& p, Storage& shared, Range steps,
+                                              Slot& slot) {
+    for (int step = steps.begin; step < steps.end; ++step, slot.advance(p)) {
+      shared.ring.full[slot.stage].wait(slot.parity);
+      shared.ring.empty[slot.stage].arrive_warp();
+    }
+  }
+
   // The sums of a group over one panel of each stage.
-  __device__ __forceinline__ static void multiply(const Params& p, Storage& shared,
-                                                  const Place& place, Role& role, Slot& slot,
-                                                  Sum& sum) {
+  __device__ __forceinline__ static void multiply(const Params& p, Storage& shared, Role& role,
+                                                  Slot& slot, Sum& sum) {
     const int panel = role.panel;
+    const Range steps = role.steps;
     FourBitTile<kFormat, T>& weights = role.weights;
     const typename FourBitTile<kFormat, T>::Place w_place(
         p.weight, p.w_place + (role.strip * p.panels + panel) * p.tile_bytes);
@@ -88,7 +104,7 @@ struct QuantizedMatmulSomeRows : FourBitStream {
     Operand operands[2];
     int previous = 0;
 #pragma unroll 1
-    for (int step = place.begin; step < place.end; ++step, slot.advance(p)) {
+    for (int step = steps.begin; step < steps.end; ++step, slot.advance(p)) {
       shared.ring.full[slot.stage].wait(slot.parity);
       if (!role.loaded) weights.load(p.weight, shared.stages + slot.bytes, w_place);
       role.loaded = false;
@@ -102,12 +118,12 @@ struct QuantizedMatmulSomeRows : FourBitStream {
         tile::mma(sum, operands[half], x.of_bytes(slot.bytes).of_tile(half), true);
         tile::mma_commit();
         tile::mma_wait<1>();  // the products before these
-        if (half == 0 && step > place.begin) shared.ring.empty[previous].arrive_warp();
+        if (half == 0 && step > steps.begin) shared.ring.empty[previous].arrive_warp();
       }
       previous = slot.stage;
     }
     tile::mma_wait<0>(sum);
-    if (place.begin < place.end) shared.ring.empty[previous].arrive_warp();
+    if (steps.begin < steps.end) shared.ring.empty[previous].arrive_warp();
   }
 
   // Adds the sums of a group's other panels to those of its first.
@@ -140,7 +156,7 @@ struct QuantizedMatmulSomeRows : FourBitStream {
                                                int group, const Sum& sum) {
     const auto sync = [&] { tile::ptx::named_barrier_sync(1 + group, tile::kWarpgroupSize); };
     auto& out = shared.handovers[group].out;
-    const int last = all_strips(p) * kFourBitRows - 1, row = kFourBitRows * at.strip + 64 * group;
+    const int last = all_strips(p) * kFourBitRows - 1, row = kFourBitRows * at.strip(p, 4 * group);
     tile::RowVector scale;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -171,27 +187,34 @@ struct QuantizedMatmulSomeRows : FourBitStream {
     }
   }
 
+  // Sums that two blocks share are finished by the second, which ends with their last columns.
+  __device__ __forceinline__ static void finish(const Params& p, Storage& shared,
+                                                const Place& place, const Work& at, int group,
+                                                bool shares, Sum& sum) {
+    if (shares && place.split == 0) {
+      tile::send_fragments<kTokens>(shared.handovers[group].sums, sum, 0, shared.received[group],
+                                    1);
+      return;
+    }
+    if (shares) receive(shared, group, sum);
+    store(p, shared, at, group, sum);
+  }
+
   __device__ __forceinline__ static void consume(const Params& p, Storage& shared,
                                                  const Place& place, Role& role) {
     if (role.panel >= p.panels) return;
-    const int panel = role.panel;
     Slot slot;
     for (int index = place.first; index < p.B * p.tiles; index += place.step) {
+      skip(p, shared, {place.all.begin, role.steps.begin}, slot);
       Sum sum;
-      multiply(p, shared, place, role, slot, sum);
+      multiply(p, shared, role, slot, sum);
       role.weights = {};  // which take no registers then
       // What follows from it is for after the products, which have no registers to spare.
       int group = role.group;
       tile::ptx::work_out_here(group);
-      if (p.panels > 1) add_panels(p, shared, group, panel, sum);
-      if (panel > 0) continue;
-      if (place.split == 1) {
-        tile::send_fragments<kTokens>(shared.handovers[group].sums, sum, 0, shared.received[group],
-                                      0);
-        continue;
-      }
-      if (p.splits == 2) receive(shared, group, sum);
-      store(p, shared, Work(p, index), group, sum);
+      if (p.panels > 1) add_panels(p, shared, group, role.panel, sum);
+      if (role.panel == 0) finish(p, shared, place, Work(p, place, index), group, role.shared, sum);
+      skip(p, shared, {role.steps.end, place.all.end}, slot);
     }
   }
 };
@@ -206,7 +229,7 @@ __global__ void __launch_bounds__(Matmul::kThreads, 1)
 
   const auto start = [&] {
     __syncwarp();
-    if (p.splits == 2) {
+    if (p.shared > 0) {
       tile::start_cluster();
     } else {
       __syncthreads();

@@ -174,9 +174,9 @@ void test_plans(const std::string& what, FourBitFormat format, int blocks, bool 
   std::vector<Launch> launches, persistent;
   for (const FourBitPlan& plan : plans) {
     launches.push_back({", strips " + std::to_string(plan.strips) + ", panels " +
-                            std::to_string(plan.panels) + ", splits " + std::to_string(plan.splits),
+                            std::to_string(plan.panels) + ", shared " + std::to_string(plan.shared),
                         [=](const auto& p) { return run(p, plan); }});
-    if (plan.splits != 2) persistent.push_back(launches.back());
+    if (plan.shared == 0) persistent.push_back(launches.back());
   }
   const auto test = [&](const auto& by, int64_t B, int64_t M, int64_t N, int64_t K) {
     test_matmul<T, Out>(by, what, Weight(format, blocks, zero_points, B, N, K), M);
@@ -224,7 +224,7 @@ void test_few_rows(const std::string& what, int blocks, bool zero_points) {
   using Matmul = QuantizedMatmulFewRows<kFormat, T, Out, kTokens>;
   test_plans<T, Out>(what + ", few rows " + std::to_string(kTokens), kFormat, blocks, zero_points,
                      kTokens,
-                     {kLaunchers, {1, 1, 1, 0.0}, {3, 5, 1, 0.0}, {2, 7, 1, 0.0}, {16, 1, 1, 0.0}},
+                     {kLaunchers, {1, 1, 0, 0.0}, {3, 5, 0, 0.0}, {2, 7, 0, 0.0}, {16, 1, 0, 0.0}},
                      [](const auto& p, const FourBitPlan& plan) {
                        const bool own = plan.strips == 0;
                        return launch_few_rows_plan_sm90<Matmul>(
@@ -238,14 +238,17 @@ void test_some_rows(const std::string& what, int blocks, bool zero_points) {
   test_plans<T, Out>(what + ", some rows " + std::to_string(kTokens), kFormat, blocks, zero_points,
                      kTokens,
                      {kLaunchers,
-                      {1, 1, 1, 0.0},
-                      {3, 2, 1, 0.0},
-                      {7, 1, 1, 0.0},
-                      {16, 1, 1, 0.0},
+                      {1, 1, 0, 0.0},
+                      {3, 2, 0, 0.0},
+                      {7, 1, 0, 0.0},
+                      {16, 1, 0, 0.0},
                       {2, 4, 2, 0.0},
-                      {4, 1, 2, 0.0},
-                      {7, 2, 2, 0.0},
-                      {16, 1, 2, 0.0}},
+                      {4, 1, 4, 0.0},
+                      {7, 2, 7, 0.0},
+                      {16, 1, 16, 0.0},
+                      {16, 1, 4, 0.0},
+                      {6, 2, 2, 0.0},
+                      {15, 1, 11, 0.0}},
                      [](const auto& p, const FourBitPlan& plan) {
                        const bool own = plan.strips == 0;
                        return launch_some_rows_plan_sm90<Matmul>(
@@ -276,14 +279,15 @@ void test_plan_of_some_rows(std::string what, const QuantizedMatmulParams& p, in
   what += ", some rows " + std::to_string(kTokens);
   const FourBitPlan plan = some_rows_plan<Some>(p, count);
   const int groups = tile::ceil_div(plan.strips, 4);
-  const int64_t tiles = p.B * tile::ceil_div(p.N / kFourBitRows, plan.strips);
+  const int64_t tiles = p.B * tile::ceil_div(p.N / kFourBitRows, plan.tile_strips());
   test::expect(plan.strips > 0 && plan.panels > 0 && groups <= Some::kMaxGroups &&
                    groups * plan.panels <= Some::kConsumers,
                what);
   test::expect(
       3 * stage_bytes(kTokens, plan.strips, plan.panels, p.w.tile_bytes()) <= Some::kStageBytes,
       what + ": stages");
-  test::expect(plan.splits == 1 || (plan.splits == 2 && 2 * tiles <= count), what + ": splits");
+  test::expect(plan.shared == 0 || (plan.own() % 4 == 0 && 2 * tiles <= count),
+               what + ": clusters");
 }
 
 template <FourBitFormat kFormat, class T, class Out>
@@ -360,7 +364,7 @@ void test_launchers_plans() {
         const std::string what = "plan of B " + std::to_string(B) + ", N " + std::to_string(N) +
                                  ", K " + std::to_string(K);
         const FourBitPlan few = few_rows_plan<Few>(p, count);
-        test::expect(few.strips > 0 && few.panels > 0 && few.splits == 1 &&
+        test::expect(few.strips > 0 && few.panels > 0 && few.shared == 0 &&
                          few.strips * few.panels <= Few::kConsumers,
                      what + ", few rows");
         test_plan_of_some_rows<32>(what, p, count);
