@@ -149,15 +149,14 @@ __global__ void __launch_bounds__(Matmul::kThreads, 1)
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / tile::kWarpSize, 0);
   const bool loader = threadIdx.x == Matmul::kConsumers * tile::kWarpSize;
   const typename Matmul::Place place(p);
+  typename Matmul::Role role(p, place, warp);
+  int begun = 0;
+  if (loader) begun = Matmul::begin(p, shared, place, Matmul::warps(p));
+  __syncthreads();
   if (warp < Matmul::kConsumers) {
-    typename Matmul::Role role(p, place, warp);
-    __syncthreads();
     Matmul::consume(p, shared, warp, role);
-  } else {
-    int begun = 0;
-    if (loader) begun = Matmul::begin(p, shared, place, Matmul::warps(p));
-    __syncthreads();
-    if (loader) Matmul::load(p, shared, place, begun);
+  } else if (loader) {
+    Matmul::load(p, shared, place, begun);
   }
 }
 

@@ -227,23 +227,19 @@ __global__ void __launch_bounds__(Matmul::kThreads, 1)
   const bool loader = threadIdx.x == tile::kWarpgroupSize * Matmul::kConsumers;
   const typename Matmul::Place place(p);
 
-  const auto start = [&] {
-    __syncwarp();
-    if (p.shared > 0) {
-      tile::start_cluster();
-    } else {
-      __syncthreads();
-    }
-  };
-  if (consumer < Matmul::kConsumers) {
-    typename Matmul::Role role(p, place, consumer);
-    start();
-    Matmul::consume(p, shared, place, role);
+  typename Matmul::Role role(p, place, consumer);
+  int begun = 0;
+  if (loader) begun = Matmul::begin(p, shared, place);
+  __syncwarp();
+  if (p.shared > 0) {
+    tile::start_cluster();
   } else {
-    int begun = 0;
-    if (loader) begun = Matmul::begin(p, shared, place);
-    start();
-    if (loader) Matmul::load(p, shared, place, begun);
+    __syncthreads();
+  }
+  if (consumer < Matmul::kConsumers) {
+    Matmul::consume(p, shared, place, role);
+  } else if (loader) {
+    Matmul::load(p, shared, place, begun);
   }
 }
 
