@@ -326,15 +326,16 @@ void test_all_gradients(const std::string& what, int blocks, bool zero_points) {
   }
 }
 
-// Tiles of both sizes: which rows 132 multiprocessors, 66 clusters, leave to the large ones, which
-// have 256 rows; and the result where this GPU has one too many for a round.
+// Tiles of both sizes: which rows an H200's clusters, 66, leave to the large ones, which have 256
+// rows; and the result where this GPU has one too many for a round.
 void test_tiles_of_both_sizes() {
   constexpr FourBitFormat kFormat = FourBitFormat::kNvfp4;
+  constexpr int kH200Multiprocessors = 132;
   const auto wide = [](int64_t M, int64_t N) {
     QuantizedMatmulParams p = {};
     p.B = 1, p.M = M, p.N = N, p.K = 8192;
     return rows_of_wide_tiles<QuantizedMatmul<kFormat, bf16, bf16, 256>,
-                              QuantizedMatmul<kFormat, bf16, bf16, 128>>(p, 132);
+                              QuantizedMatmul<kFormat, bf16, bf16, 128>>(p, kH200Multiprocessors);
   };
   test::expect(wide(512, 28672) == 99, "198 of 224 large tiles are three rounds");
   test::expect(wide(512, 4096) == 0, "32 large tiles are half a round, 64 small ones a round");
